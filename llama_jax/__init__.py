@@ -6,7 +6,9 @@
 Names are looked up on first use, so importing this package imports nothing else.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -48,15 +50,27 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(
-            f"module 'llama_jax' has no attribute {name!r}; it offers {', '.join(__all__)}"
-        )
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+class _Package(ModuleType):
+    """This package; each public name is looked up in its home on first use."""
+
+    def __getattr__(self, name: str) -> object:
+        if name not in _HOMES:
+            raise AttributeError(
+                f"module 'llama_jax' has no attribute {name!r}; it offers {', '.join(__all__)}"
+            )
+        value = getattr(import_module(_HOMES[name]), name)
+        self.__dict__[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # The import system binds a submodule to its name here, and would so put the module
+        # `load` where the function `load` belongs (`presets` likewise).
+        if name in _HOMES and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*self.__dict__, *__all__})
 
 
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+sys.modules[__name__].__class__ = _Package
