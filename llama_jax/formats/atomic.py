@@ -1,0 +1,88 @@
+"""Folders that appear whole or not at all.
+
+A folder is filled under a temporary name beside its target, flushed, and renamed: a crash leaves
+the temporary folder, never a target that looks complete.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yields an empty folder that becomes `target` when the block ends without an error.
+
+    A target that is not empty is refused unless `overwrite`. It is then moved aside before the new
+    folder takes its name and deleted afterwards, so at every moment one of the two is whole on the
+    disk. Only a folder with a `config.json` or `adapter_config.json` is overwritten: a mistyped
+    path never deletes something that is not a model.
+    """
+    final = Path(os.path.realpath(target))
+    check_target(final, overwrite=overwrite)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.tmp-", dir=final.parent))
+    try:
+        yield temporary
+        temporary.chmod(0o777 & ~_umask())
+        for path in sorted(temporary.rglob("*")):
+            _flush(path)
+        _flush(temporary)
+        _publish(temporary, final, overwrite=overwrite)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def check_target(target: str | Path, *, overwrite: bool) -> None:
+    """Raises ValueError unless a folder may be written at `target`."""
+    target = Path(target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file; choose a folder that does not exist yet")
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(
+            f"{target} exists and is not empty; choose another folder or allow overwriting "
+            f"(overwrite=True)"
+        )
+    if not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"{target} holds no config.json, so it is not a model and is not overwritten; choose "
+            f"another folder or empty it yourself"
+        )
+
+
+def _publish(temporary: Path, final: Path, *, overwrite: bool) -> None:
+    # Another process may have written the target in the meantime.
+    check_target(final, overwrite=overwrite)
+    aside = None
+    if final.is_dir() and any(final.iterdir()):
+        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.old-", dir=final.parent))
+        os.rename(final, aside)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if aside is not None:
+            os.rename(aside, final)
+        raise
+    _flush(final.parent)
+    if aside is not None:
+        shutil.rmtree(aside)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

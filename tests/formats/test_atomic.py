@@ -1,0 +1,98 @@
+"""A folder appears whole or not at all, and nothing that was there is lost."""
+
+import os
+
+import pytest
+
+from llama_jax.formats.atomic import atomic_folder
+
+
+def _write(folder, text, name="config.json"):
+    (folder / name).write_text(text)
+
+
+def test_folder_appears_when_the_block_ends(tmp_path):
+    target = tmp_path / "deep" / "out"
+    with atomic_folder(target) as folder:
+        _write(folder, "{}")
+        assert folder.parent == target.parent and not target.exists()
+    assert (target / "config.json").read_text() == "{}"
+    assert [p.name for p in target.parent.iterdir()] == ["out"]
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert target.stat().st_mode == plain.stat().st_mode
+
+
+def test_R19_an_error_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "out") as folder:
+        _write(folder, "{}")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_folders(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    with atomic_folder(target) as folder:  # empty: taken over
+        _write(folder, "1")
+    with pytest.raises(ValueError, match="not empty"), atomic_folder(target):
+        pass
+    with atomic_folder(target, overwrite=True) as folder:
+        _write(folder, "2")
+    assert (target / "config.json").read_text() == "2"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwriting_never_deletes_what_is_no_model(tmp_path):
+    target = tmp_path / "home"
+    target.mkdir()
+    _write(target, "dear", "diary.txt")
+    with pytest.raises(ValueError, match="not a model"), atomic_folder(target, overwrite=True):
+        pass
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(ValueError, match="is a file"), atomic_folder(file, overwrite=True):
+        pass
+    assert (target / "diary.txt").read_text() == "dear" and file.read_text() == "x"
+
+
+def test_a_failed_overwrite_keeps_the_old_folder(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    target.mkdir()
+    _write(target, "old")
+    with pytest.raises(RuntimeError), atomic_folder(target, overwrite=True) as folder:
+        _write(folder, "new")
+        raise RuntimeError
+    assert (target / "config.json").read_text() == "old"
+
+    rename = os.rename
+
+    def broken(source, destination):
+        if ".tmp-" in str(source):
+            raise OSError("disk full")
+        rename(source, destination)
+
+    monkeypatch.setattr(os, "rename", broken)
+    with pytest.raises(OSError, match="disk full"), atomic_folder(target, overwrite=True) as folder:
+        _write(folder, "new")
+    assert (target / "config.json").read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_target_that_fills_up_meanwhile_is_kept(tmp_path):
+    target = tmp_path / "out"
+    with pytest.raises(ValueError, match="not empty"), atomic_folder(target) as folder:
+        _write(folder, "ours")
+        target.mkdir()
+        _write(target, "theirs")
+    assert (target / "config.json").read_text() == "theirs"
+
+
+def test_a_link_is_followed(tmp_path):
+    real = tmp_path / "real"
+    real.mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(real)
+    with atomic_folder(link) as folder:
+        _write(folder, "{}")
+    assert link.is_symlink() and (real / "config.json").exists()
