@@ -1,0 +1,110 @@
+"""The command `llama-jax`: parses, then calls.
+
+Exit codes: 0 done, 1 failed at run time, 2 wrong input or configuration. With `--json`
+standard output holds exactly one JSON value, everything else goes to standard error.
+"""
+
+import argparse
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
+
+from llama_jax import __version__
+from llama_jax.commands.report import to_json
+
+COMMANDS = (
+    "models",
+    "doctor",
+)
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def command_module(name: str) -> ModuleType:
+    return import_module(f"llama_jax.commands.{name}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llama-jax",
+        description="Training and inference for the Llama family in JAX and Flax.",
+        epilog="MODEL is a Hugging Face folder, a .gguf file, a llama-jax checkpoint folder, "
+        "smollm2-135m (the model of the demo extra), or the id of a model on the Hub.",
+    )
+    parser.add_argument("--version", action="version", version=f"llama-jax {__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = command_module(name)
+        command = subparsers.add_parser(
+            name,
+            help=module.HELP,
+            description=f"{module.__doc__}".strip(),
+            epilog=f"example:\n  {module.EXAMPLE}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(command)
+        command.add_argument(
+            "--traceback", action="store_true", help="show where an error came from"
+        )
+        if hasattr(module, "show"):
+            command.add_argument(
+                "--json", action="store_true", help="print one JSON value on standard output"
+            )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = make_parser().parse_args(argv)
+    logging.basicConfig(
+        level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s", force=True
+    )
+    for ours in ("llama_jax", "train", "infer"):
+        logging.getLogger(ours).setLevel(logging.INFO)
+    try:
+        return _run(args)
+    except KeyboardInterrupt:
+        _complain(args.command, "interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): nothing left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+        if args.traceback:
+            raise
+        _complain(args.command, str(error))
+        return WRONG_INPUT
+    except (RuntimeError, OSError, MemoryError) as error:
+        if args.traceback:
+            raise
+        _complain(args.command, f"{error or type(error).__name__}")
+        return FAILED
+
+
+def _run(args: argparse.Namespace) -> int:
+    module = command_module(args.command)
+    if not hasattr(module, "show"):
+        return module.run(args) or DONE
+    if args.json:
+        with contextlib.redirect_stdout(sys.stderr):
+            report = module.run(args)
+        print(to_json(report), flush=True)  # noqa: T201
+    else:
+        report = module.run(args)
+        module.show(report, args)
+    return FAILED if isinstance(report, dict) and report.get("ok") is False else DONE
+
+
+def _complain(command: str, message: str) -> None:
+    one_line = " ".join(message.split())
+    sys.stderr.write(f"llama-jax {command}: error: {one_line}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What must be settled before JAX starts: emulated devices and the compilation cache.
+
+Only entry points call this; importing a module of this project settles nothing.
+"""
+
+import contextlib
+import hashlib
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+
+CACHE_VARIABLE = "LLAMA_JAX_CACHE_DIR"
+CACHE_OFF = "off"
+
+# Compilations shorter than this are not worth a file.
+MIN_COMPILE_SECONDS = 0.1
+
+
+def cache_dir() -> Path | None:
+    """The folder of compiled programs, or None where LLAMA_JAX_CACHE_DIR=off.
+
+    Programs compiled for one processor may use instructions that another lacks, so each
+    kind of processor has its own folder (home folders are often shared between machines).
+    """
+    chosen = os.environ.get(CACHE_VARIABLE)
+    if chosen == CACHE_OFF:
+        return None
+    if chosen is not None and not chosen.strip():
+        raise ValueError(
+            f"{CACHE_VARIABLE} is empty: unset it, set it to a folder, or to '{CACHE_OFF}'"
+        )
+    if chosen is not None:
+        root = Path(chosen).expanduser()
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        root = Path(base).expanduser() / "llama-jax"
+    return root / f"jaxlib-{metadata.version('jaxlib')}-{_processor()}"
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    # "flags" on x86, "Features" on Arm: the instruction sets, the same for every core.
+    described = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    text = f"{platform.machine()} {described or platform.processor()}"
+    return f"{platform.machine()}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def start_jax(*, cpu_devices: int | None = None) -> None:
+    """Imports JAX with the compilation cache on and, if asked, `cpu_devices` emulated devices.
+
+    Raises ValueError for a count below 1, RuntimeError when JAX already runs with another one.
+    """
+    if cpu_devices is not None and cpu_devices < 1:
+        raise ValueError(
+            f"the number of emulated CPU devices must be at least 1, not {cpu_devices}"
+        )
+    if cpu_devices is not None:
+        # Emulation means the CPU, whatever else the machine has.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    import jax
+
+    if cpu_devices is not None:
+        _emulate(cpu_devices)
+    folder = cache_dir()
+    if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", MIN_COMPILE_SECONDS)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+def _emulate(cpu_devices: int) -> None:
+    import jax
+
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX runs already: see what it runs with
+            jax.config.update("jax_platforms", "cpu")
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
+    running = jax.device_count()
+    if running != cpu_devices:
+        raise RuntimeError(
+            f"JAX runs with {running} CPU devices, {cpu_devices} were asked for: unset "
+            "xla_force_host_platform_device_count in XLA_FLAGS, or ask before JAX starts"
+        )
