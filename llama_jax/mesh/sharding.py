@@ -1,0 +1,180 @@
+"""From logical axes to devices: the mesh, the rules, and where each array lies.
+
+The weight table names the logical axis of every dimension, the rules (in `Compute`) map logical to
+mesh axes, and everything here follows from the two.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from qwix import QArray
+
+from llama_jax import tree
+from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
+from llama_jax.weights.table import axis_sizes, weight_table
+from llama_jax.weights.tensors import LoraTensor
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+
+
+def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[Any] | None = None) -> Mesh:
+    """A mesh over `devices` (default: all) with axes data, fsdp, tensor, expert; missing ones are
+    1, and one may be -1: whatever is left. The product must be the number of devices."""
+    devices = list(jax.devices() if devices is None else devices)
+    unknown = [axis for axis in sizes if axis not in MESH_AXES]
+    if unknown:
+        raise ValueError(f"mesh axis {unknown[0]!r} is unknown; axes are {', '.join(MESH_AXES)}")
+    full = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
+    for axis, size in full.items():
+        if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
+            raise ValueError(f"mesh.{axis} is {size!r}; it must be a positive integer or -1")
+    free = [axis for axis, size in full.items() if size == -1]
+    fixed = math.prod(size for size in full.values() if size != -1)
+    if len(free) > 1:
+        raise ValueError(f"mesh axes {' and '.join(free)} are both -1; only one may be")
+    if free:
+        if len(devices) % fixed:
+            raise ValueError(
+                f"mesh.{free[0]} is -1, but {fixed}, the product of the other axes, does not "
+                f"divide {len(devices)} devices"
+            )
+        full[free[0]] = len(devices) // fixed
+    elif fixed != len(devices):
+        raise ValueError(
+            f"mesh {full} needs {fixed} devices, but there are {len(devices)}; change one axis, "
+            f"or set it to -1"
+        )
+    shape = tuple(full.values())
+    return Mesh(_arrange(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
+    """Neighbouring mesh positions on neighbouring chips, where the platform has a topology."""
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
+    from jax.experimental import mesh_utils
+
+    return mesh_utils.create_device_mesh(
+        shape, devices, allow_split_physical_axes=True, contiguous_submeshes=False
+    )
+
+
+def _mesh_axes(rules: LogicalRules, axis: str | None) -> tuple[str, ...]:
+    if axis is None:
+        return ()
+    target = dict(rules)[axis]
+    return () if target is None else (target,) if isinstance(target, str) else target
+
+
+def validate(config: ModelConfig, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> None:
+    """Raises ValueError naming every dimension that its mesh axes do not divide."""
+    problems = []
+    used = {axis for row in weight_table(config).values() for axis in row.axes if axis}
+    for axis, size in axis_sizes(config).items():
+        parts = math.prod(mesh.shape[name] for name in _mesh_axes(rules, axis))
+        if axis in used and size % parts:
+            divisors = [n for n in range(1, size + 1) if size % n == 0]
+            below = max(n for n in divisors if n <= parts)
+            above = [n for n in divisors if n > parts][:1]
+            nearest = " or ".join(str(n) for n in [below, *above])
+            names = " x ".join(_mesh_axes(rules, axis))
+            problems.append(
+                f"mesh axis {names} of size {parts} does not divide {axis} = {size}; "
+                f"nearest that do: {nearest}"
+            )
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def partition_spec(
+    axes: Sequence[str | None], rules: LogicalRules = DEFAULT_RULES
+) -> PartitionSpec:
+    """The spec of an array with these logical axes; two axes may not want the same mesh axis."""
+    taken: dict[str, str] = {}
+    entries = []
+    for axis in axes:
+        names = _mesh_axes(rules, axis)
+        for name in names:
+            if name in taken:
+                raise ValueError(
+                    f"rules put both {taken[name]!r} and {axis!r} of one array on mesh axis "
+                    f"{name!r}; change one of them"
+                )
+            taken[name] = str(axis)
+        entries.append(names if len(names) > 1 else names[0] if names else None)
+    return PartitionSpec(*entries)
+
+
+def shardings(
+    config: ModelConfig, params: tree.Tree, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES
+) -> tree.Tree:
+    """A NamedSharding for every array of `params` (arrays or shape structs), in its structure."""
+    validate(config, mesh, rules)
+    table = weight_table(config)
+
+    def leaf_shardings(path: str, leaf: Any) -> Any:
+        return _leaf(leaf, table[path].axes, mesh, rules)
+
+    return tree.map_with_path(leaf_shardings, params)
+
+
+def _leaf(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh, rules: LogicalRules) -> Any:
+    def named(axes: Sequence[str | None]) -> NamedSharding:
+        return NamedSharding(mesh, partition_spec(axes, rules))
+
+    if isinstance(leaf, LoraTensor):
+        *stack, out_axis, in_axis = axes
+        return LoraTensor(
+            base=_leaf(leaf.base, axes, mesh, rules),
+            lora_a=named([*stack, "rank", in_axis]),
+            lora_b=named([*stack, out_axis, "rank"]),
+            scale=named(stack),
+            ranks=leaf.ranks,
+        )
+    if isinstance(leaf, QArray):
+        # A scale shared along a dimension has length 1 there, or fewer entries than shards.
+        def shared(part: Any) -> NamedSharding | None:
+            if part is None:
+                return None
+            kept = []
+            for axis, size in zip(axes, part.shape, strict=True):
+                parts = math.prod(mesh.shape[name] for name in _mesh_axes(rules, axis))
+                kept.append(axis if size % parts == 0 else None)
+            return named(kept)
+
+        return QArray(named(axes), shared(leaf.scale), shared(leaf.zero_point), leaf.qtype)
+    return named(axes[: len(leaf.shape)])
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> NamedSharding:
+    """Of arrays [B, T, ...]: rows over the batch axes."""
+    return NamedSharding(mesh, partition_spec(("batch", "length"), rules))
+
+
+def check_batch(batch: int, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> None:
+    """Raises ValueError when the rows cannot be dealt out evenly."""
+    names = _mesh_axes(rules, "batch")
+    parts = math.prod(mesh.shape[name] for name in names)
+    if batch % parts:
+        raise ValueError(
+            f"batch size {batch} is not a multiple of {parts}, the product of the mesh axes "
+            f"{' x '.join(names)}; nearest that are: {max(batch // parts, 1) * parts} and "
+            f"{(batch // parts + 1) * parts}"
+        )
+
+
+def constrain(
+    x: jax.Array, axes: Sequence[str | None], rules: LogicalRules = DEFAULT_RULES
+) -> jax.Array:
+    """Pins an activation to its place on the mesh in force; without a mesh, does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))

@@ -1,0 +1,57 @@
+"""Causal grouped-query attention: who sees whom, and the reference computation."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Finite, so that a row with nothing to see stays finite; added nowhere, only selected, because two
+# such masks added together overflow to -inf and make the softmax NaN.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
+
+def causal_mask(
+    query: Int[Array, "B T"],
+    key: Int[Array, "B S"],
+    *,
+    sliding_window: int | None,
+    query_segments: Int[Array, "B T"] | None = None,
+    key_segments: Int[Array, "B S"] | None = None,
+) -> Bool[Array, "B T S"]:
+    """Which keys each query sees, from the places of both in their row.
+
+    A window of W lets a query see W keys, itself included. Segments see only themselves; segment
+    0 is padding, which sees padding, so that every query sees at least itself.
+    """
+    q, k = query[:, :, None], key[:, None, :]
+    mask = k <= q
+    if sliding_window is not None:
+        mask &= k > q - sliding_window
+    if query_segments is not None:
+        assert key_segments is not None
+        mask &= query_segments[:, :, None] == key_segments[:, None, :]
+    return mask
+
+
+def attend(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B K S H"],
+    value: Float[Array, "B K S H"],
+    mask: Bool[Array, "#B T S"],
+) -> Float[Array, "B T N H"]:
+    """softmax(q k / sqrt(H)) v with the softmax in float32, N query heads over K key heads.
+
+    The G queries of a group are folded into the rows of one product, so keys are read once.
+    """
+    batch, length, heads, size = query.shape
+    kv_heads, slots = key.shape[1], key.shape[2]
+    groups = heads // kv_heads
+    folded = query.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
+    folded = folded.reshape(batch, kv_heads, groups * length, size).astype(key.dtype)
+    scores = jnp.einsum("bkqh,bksh->bkqs", folded, key, preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, kv_heads, groups, length, slots) * size**-0.5
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = weights.reshape(batch, kv_heads, groups * length, slots)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", weights, value, preferred_element_type=jnp.float32)
+    mixed = mixed.astype(query.dtype).reshape(batch, kv_heads, groups, length, size)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
