@@ -16,7 +16,7 @@ from qwix import QArray
 from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
 from llama_jax.weights.table import axis_sizes, weight_table
-from llama_jax.weights.tensors import LoraTensor
+from llama_jax.weights.tensors import LoraTensor, SavedTensor
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
@@ -135,6 +135,10 @@ def _leaf(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh, rules: LogicalRul
             scale=named(stack),
             ranks=leaf.ranks,
         )
+    if isinstance(leaf, SavedTensor):
+        return SavedTensor(
+            base=_leaf(leaf.base, axes, mesh, rules), saved=_leaf(leaf.saved, axes, mesh, rules)
+        )
     if isinstance(leaf, QArray):
         # A scale shared along a dimension has length 1 there, or fewer entries than shards.
         def shared(part: Any) -> NamedSharding | None:
@@ -157,6 +161,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> NamedSharding:
     """Of arrays [B, T, ...]: rows over the batch axes."""
     return NamedSharding(mesh, partition_spec(("batch", "length"), rules))
+
+
+def batch_parts(batch: int, rules: LogicalRules = DEFAULT_RULES) -> int:
+    """Into how many parts the mesh in force deals `batch` rows; 1 without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1
+    parts = math.prod(mesh.shape[name] for name in _mesh_axes(rules, "batch"))
+    return parts if batch % parts == 0 else 1
 
 
 def check_batch(batch: int, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> None:

@@ -11,7 +11,7 @@ import qwix
 from qwix import QArray
 
 from llama_jax.config import Compute
-from llama_jax.weights.tensors import Leaf, LoraTensor
+from llama_jax.weights.tensors import Leaf, LoraTensor, SavedTensor
 
 
 def dot(
@@ -20,8 +20,9 @@ def dot(
     """x [..., in] times weight [out, in] -> [..., out], in x's dtype.
 
     Sums are kept in `compute.accumulation_dtype`, and returned in it with `keep_accumulator`
-    (for logits, which are not rounded on their way to the loss or the sampler). The operands are made two-dimensional first: XLA
-    runs that product, and its gradients, up to twice as fast on a CPU, and it is the same on a TPU.
+    (for logits, which are not rounded on their way to the loss or the sampler). The operands are
+    made two-dimensional first: XLA runs that product, and its gradients, up to twice as fast on a
+    CPU, and it is the same on a TPU.
     """
     product = _product(x.reshape(-1, x.shape[-1]), weight, compute)
     if not keep_accumulator:
@@ -31,6 +32,8 @@ def dot(
 
 def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
     """x [T, in] -> [T, out] in the accumulation dtype."""
+    if isinstance(weight, SavedTensor):
+        return _product(x, weight.saved, compute)
     if isinstance(weight, LoraTensor):
         base = _product(x, weight.base, compute)
         low = _plain(x, weight.lora_a.astype(x.dtype), compute).astype(x.dtype)
@@ -54,6 +57,8 @@ def _plain(x: jax.Array, weight: jax.Array, compute: Compute) -> jax.Array:
 def embed(weight: Leaf, ids: jax.Array, *, compute: Compute) -> jax.Array:
     """Rows of weight [V, D] at ids [...] -> [..., D] in the compute dtype."""
     dtype: Any = jnp.dtype(compute.dtype)
+    if isinstance(weight, SavedTensor):
+        return embed(weight.saved, ids, compute=compute)
     if isinstance(weight, LoraTensor):
         rows = embed(weight.base, ids, compute=compute).astype(jnp.float32)
         low = jnp.take(weight.lora_b, ids, axis=0).astype(jnp.float32)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import qwix
 from qwix import QArray
 
-Leaf = Any  # jax.Array | QArray | LoraTensor
+Leaf = Any  # jax.Array | QArray | LoraTensor | SavedTensor
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +57,40 @@ class LoraTensor:
         return product * self.scale.astype(jnp.float32)[..., None, None]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SavedTensor:
+    """A weight trained whole beside its frozen original, as PEFT's `modules_to_save` has it.
+
+    The model computes with `saved`; `base` is what it was before, kept so that the adapter can be
+    taken off again.
+    """
+
+    base: Leaf
+    saved: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.saved.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.saved.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.saved.dtype
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """What the model computes with, for weights that are not multiplied: norms and biases."""
+        return self.saved.astype(dtype)
+
+
+def is_adapted(leaf: Leaf) -> bool:
+    """Whether the leaf holds something an adapter added."""
+    return isinstance(leaf, LoraTensor | SavedTensor)
+
+
 def is_quantized(leaf: Leaf) -> bool:
     return isinstance(leaf, QArray)
 
@@ -69,6 +103,8 @@ def to_array(leaf: Leaf, *, dtype: Any = jnp.float32) -> jax.Array:
 def _to_float32(leaf: Leaf) -> jax.Array:
     if isinstance(leaf, LoraTensor):
         return _to_float32(leaf.base) + leaf.delta()
+    if isinstance(leaf, SavedTensor):
+        return _to_float32(leaf.saved)
     if isinstance(leaf, QArray):
         return qwix.dequantize(leaf.astype(jnp.float32))
     return jnp.asarray(leaf).astype(jnp.float32)
