@@ -277,14 +277,6 @@ def examine(*, cache_dir: Path | None, timeout_seconds: float = DEVICE_SECONDS) 
     versions = {need.name: installed_version(need.name) for need in base}
     versions["jaxlib"] = installed_version("jaxlib")
     problems: list[Problem] = []
-    if sys.version_info < (3, 11):
-        problems.append(
-            Problem(
-                f"Python {platform.python_version()} is too old",
-                "use Python 3.11 or newer",
-                True,
-            )
-        )
     if not ours:
         problems.append(
             Problem(

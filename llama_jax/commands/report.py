@@ -39,7 +39,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[obje
     for row in rows:
         table.add_row(*(str(cell) for cell in row))
     # Rich cuts at 80 columns where there is no terminal; a pipe wants whole lines.
-    width = None if sys.stdout.isatty() else max(80, 24 * len(columns))
+    width = None if sys.stdout.isatty() else 10_000
     Console(width=width, highlight=False).print(table)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 CACHE_VARIABLE = "LLAMA_JAX_CACHE_DIR"
 CACHE_OFF = "off"
+CPUINFO = Path("/proc/cpuinfo")
 
 # Compilations shorter than this are not worth a file.
 MIN_COMPILE_SECONDS = 0.1
@@ -39,8 +40,7 @@ def cache_dir() -> Path | None:
 
 
 def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
     # "flags" on x86, "Features" on Arm: the instruction sets, the same for every core.
     described = next((line for line in lines if line.startswith(("flags", "Features"))), "")
     text = f"{platform.machine()} {described or platform.processor()}"
@@ -53,9 +53,7 @@ def start_jax(*, cpu_devices: int | None = None) -> None:
     Raises ValueError for a count below 1, RuntimeError when JAX already runs with another one.
     """
     if cpu_devices is not None and cpu_devices < 1:
-        raise ValueError(
-            f"the number of emulated CPU devices must be at least 1, not {cpu_devices}"
-        )
+        raise ValueError(f"at least 1 CPU device must be emulated, not {cpu_devices}")
     if cpu_devices is not None:
         # Emulation means the CPU, whatever else the machine has.
         os.environ["JAX_PLATFORMS"] = "cpu"
