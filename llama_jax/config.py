@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
@@ -87,7 +87,7 @@ class RopeScaling:
     mscale_all_dim: float | None = None
     truncate: bool | None = None
 
-    _READS = {
+    _READS: ClassVar[dict[str, tuple[str, ...]]] = {
         "linear": (),
         "dynamic": ("original_max_position_embeddings",),
         "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
@@ -284,7 +284,7 @@ class Compute:
         _require_choice("compute", "moe", self.moe, ("dense", "grouped"))
         _require_int("compute", "loss_chunk_tokens", self.loss_chunk_tokens, low=1, high=2**31 - 1)
         known = [name for name, _ in DEFAULT_RULES]
-        check_keys("compute.rules", {name: axis for name, axis in self.rules}, known)
+        check_keys("compute.rules", dict(self.rules), known)
 
 
 def check_keys(owner: str, given: dict[str, Any], allowed: list[str]) -> None:

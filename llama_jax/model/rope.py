@@ -7,7 +7,6 @@ Formulas follow transformers' `modeling_rope_utils`, which is the reference for 
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int

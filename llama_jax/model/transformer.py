@@ -23,6 +23,7 @@ from llama_jax.model import cache as kv
 from llama_jax.model import moe, rope
 from llama_jax.model.attention import attend, causal_mask
 from llama_jax.weights.dot import dot, embed
+from llama_jax.weights.tensors import Leaf
 
 Params = tree.Tree
 
@@ -328,6 +329,11 @@ def hidden_states(
     """
     model = Llama(config, params, compute=compute)
     return model.hidden_states(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
+
+
+def head_weight(config: ModelConfig, params: Params) -> Leaf:
+    """The output projection [V, D]: the embedding itself when tied."""
+    return params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["weight"]
 
 
 def logits(

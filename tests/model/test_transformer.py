@@ -1,15 +1,12 @@
 """Logits equal transformers' for every family and head layout; the ways of running agree."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.config import Compute
 from llama_jax.model import transformer
-from llama_jax.model.cache import init_cache
 from tests.reference import reference_logits, reference_model
-from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
+from tests.tiny import FAMILIES, tiny_params, tiny_tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES)
