@@ -214,7 +214,7 @@ class SafetensorsFile:
         """
         source = self.view(name)[index]
         if source.ndim == 0:
-            out[...] = source.astype(out.dtype)
+            out[...] = convert(source, out.dtype, name=name)
             return
         info = self.header.tensors[name]
         # Bytes of the file that one step along the first dimension spans, sliced or not.
@@ -223,7 +223,7 @@ class SafetensorsFile:
         first = index[0].indices(info.shape[0])[0] if index else 0
         for low in range(0, len(source), rows):
             piece = source[low : low + rows]
-            out[low : low + rows] = piece if piece.dtype == out.dtype else piece.astype(out.dtype)
+            out[low : low + rows] = convert(piece, out.dtype, name=name)
             start = info.start + (first + low) * row_bytes
             self._release(start, start + len(piece) * row_bytes)
 
@@ -232,6 +232,23 @@ class SafetensorsFile:
             return
         start -= start % mmap.PAGESIZE
         self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+
+
+def convert(array: np.ndarray, dtype: np.dtype[Any], *, name: str) -> np.ndarray:
+    """`array` in `dtype`, rounded to nearest; the same array where that changes nothing.
+
+    Raises ValueError where a finite value is too large for `dtype`, instead of writing infinity.
+    """
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if not np.isfinite(result).all() and np.isfinite(array[~np.isfinite(result)]).any():
+        raise ValueError(
+            f"tensor {name!r} has values of up to {np.abs(array[np.isfinite(array)]).max()}, which "
+            f"{dtype} cannot hold; use bfloat16 or float32"
+        )
+    return result
 
 
 @dataclass(frozen=True)
@@ -286,12 +303,12 @@ def write_file(
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for spec in ordered:
-            file.write(_bytes_of(fetch(spec), spec))
+            file.write(_bytes_of(fetch(spec), spec).data)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _bytes_of(array: np.ndarray, spec: TensorSpec) -> memoryview:
+def _bytes_of(array: np.ndarray, spec: TensorSpec) -> np.ndarray:
     if array.dtype != spec.dtype or array.shape != spec.shape:
         raise ValueError(
             f"tensor {spec.name!r} was announced as {spec.dtype} {spec.shape}, but "
@@ -301,7 +318,7 @@ def _bytes_of(array: np.ndarray, spec: TensorSpec) -> memoryview:
     # neither bfloat16 nor float8 is known to the buffer protocol.
     flat = np.ascontiguousarray(array).reshape(-1)
     assert flat.flags.c_contiguous
-    return memoryview(flat.view(np.uint8))
+    return flat.view(np.uint8)
 
 
 def plan_shards(specs: Iterable[TensorSpec], max_bytes: int) -> list[list[TensorSpec]]:

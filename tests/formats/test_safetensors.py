@@ -185,7 +185,7 @@ def test_R17_arrays_of_any_layout_are_written_in_c_order(tmp_path):
 
 def test_writer_refuses_what_it_cannot_hold(tmp_path):
     path = tmp_path / "x.safetensors"
-    with pytest.raises(ValueError, match="'s' is .*cannot hold"):
+    with pytest.raises(ValueError, match=r"'s' is .*cannot hold"):
         st.write_arrays(path, {"s": np.array(["a"])})
     with pytest.raises(ValueError, match="announced"):
         st.write_file(

@@ -1,0 +1,482 @@
+"""Hugging Face's `config.json` and `generation_config.json` to `ModelConfig` and back.
+
+Reading is strict. A field is read, or known to leave the mathematics alone at the value it has, or
+refused by name: a published variant whose mathematics differs from Llama's must not load as if it
+were one. A field set to null counts as absent. Writing gives files that transformers 4 and 5 read
+to the same values; fields that describe the source rather than the model are not carried over.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import FLOAT_DTYPES, ModelConfig, MoeConfig, RopeScaling
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+}
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_READ = {
+    *_SIZES,
+    "model_type",
+    "architectures",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "initializer_range",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "dtype",
+    "torch_dtype",
+}
+# Fields that only some families have. On the others a value that switches them off is accepted.
+_FAMILY_READ = {
+    "llama": {"attention_bias", "mlp_bias"},
+    "mistral": {"sliding_window"},
+    "mixtral": {
+        "sliding_window",
+        "num_local_experts",
+        "num_experts_per_tok",
+        "router_aux_loss_coef",
+    },
+}
+
+# Accepted with exactly these values; any other value changes what the model computes. A `None`
+# value never gets this far.
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),  # two names of one function
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "attention_dropout": (0,),
+    "hidden_dropout": (0,),
+    "router_jitter_noise": (0,),
+    "pretraining_tp": (1,),
+    "partial_rotary_factor": (1,),
+    "rope_interleaved": (False,),
+    "rope_traditional": (False,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "tie_encoder_decoder": (False,),
+    "chunk_size_feed_forward": (0,),
+    "pruned_heads": ({},),
+    "use_sliding_window": (False,),
+}
+
+# Refused with a better reason than being unknown.
+_REFUSED = {
+    "quantization_config": "the weights are quantized in a format that is not read; load the "
+    "unquantized model and use `llama-jax quantize`",
+}
+
+# Bookkeeping, or defaults of generation that older transformers kept here: never read, any value.
+_INERT = frozenset(
+    """
+    _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
+    _name_or_path attn_implementation auto_map custom_pipelines experts_implementation
+    finetuning_task id2label is_decoder is_llama_config label2id language max_sequence_length
+    model_max_length name_or_path num_labels output_attentions output_hidden_states
+    output_router_logits prefix problem_type return_dict sep_token_id decoder_start_token_id
+    task_specific_params tf_legacy_loss tokenizer_class torchscript transformers.js_config
+    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
+    forced_eos_token_id length_penalty max_length min_length min_p no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+    """.split()  # noqa: SIM905
+)
+
+# What transformers takes when the field is absent. Sizes have no default.
+_RMS_NORM_EPS = {"llama": 1e-6, "mistral": 1e-6, "mixtral": 1e-5}
+_ROPE_THETA = {"llama": 10_000.0, "mistral": 10_000.0, "mixtral": 1_000_000.0}
+_MISTRAL_SLIDING_WINDOW = 4096
+
+
+def _names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a repeated key is an error, where Python keeps the last."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                raise ValueError(f"{name!r} appears twice")
+            result[name] = value
+        return result
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def read_config(folder: Path, *, stored_dtype: str | None = None) -> ModelConfig:
+    """The `ModelConfig` of a Hugging Face folder.
+
+    End-of-text ids are the union of those in `config.json` and `generation_config.json`. The dtype
+    is the declared one, or `stored_dtype`, or float32.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        if (folder / "params.json").is_file():
+            raise ValueError(
+                f"{folder} has no config.json; its params.json marks Meta's original layout, whose "
+                f"weights are pickled. Convert it first, with transformers' "
+                f"convert_llama_weights_to_hf, or download the Hugging Face version of the model"
+            )
+        raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    generation_path = folder / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.is_file() else {}
+    raw = read_json(path)
+    try:
+        return from_hf(raw, generation=generation, stored_dtype=stored_dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def from_hf(
+    raw: dict[str, Any],
+    *,
+    generation: dict[str, Any] | None = None,
+    stored_dtype: str | None = None,
+) -> ModelConfig:
+    """`ModelConfig` from the contents of config.json and generation_config.json.
+
+    Raises ValueError naming the field for anything missing, contradictory or unknown.
+    """
+    values = {name: value for name, value in raw.items() if value is not None}
+    family = _family(values)
+    _check_fields(values, family)
+    missing = [name for name in _SIZES if name not in values]
+    if missing:
+        raise ValueError(f"missing {', '.join(missing)}; sizes have no default")
+    # Checked here too because head_dim divides by it.
+    heads, hidden = values["num_attention_heads"], values["hidden_size"]
+    for name, number in (("num_attention_heads", heads), ("hidden_size", hidden)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name} is {number!r}; it must be a positive integer")
+    if "head_dim" not in values and hidden % heads:
+        raise ValueError(
+            f"hidden_size {hidden} is not a multiple of num_attention_heads {heads} and head_dim "
+            f"is not given"
+        )
+    theta, scaling = _rope(values, family)
+    return ModelConfig(
+        model_type=family,
+        num_key_value_heads=values.get("num_key_value_heads", heads),
+        head_dim=values.get("head_dim", hidden // heads),
+        rms_norm_eps=_number(values, "rms_norm_eps", _RMS_NORM_EPS[family]),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        attention_bias=values.get("attention_bias", False),
+        mlp_bias=values.get("mlp_bias", False),
+        tie_word_embeddings=values.get("tie_word_embeddings", False),
+        sliding_window=_sliding_window(raw, family),
+        moe=_moe(values) if family == "mixtral" else None,
+        initializer_range=_number(values, "initializer_range", 0.02),
+        bos_token_id=_token(values, generation or {}, "bos_token_id"),
+        eos_token_id=_end_tokens(values, generation or {}),
+        pad_token_id=_token(values, generation or {}, "pad_token_id"),
+        dtype=declared_dtype(raw) or stored_dtype or "float32",
+        **{name: values[name] for name in _SIZES},
+    )
+
+
+def declared_dtype(raw: dict[str, Any]) -> str | None:
+    """The dtype config.json declares under either of its two names, or None."""
+    names = {
+        key: str(raw[key]).removeprefix("torch.")
+        for key in ("dtype", "torch_dtype")
+        if raw.get(key) is not None and raw[key] != "auto"
+    }
+    if len(set(names.values())) > 1:
+        raise ValueError(
+            f"dtype is {raw['dtype']!r} but torch_dtype is {raw['torch_dtype']!r}; they are two "
+            f"names of one field, remove the wrong one"
+        )
+    for key, name in names.items():
+        if name not in FLOAT_DTYPES:
+            raise ValueError(f"{key} is {raw[key]!r}; allowed are {', '.join(FLOAT_DTYPES)}")
+        return name
+    return None
+
+
+def _family(values: dict[str, Any]) -> str:
+    architectures = values.get("architectures", [])
+    if not isinstance(architectures, list) or not all(isinstance(a, str) for a in architectures):
+        raise ValueError(f"architectures is {architectures!r}; it must be a list of names")
+    known = ", ".join(ARCHITECTURES.values())
+    by_class = {name.lower(): family for family, name in ARCHITECTURES.items()}
+    # The first conversions of Llama spelled it LLaMAForCausalLM.
+    found = [by_class.get(name.lower()) for name in architectures]
+    family = values.get("model_type") or next((f for f in found if f), None)
+    if not isinstance(family, str) or family not in ARCHITECTURES:
+        raise ValueError(
+            f"model_type {family!r} with architectures {architectures} is not supported; "
+            f"supported are {', '.join(ARCHITECTURES)} ({known})"
+        )
+    if architectures and family not in found:
+        raise ValueError(
+            f"architectures {architectures} with model_type {family!r} is not supported; "
+            f"{ARCHITECTURES[family]} is"
+        )
+    return family
+
+
+def _check_fields(values: dict[str, Any], family: str) -> None:
+    read = _READ | _FAMILY_READ[family]
+    problems = []
+    for name, value in values.items():
+        if name in read or name in _INERT or name == "layer_types":
+            continue
+        if name in _REFUSED:
+            raise ValueError(f"{name} = {_short(value)}: {_REFUSED[name]}")
+        if name not in _FIXED:
+            problems.append(f"{name} = {_short(value)} is unknown")
+        elif not any(_equal(value, allowed) for allowed in _FIXED[name]):
+            allowed = " or ".join(repr(item) for item in _FIXED[name])
+            problems.append(f"{name} = {_short(value)} is not supported, only {allowed}")
+    if "layer_types" in values:
+        windowed = family != "llama" and values.get("sliding_window") is not None
+        expected = "sliding_attention" if windowed else "full_attention"
+        kinds = values["layer_types"]
+        if not isinstance(kinds, list) or any(kind != expected for kind in kinds):
+            problems.append(f"layer_types = {_short(kinds)} is not supported, only {expected!r}")
+    if problems:
+        raise ValueError(
+            f"{'; '.join(problems)}. Such a field can change what the model computes, so the model "
+            f"is refused. If you know that one does not, remove it or set it to null"
+        )
+
+
+def _equal(value: Any, allowed: Any) -> bool:
+    # True == 1 in Python, but a boolean is not a number in a config.
+    return isinstance(value, bool) == isinstance(allowed, bool) and value == allowed
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _number(values: dict[str, Any], name: str, default: float) -> float:
+    """As a float where it is an integer: 1000000 and 1000000.0 are one value."""
+    value = values.get(name, default)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    return value  # ModelConfig refuses what is not a number
+
+
+def _rope(values: dict[str, Any], family: str) -> tuple[float, RopeScaling | None]:
+    """Theta and scaling from `rope_theta` + `rope_scaling` (transformers 4), `rope_parameters`
+    (transformers 5), or both where they agree."""
+    old = _rope_dict(values, "rope_scaling")
+    new = _rope_dict(values, "rope_parameters")
+    thetas = {
+        "rope_theta": values.get("rope_theta"),
+        "rope_scaling.rope_theta": old.pop("rope_theta", None),
+        "rope_parameters.rope_theta": new.pop("rope_theta", None),
+    }
+    given = {name: value for name, value in thetas.items() if value is not None}
+    first = next(iter(given.values()), _ROPE_THETA[family])
+    if any(value != first for value in given.values()):
+        stated = ", ".join(f"{name} = {value}" for name, value in given.items())
+        raise ValueError(f"{stated} disagree; remove the wrong one")
+    theta = _number({}, "rope_theta", first)
+    scalings = [
+        _scaling(name, entries, values["max_position_embeddings"])
+        for name, entries in (("rope_scaling", old), ("rope_parameters", new))
+        if entries
+    ]
+    if len(scalings) == 2 and scalings[0] != scalings[1]:
+        raise ValueError(
+            f"rope_scaling {_short(old)} and rope_parameters {_short(new)} disagree; remove the "
+            f"wrong one"
+        )
+    return theta, scalings[0] if scalings else None
+
+
+def _rope_dict(values: dict[str, Any], name: str) -> dict[str, Any]:
+    entries = values.get(name, {})
+    if not isinstance(entries, dict):
+        raise ValueError(f"{name} is {_short(entries)}; it must be an object")
+    if any(isinstance(value, dict) for value in entries.values()):
+        raise ValueError(f"{name} differs by layer: {_short(entries)}; one for all is supported")
+    return {key: value for key, value in entries.items() if value is not None}
+
+
+def _scaling(owner: str, entries: dict[str, Any], max_positions: Any) -> RopeScaling | None:
+    entries = dict(entries)
+    kinds = [entries.pop(key) for key in ("rope_type", "type") if key in entries]
+    if not kinds:
+        raise ValueError(f"{owner} {_short(entries)} has no rope_type")
+    kind = kinds[0]
+    if kinds[-1] != kind:
+        raise ValueError(f"{owner}.rope_type {kind!r} and {owner}.type {kinds[-1]!r} disagree")
+    if _equal(entries.get("partial_rotary_factor"), 1):
+        del entries["partial_rotary_factor"]
+    if kind == "default":
+        if entries:
+            raise ValueError(f"{owner} of type 'default' holds {_short(entries)}, which it ignores")
+        return None
+    if kind == "dynamic" and "original_max_position_embeddings" in entries:
+        # transformers scales by max_position_embeddings and never reads this field.
+        if entries["original_max_position_embeddings"] != max_positions:
+            raise ValueError(
+                f"{owner}.original_max_position_embeddings is "
+                f"{entries['original_max_position_embeddings']}, but rope_type 'dynamic' scales by "
+                f"max_position_embeddings = {max_positions}; make them equal or remove the former"
+            )
+        del entries["original_max_position_embeddings"]
+    numbers: dict[str, Any] = {
+        name: float(value)
+        if isinstance(value, int)
+        and not isinstance(value, bool)
+        and name != "original_max_position_embeddings"
+        else value
+        for name, value in entries.items()
+    }
+    unknown = sorted(set(numbers) - set(_names(RopeScaling)))
+    if unknown:
+        raise ValueError(f"{owner}.{unknown[0]} = {_short(numbers[unknown[0]])} is unknown")
+    if "factor" not in numbers:
+        raise ValueError(f"{owner}.factor is missing; rope_type {kind!r} needs it")
+    return RopeScaling(rope_type=kind, **numbers)
+
+
+def _sliding_window(raw: dict[str, Any], family: str) -> int | None:
+    """The one field where null says something: no window, while an absent one is Mistral's."""
+    if family == "mistral":
+        return raw.get("sliding_window", _MISTRAL_SLIDING_WINDOW)
+    return raw.get("sliding_window") if family == "mixtral" else None
+
+
+def _moe(values: dict[str, Any]) -> MoeConfig:
+    for name in ("num_local_experts", "num_experts_per_tok"):
+        if name not in values:
+            raise ValueError(f"missing {name}; sizes have no default")
+    return MoeConfig(
+        num_local_experts=values["num_local_experts"],
+        num_experts_per_tok=values["num_experts_per_tok"],
+        router_aux_loss_coef=_number(values, "router_aux_loss_coef", 0.001),
+    )
+
+
+def _token(values: dict[str, Any], generation: dict[str, Any], name: str) -> int | None:
+    """generation_config.json speaks where config.json does not."""
+    value = values.get(name)
+    return generation.get(name) if value is None else value
+
+
+def _end_tokens(values: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
+    union: dict[int, None] = {}
+    for source in (values, generation):
+        ids = source.get("eos_token_id")
+        for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
+            if isinstance(token, bool) or not isinstance(token, int):
+                raise ValueError(
+                    f"eos_token_id is {_short(ids)}; it must be an id or a list of ids"
+                )
+            union[token] = None
+    return tuple(union)
+
+
+def to_hf(config: ModelConfig, *, declare_dtype: bool = True) -> dict[str, Any]:
+    """The contents of config.json. Rotary and dtype fields are written under both the names of
+    transformers 4 and 5. `declare_dtype` False leaves the dtype to the weight files."""
+    fields: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
+        **{name: getattr(config, name) for name in _SIZES},
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_cache": True,
+        **_tokens_to_hf(config),
+        **_rope_to_hf(config),
+    }
+    if declare_dtype:
+        fields |= {"dtype": config.dtype, "torch_dtype": config.dtype}
+    own: dict[str, Any] = {
+        "attention_bias": config.attention_bias,
+        "mlp_bias": config.mlp_bias,
+        "sliding_window": config.sliding_window,
+        "num_local_experts": None,
+        "num_experts_per_tok": None,
+        "router_aux_loss_coef": None,
+    }
+    if config.moe is not None:
+        own |= {name: getattr(config.moe, name) for name in _names(MoeConfig)}
+    for name, value in own.items():
+        if name in _FAMILY_READ[config.model_type]:
+            fields[name] = value
+        elif value not in (False, None):
+            raise ValueError(
+                f"Hugging Face's {config.model_type} has no {name}, which is {value!r}; set "
+                f"model_type to a family that has it, or the field to its neutral value"
+            )
+    if config.model_type == "mixtral":
+        if config.moe is None:
+            raise ValueError("Hugging Face's mixtral needs experts, but moe is None")
+        fields |= {"output_router_logits": False, "router_jitter_noise": 0.0}
+    return dict(sorted(fields.items()))
+
+
+def generation_to_hf(config: ModelConfig) -> dict[str, Any]:
+    """The contents of generation_config.json: the token ids that begin, end and pad."""
+    tokens = _tokens_to_hf(config)
+    return {name: value for name, value in tokens.items() if value is not None}
+
+
+def _tokens_to_hf(config: ModelConfig) -> dict[str, Any]:
+    ends = list(config.eos_token_id)
+    return {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+        "pad_token_id": config.pad_token_id,
+    }
+
+
+def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
+    scaling = None
+    if config.rope_scaling is not None:
+        scaling = {
+            name: getattr(config.rope_scaling, name)
+            for name in _names(RopeScaling)
+            if getattr(config.rope_scaling, name) is not None
+        }
+    return {
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {
+            **(scaling or {"rope_type": "default"}),
+            "rope_theta": config.rope_theta,
+        },
+    }
