@@ -4,6 +4,7 @@ The weight table names the logical axis of every dimension, the rules (in `Compu
 mesh axes, and everything here follows from the two.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ from qwix import QArray
 from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
 from llama_jax.weights.table import axis_sizes, weight_table
-from llama_jax.weights.tensors import LoraTensor, SavedTensor
+from llama_jax.weights.tensors import LoraTensor, PackedTensor, SavedTensor
 
 MESH_AXES = ("data", "fsdp", "tensor", "expert")
 
@@ -126,31 +127,33 @@ def _leaf(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh, rules: LogicalRul
     def named(axes: Sequence[str | None]) -> NamedSharding:
         return NamedSharding(mesh, partition_spec(axes, rules))
 
+    def divided(part: Any) -> NamedSharding | None:
+        """Of a part with fewer entries than the weight, which its mesh axes may not divide."""
+        if part is None:
+            return None
+        kept = []
+        for axis, size in zip(axes, part.shape, strict=True):
+            parts = math.prod(mesh.shape[name] for name in _mesh_axes(rules, axis))
+            kept.append(axis if size % parts == 0 else None)
+        return named(kept)
+
     if isinstance(leaf, LoraTensor):
         *stack, out_axis, in_axis = axes
-        return LoraTensor(
+        return dataclasses.replace(
+            leaf,
             base=_leaf(leaf.base, axes, mesh, rules),
             lora_a=named([*stack, "rank", in_axis]),
             lora_b=named([*stack, out_axis, "rank"]),
             scale=named(stack),
-            ranks=leaf.ranks,
         )
     if isinstance(leaf, SavedTensor):
         return SavedTensor(
             base=_leaf(leaf.base, axes, mesh, rules), saved=_leaf(leaf.saved, axes, mesh, rules)
         )
+    if isinstance(leaf, PackedTensor):
+        return dataclasses.replace(leaf, packed=divided(leaf.packed), scale=divided(leaf.scale))
     if isinstance(leaf, QArray):
-        # A scale shared along a dimension has length 1 there, or fewer entries than shards.
-        def shared(part: Any) -> NamedSharding | None:
-            if part is None:
-                return None
-            kept = []
-            for axis, size in zip(axes, part.shape, strict=True):
-                parts = math.prod(mesh.shape[name] for name in _mesh_axes(rules, axis))
-                kept.append(axis if size % parts == 0 else None)
-            return named(kept)
-
-        return QArray(named(axes), shared(leaf.scale), shared(leaf.zero_point), leaf.qtype)
+        return QArray(named(axes), divided(leaf.scale), divided(leaf.zero_point), leaf.qtype)
     return named(axes[: len(leaf.shape)])
 
 

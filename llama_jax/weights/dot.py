@@ -3,15 +3,22 @@
 Every number format and every adapter is a branch here and nowhere in the model.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import qwix
 from qwix import QArray
 
 from llama_jax.config import Compute
-from llama_jax.weights.tensors import Leaf, LoraTensor, SavedTensor
+from llama_jax.weights.tensors import (
+    Leaf,
+    LoraTensor,
+    PackedTensor,
+    SavedTensor,
+    is_quantized,
+    to_array,
+)
 
 
 def dot(
@@ -39,9 +46,9 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
         low = _plain(x, weight.lora_a.astype(x.dtype), compute).astype(x.dtype)
         update = _plain(low, weight.lora_b.astype(x.dtype), compute)
         return base + update * weight.scale.astype(update.dtype)
-    if isinstance(weight, QArray):
+    if is_quantized(weight):
         # Weight-only: the products are of activations and rescaled integers, as QLoRA has them.
-        return _plain(x, qwix.dequantize(weight.astype(jnp.float32)).astype(x.dtype), compute)
+        return _plain(x, to_array(weight, dtype=x.dtype), compute)
     return _plain(x, weight.astype(x.dtype), compute)
 
 
@@ -64,9 +71,16 @@ def embed(weight: Leaf, ids: jax.Array, *, compute: Compute) -> jax.Array:
         low = jnp.take(weight.lora_b, ids, axis=0).astype(jnp.float32)
         update = low @ weight.lora_a.astype(jnp.float32)
         return (rows + update * weight.scale.astype(jnp.float32)).astype(dtype)
+    if isinstance(weight, PackedTensor):
+        rows_of = dataclasses.replace(
+            weight,
+            packed=jnp.take(weight.packed, ids, axis=0),
+            scale=jnp.take(weight.scale, ids, axis=0),
+        )
+        return to_array(rows_of, dtype=dtype)
     if isinstance(weight, QArray):
         values = jnp.take(weight.qvalue, ids, axis=0)
         scale = jnp.take(weight.scale, ids // (weight.shape[0] // weight.scale.shape[0]), axis=0)
         row = QArray(values, scale.astype(jnp.float32), None, weight.qtype)
-        return qwix.dequantize(row).astype(dtype)
+        return to_array(row, dtype=dtype)
     return jnp.take(weight, ids, axis=0).astype(dtype)

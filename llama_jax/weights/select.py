@@ -13,6 +13,7 @@ chosen by index (`layers.3.*`, `layers.[0-7].mlp`) only on a tree from `unstack_
 some layers alone need no mask: `LoraConfig.layers_to_transform` gives the others rank 0.
 """
 
+import dataclasses
 import difflib
 import fnmatch
 import re
@@ -86,17 +87,25 @@ def decay_mask(config: ModelConfig, params: tree.Tree) -> tree.Tree:
 
 def _leaf_trainable(leaf: Leaf, chosen: bool) -> Any:
     if isinstance(leaf, LoraTensor):
-        return LoraTensor(_all(leaf.base, False), chosen, chosen, False, leaf.ranks)  # type: ignore[arg-type]
+        return dataclasses.replace(
+            leaf, base=_all(leaf.base, False), lora_a=chosen, lora_b=chosen, scale=False
+        )
     if isinstance(leaf, SavedTensor):
-        return SavedTensor(_all(leaf.base, False), chosen)  # type: ignore[arg-type]
+        return SavedTensor(_all(leaf.base, False), chosen)
     return _all(leaf, chosen)
 
 
 def _leaf_decays(leaf: Leaf, decays: bool) -> Any:
     if isinstance(leaf, LoraTensor):
-        return LoraTensor(_leaf_decays(leaf.base, decays), decays, decays, False, leaf.ranks)  # type: ignore[arg-type]
+        return dataclasses.replace(
+            leaf,
+            base=_leaf_decays(leaf.base, decays),
+            lora_a=decays,
+            lora_b=decays,
+            scale=False,
+        )
     if isinstance(leaf, SavedTensor):
-        return SavedTensor(_leaf_decays(leaf.base, decays), decays)  # type: ignore[arg-type]
+        return SavedTensor(_leaf_decays(leaf.base, decays), decays)
     return _all(leaf, decays and not is_quantized(leaf))
 
 

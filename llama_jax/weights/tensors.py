@@ -1,19 +1,106 @@
-"""The kinds of weight leaf: a plain array, a quantized tensor, an adapted tensor.
+"""The kinds of weight leaf: a plain array, quantized tensors, adapted tensors.
 
-The quantized tensor is Qwix's `QArray` (int8, int4, nf4, fp8 with per-channel or tiled scales); it
-has the shape of the matrix it stands for. The adapted tensor is defined here. What multiplies
-them is in `dot.py`.
+Eight-bit tensors are Qwix's `QArray` (int8 and fp8 values, scales per channel or tile), four-bit
+ones are `PackedTensor`: a CPU stores an int4 array in one byte a value. Adapters are `LoraTensor`
+and `SavedTensor`. Every leaf has the shape of the matrix it stands for. What multiplies them is in
+`dot.py`.
 """
 
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import qwix
 from qwix import QArray
 
-Leaf = Any  # jax.Array | QArray | LoraTensor | SavedTensor
+Leaf = Any  # jax.Array | QArray | PackedTensor | LoraTensor | SavedTensor
+# An array, or what stands for one in a tree of shardings, shapes or booleans.
+Array = Any
+
+Codebook = Literal["int4", "nf4"]
+
+# The sixteen values of NormalFloat 4: quantiles of a normal distribution scaled to [-1, 1], with
+# an exact zero (Dettmers et al. 2023, QLoRA, arXiv:2305.14314, appendix E).
+NF4_VALUES = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedTensor:
+    """A matrix of four-bit values, two in a byte, times scales.
+
+    packed: uint8 [..., out, ceil(in / 2)], see `pack_nibbles`; scale: [..., out, tiles], each for
+    `tile` neighbouring values of a row, the last for what remains. `codebook` says what a nibble
+    means: `int4` a two's complement integer, `nf4` an index into `NF4_VALUES`. `size` is `in`.
+    """
+
+    packed: Array
+    scale: Array
+    codebook: Codebook = field(metadata={"static": True})
+    size: int = field(metadata={"static": True})
+    tile: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (*self.packed.shape[:-1], self.size)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.packed.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the values it stands for."""
+        return self.scale.dtype
+
+    def dequantize(self) -> jax.Array:
+        """The matrix in float32, [..., out, in]."""
+        codes = unpack_nibbles(self.packed, self.size)
+        if self.codebook == "int4":
+            values = signed_nibbles(codes).astype(jnp.float32)
+        else:
+            values = jnp.take(jnp.asarray(NF4_VALUES, jnp.float32), codes, mode="clip")
+        scale = jnp.repeat(self.scale.astype(jnp.float32), self.tile, axis=-1)
+        return values * scale[..., : self.size]
+
+
+def pack_nibbles(codes: jax.Array) -> jax.Array:
+    """Integers [..., n] -> uint8 [..., ceil(n / 2)]: the four low bits of each, the first of a
+    pair in the low half of the byte. An odd row ends with a zero nibble."""
+    codes = codes.astype(jnp.uint8) & 0xF
+    if codes.shape[-1] % 2:
+        codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, 1)])
+    return codes[..., 0::2] | (codes[..., 1::2] << 4)
+
+
+def unpack_nibbles(packed: jax.Array, size: int) -> jax.Array:
+    """uint8 [..., ceil(size / 2)] -> the `size` nibbles of each row as uint8."""
+    pairs = jnp.stack([packed & 0xF, packed >> 4], axis=-1)
+    return pairs.reshape(*packed.shape[:-1], -1)[..., :size]
+
+
+def signed_nibbles(codes: jax.Array) -> jax.Array:
+    """Nibbles as two's complement integers, int8: 0xF -> -1."""
+    return (codes ^ 8).astype(jnp.int8) - 8
 
 
 @jax.tree_util.register_dataclass
@@ -21,18 +108,20 @@ Leaf = Any  # jax.Array | QArray | LoraTensor | SavedTensor
 class LoraTensor:
     """A matrix W with a low-rank update: W + scale * B @ A (Hu et al. 2021, arXiv:2106.09685).
 
-    base: [..., out, in], array or quantized; lora_a: [..., R, in]; lora_b: [..., out, R];
-    scale: [...], alpha / r or alpha / sqrt(r) for each layer. Layers stack on the leading
-    dimensions and may have different ranks: R is the largest, the rest is zero in both factors and
-    so gets zero gradients and stays zero. `ranks` holds the true rank of each layer (0: this layer
-    has no adapter); it describes the whole stack and travels unchanged with its slices.
+    base: [..., out, in], any other leaf; lora_a: [..., R, in]; lora_b: [..., out, R];
+    scale: [...], alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv:2312.03732), for each
+    layer. Layers stack on the leading dimensions and may have different ranks: R is the largest,
+    the rest is zero in both factors and so gets zero gradients and stays zero. `ranks` holds the
+    true rank of each matrix of the stack, row-major (0: no adapter here); it describes the whole
+    stack and travels unchanged with its slices.
     """
 
     base: Leaf
-    lora_a: jax.Array
-    lora_b: jax.Array
-    scale: jax.Array
+    lora_a: Array
+    lora_b: Array
+    scale: Array
     ranks: tuple[int, ...] = field(metadata={"static": True})
+    use_rslora: bool = field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,7 +156,7 @@ class SavedTensor:
     """
 
     base: Leaf
-    saved: jax.Array
+    saved: Array
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,7 +181,11 @@ def is_adapted(leaf: Leaf) -> bool:
 
 
 def is_quantized(leaf: Leaf) -> bool:
-    return isinstance(leaf, QArray)
+    return isinstance(leaf, QArray | PackedTensor)
+
+
+def num_tiles(size: int, tile: int) -> int:
+    return math.ceil(size / tile)
 
 
 def to_array(leaf: Leaf, *, dtype: Any = jnp.float32) -> jax.Array:
@@ -105,6 +198,8 @@ def _to_float32(leaf: Leaf) -> jax.Array:
         return _to_float32(leaf.base) + leaf.delta()
     if isinstance(leaf, SavedTensor):
         return _to_float32(leaf.saved)
+    if isinstance(leaf, PackedTensor):
+        return leaf.dequantize()
     if isinstance(leaf, QArray):
         return qwix.dequantize(leaf.astype(jnp.float32))
     return jnp.asarray(leaf).astype(jnp.float32)
