@@ -1,0 +1,93 @@
+"""Parameters on their way out: checked against the config, then gathered one tensor at a time."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from llama_jax import tree
+from llama_jax.config import FLOAT_DTYPES, ModelConfig
+from llama_jax.formats.safetensors import convert
+from llama_jax.mesh.sharding import replicated
+from llama_jax.weights.table import weight_table
+from llama_jax.weights.tensors import LoraTensor, is_quantized, to_array
+
+
+def is_plain(leaf: Any) -> bool:
+    """Whether a leaf is an array, neither quantized nor adapted."""
+    return not isinstance(leaf, LoraTensor) and not is_quantized(leaf)
+
+
+def check_params(
+    config: ModelConfig, params: tree.Tree, *, merge: bool, target: str
+) -> dict[str, Any]:
+    """Path -> leaf of parameters that can be exported whole, from this process.
+
+    Raises ValueError naming every leaf at fault; adapters and quantized leaves only pass with
+    `merge`. `target` says in the message what cannot hold them.
+    """
+    if isinstance(params.get("layers"), list | tuple):
+        raise ValueError("params hold one tree per layer; export takes the stacked layers")
+    leaves = tree.flatten(params)
+    table = weight_table(config)
+    problems = [f"{path} is missing" for path in table if path not in leaves]
+    for path, leaf in leaves.items():
+        if path not in table:
+            problems.append(f"{path} is unexpected")
+        elif tuple(leaf.shape) != table[path].shape:
+            problems.append(f"{path} has shape {leaf.shape}, expected {table[path].shape}")
+        elif not is_plain(leaf):
+            if not merge:
+                kind = "an adapter" if isinstance(leaf, LoraTensor) else "quantized weights"
+                raise ValueError(
+                    f"{path} holds {kind}, which {target} cannot; pass "
+                    f"merge=True to write the full matrices, or export the adapter as PEFT"
+                )
+        elif np.dtype(leaf.dtype).name not in FLOAT_DTYPES:
+            problems.append(f"{path} is {leaf.dtype}, allowed are {', '.join(FLOAT_DTYPES)}")
+        if any(
+            isinstance(array, jax.Array) and not array.is_fully_addressable
+            for array in jax.tree.leaves(leaf)
+        ):
+            raise ValueError(
+                f"{path} is spread over several processes; save a checkpoint from there and export "
+                f"it from one process"
+            )
+    if problems:
+        raise ValueError(f"params do not fit the config: {'; '.join(problems[:20])}")
+    return leaves
+
+
+def fetch(leaf: Any, at: tuple[int, ...], *, dtype: np.dtype[Any], name: str) -> np.ndarray:
+    """`leaf[at]` on the host, converted to `dtype`; `name` is for the error message."""
+    tensor = jax.tree.map(lambda array: _take(array, at), leaf)
+    if not is_plain(leaf):
+        return np.asarray(to_array(jax.tree.map(jnp.asarray, tensor), dtype=dtype))
+    return convert(tensor, dtype, name=name)
+
+
+def _take(array: Any, at: tuple[int, ...]) -> np.ndarray:
+    # Part of a quantized stack, such as a scale that all layers share, can have length 1.
+    at = tuple(0 if size == 1 else i for i, size in zip(at, array.shape, strict=False))
+    if isinstance(array, jax.Array) and len(array.sharding.device_set) > 1:
+        sharding = array.sharding
+        assert isinstance(sharding, NamedSharding)
+        return np.asarray(_gatherer(sharding.mesh, len(at))(array, at))
+    if isinstance(array, jax.Array) and jax.default_backend() != "cpu":
+        return np.asarray(_gatherer(None, len(at))(array, at))
+    return np.asarray(array)[at]
+
+
+@functools.cache
+def _gatherer(mesh: Mesh | None, num_indices: int) -> Any:
+    """A jitted `array[at]` whose result every device holds; compiled once for each shape."""
+
+    def take(array: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+        for i in at:
+            array = jax.lax.dynamic_index_in_dim(array, i, axis=0, keepdims=False)
+        return array
+
+    return jax.jit(take, out_shardings=None if mesh is None else replicated(mesh))
