@@ -1,8 +1,9 @@
 """The key/value cache: allocated once, updated in place.
 
-Rows are independent: each has its own length, and slot s of a row always holds position s. Prompts
-are padded on the right; what padding wrote lies at positions no query has reached yet, so it is
-never seen and is overwritten when its position comes.
+All rows write at one shared cursor, so a step's update is one contiguous slice whatever the
+lengths of the rows. Each slot remembers the position of the token it holds; padding holds `NEVER`,
+a position no query reaches. Rows are thereby independent: what a query sees follows from the
+positions of its own row alone.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from llama_jax.config import ModelConfig
@@ -18,16 +20,21 @@ from llama_jax.config import ModelConfig
 # Stacked [L, B, K, S, H] for scanned layers, or a tuple of L arrays [B, K, S, H] for unrolled ones.
 Layers = Any
 
+NEVER = int(np.iinfo(np.int32).max)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """keys and values: [L, B, K, S, H] or L times [B, K, S, H], keys already rotated;
-    lengths: [B] int32, the number of tokens each row holds."""
+    """keys, values: [L, B, K, S, H] or L times [B, K, S, H], keys already rotated;
+    positions: [B, S], the position of the token in each slot, NEVER where there is none;
+    lengths: [B], tokens each row holds; cursor: [], the slot the next token of every row takes."""
 
     keys: Layers
     values: Layers
+    positions: Int[Array, "B S"]
     lengths: Int[Array, " B"]
+    cursor: Int[Array, ""]
 
     @property
     def is_stacked(self) -> bool:
@@ -35,38 +42,47 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """Tokens a row can hold."""
-        return self.keys.shape[-2] if self.is_stacked else self.keys[0].shape[-2]
+        """Slots of each row."""
+        return self.positions.shape[1]
 
-    def positions(self, num_tokens: int) -> Int[Array, "B T"]:
-        """The positions of the next `num_tokens` tokens of each row."""
-        return self.lengths[:, None] + jnp.arange(num_tokens, dtype=jnp.int32)
+    def extend(self, real: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], "KVCache"]:
+        """Makes room for T tokens: (their positions, the cache with its bookkeeping advanced).
 
-    def advance(self, num_tokens: Int[Array, " B"]) -> "KVCache":
-        return dataclasses.replace(self, lengths=self.lengths + num_tokens)
+        real: 1 for tokens, 0 for padding on the right. Keys and values are written by the layers,
+        from the old cursor.
+        """
+        positions = self.lengths[:, None] + jnp.arange(real.shape[1], dtype=jnp.int32)
+        seen = jnp.where(real > 0, positions, NEVER)
+        return positions, dataclasses.replace(
+            self,
+            positions=jax.lax.dynamic_update_slice(self.positions, seen, (0, self.cursor)),
+            lengths=self.lengths + real.sum(axis=1, dtype=jnp.int32),
+            cursor=self.cursor + real.shape[1],
+        )
 
 
 def init_cache(
     config: ModelConfig, batch: int, capacity: int, *, dtype: Any = jnp.float32, stacked: bool
 ) -> KVCache:
-    """An empty cache for `batch` rows of up to `capacity` tokens."""
+    """An empty cache for `batch` rows and `capacity` slots, padding included."""
     shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
     layers = config.num_hidden_layers
-    lengths = jnp.zeros((batch,), jnp.int32)
-    if stacked:
-        return KVCache(
-            jnp.zeros((layers, *shape), dtype), jnp.zeros((layers, *shape), dtype), lengths
-        )
+
+    def empty() -> Layers:
+        if stacked:
+            return jnp.zeros((layers, *shape), dtype)
+        return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+
     return KVCache(
-        tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
-        tuple(jnp.zeros(shape, dtype) for _ in range(layers)),
-        lengths,
+        keys=empty(),
+        values=empty(),
+        positions=jnp.full((batch, capacity), NEVER, jnp.int32),
+        lengths=jnp.zeros((batch,), jnp.int32),
+        cursor=jnp.zeros((), jnp.int32),
     )
 
 
-def write(layer: jax.Array, new: jax.Array, starts: Int[Array, " B"]) -> jax.Array:
-    """Puts new [B, T, K, H] into layer [B, K, S, H] from slot starts[b] of each row."""
+def write(layer: jax.Array, new: jax.Array, cursor: Int[Array, ""]) -> jax.Array:
+    """Puts new [B, T, K, H] into layer [B, K, S, H] at the cursor."""
     new = new.transpose(0, 2, 1, 3).astype(layer.dtype)
-    return jax.vmap(lambda row, update, at: jax.lax.dynamic_update_slice(row, update, (0, at, 0)))(
-        layer, new, starts
-    )
+    return jax.lax.dynamic_update_slice(layer, new, (0, 0, cursor, 0))

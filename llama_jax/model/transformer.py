@@ -32,13 +32,13 @@ Params = tree.Tree
 @dataclasses.dataclass(frozen=True)
 class Context:
     """What every layer needs and none owns: rotary angles, the mask, which tokens are real, and,
-    when decoding, the slot of each row where its new keys go."""
+    with a cache, the slot where the new keys go."""
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
     mask: jax.Array
     real: Float[Array, "B T"]
-    starts: Int[Array, " B"] | None
+    cursor: Int[Array, ""] | None
 
 
 class RMSNorm(nnx.Module):
@@ -89,9 +89,9 @@ class Attention(nnx.Module):
         if layer_cache is None:
             keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
         else:
-            assert context.starts is not None
-            keys = kv.write(layer_cache[0], key, context.starts)
-            values = kv.write(layer_cache[1], value, context.starts)
+            assert context.cursor is not None
+            keys = kv.write(layer_cache[0], key, context.cursor)
+            values = kv.write(layer_cache[1], value, context.cursor)
             layer_cache = (keys, values)
         mixed = attend(query, keys, values, context.mask)
         return self.o_proj(mixed.reshape(batch, length, -1)), layer_cache
@@ -186,7 +186,12 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], kv.KVCache | None, moe.RouterStats | None]:
         x = embed(self.embed_tokens.get_value(), tokens, compute=self.compute)
         x = constrain(x, ("batch", "length", None), self.compute.rules)
-        context = _context(self.config, tokens, positions, segment_ids, cache)
+        if cache is None:
+            context = _context(self.config, tokens, positions, segment_ids)
+        elif positions is None:
+            context, cache = _cached_context(self.config, tokens, segment_ids, cache)
+        else:
+            raise ValueError("positions follow from the cache; pass only one of the two")
         if isinstance(self.layers, nnx.List):
             x, layers, stats = self._unrolled(x, context, cache)
         elif cache is None:
@@ -195,8 +200,7 @@ class Llama(nnx.Module):
             x, layers, stats = self._scanned_cached(x, context, cache)
         if cache is not None:
             keys, values = layers
-            count = context.real.sum(axis=1).astype(jnp.int32)
-            cache = dataclasses.replace(cache, keys=keys, values=values).advance(count)
+            cache = dataclasses.replace(cache, keys=keys, values=values)
         return self.norm(x), cache, stats
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
@@ -264,35 +268,36 @@ def _context(
     tokens: jax.Array,
     positions: jax.Array | None,
     segment_ids: jax.Array | None,
-    cache: kv.KVCache | None,
 ) -> Context:
     batch, length = tokens.shape
-    places = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-    real = jnp.ones((batch, length), jnp.float32)
-    if segment_ids is not None:
-        real = (segment_ids > 0).astype(jnp.float32)
-    if cache is None:
-        if positions is None:
-            positions = places if segment_ids is None else restarted_positions(segment_ids)
-        query = key = places if segment_ids is not None else places[:1]
-        segments = (segment_ids, segment_ids)
-        starts = None
-    else:
-        if positions is not None:
-            raise ValueError("positions are given by the cache; do not pass both")
-        query = positions = cache.positions(length)
-        key = jnp.arange(cache.capacity, dtype=jnp.int32)[None]
-        segments = (None, None)
-        starts = cache.lengths
+    places = jnp.arange(length, dtype=jnp.int32)[None]
+    if positions is None:
+        positions = places if segment_ids is None else restarted_positions(segment_ids)
     mask = causal_mask(
-        query,
-        key,
+        places,
+        places,
         sliding_window=config.sliding_window,
-        query_segments=segments[0],
-        key_segments=segments[1],
+        query_segments=segment_ids,
+        key_segments=segment_ids,
     )
+    cos, sin = rope.angles(config, jnp.broadcast_to(positions, (batch, length)))
+    return Context(cos=cos, sin=sin, mask=mask, real=_real(tokens, segment_ids), cursor=None)
+
+
+def _cached_context(
+    config: ModelConfig, tokens: jax.Array, segment_ids: jax.Array | None, cache: kv.KVCache
+) -> tuple[Context, kv.KVCache]:
+    real = _real(tokens, segment_ids)
+    positions, after = cache.extend(real.astype(jnp.int32))
+    mask = causal_mask(positions, after.positions, sliding_window=config.sliding_window)
     cos, sin = rope.angles(config, positions)
-    return Context(cos=cos, sin=sin, mask=mask, real=real, starts=starts)
+    return Context(cos=cos, sin=sin, mask=mask, real=real, cursor=cache.cursor), after
+
+
+def _real(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    if segment_ids is None:
+        return jnp.ones(tokens.shape, jnp.float32)
+    return (segment_ids > 0).astype(jnp.float32)
 
 
 def restarted_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -325,7 +330,7 @@ def hidden_states(
     """Final normed states, the advanced cache, and the router's sums (None without experts).
 
     segment_ids: 0 is padding, equal ids attend to each other; with a cache they only say how many
-    tokens of each row are real (a prefix), and tokens go to the row's next free slots.
+    tokens of each row are real (a prefix of it).
     """
     model = Llama(config, params, compute=compute)
     return model.hidden_states(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
