@@ -1,0 +1,138 @@
+"""The tokenizer inside a GGUF file's metadata, as a tokenizer of the `tokenizers` library."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
+
+from llama_jax.formats.byte_level import LLAMA3_SPLIT, TEKKEN_SPLIT, byte_level_bpe
+from llama_jax.formats.sentencepiece_model import (
+    Piece,
+    PieceType,
+    PrefixRule,
+    SentencePieceModel,
+    build_sentencepiece,
+)
+
+logger = logging.getLogger(__name__)
+
+_PREFIX = "tokenizer.ggml."
+
+# tokenizer.ggml.pre: the pattern that cuts text, whether a piece that is a token as a whole is
+# taken before merging, and whether BOS is added when the file does not say.
+# "smollm" is read as transformers reads it, by GPT-2's pattern. llama.cpp isolates digits first;
+# the ids differ where two or more whitespace characters stand before a digit.
+_BYTE_LEVEL_RULES: dict[str, tuple[str | None, bool, bool]] = {
+    "gpt-2": (None, False, False),
+    "smollm": (None, False, False),
+    "llama-bpe": (LLAMA3_SPLIT, True, True),
+    "llama3": (LLAMA3_SPLIT, True, True),
+    "llama-v3": (LLAMA3_SPLIT, True, True),
+    "tekken": (TEKKEN_SPLIT, True, True),
+}
+
+
+class GgufVocabulary:
+    """The vocabulary keys of a GGUF file, checked. `fields` maps full keys to Python values."""
+
+    def __init__(self, fields: Mapping[str, Any]):
+        self._fields = fields
+        self.kind = str(self._required("model"))
+        self.tokens = [str(token) for token in self._required("tokens")]
+        self.types = [int(kind) for kind in self._per_token("token_type")]
+        if len(set(self.tokens)) != len(self.tokens):
+            raise ValueError(f"GGUF: {_PREFIX}tokens holds the same token twice")
+
+    def get(self, name: str) -> Any:
+        return self._fields.get(_PREFIX + name)
+
+    def token_id(self, name: str) -> int | None:
+        """One of the …_token_id keys, checked against the table."""
+        index = self.get(f"{name}_token_id")
+        if index is None:
+            return None
+        if not 0 <= int(index) < len(self.tokens):
+            raise ValueError(
+                f"GGUF: {_PREFIX}{name}_token_id is {index}, but the vocabulary has "
+                f"{len(self.tokens)} tokens"
+            )
+        return int(index)
+
+    def _required(self, name: str) -> Any:
+        value = self.get(name)
+        if value is None:
+            raise ValueError(f"GGUF: {_PREFIX}{name} is missing, so the file has no tokenizer")
+        return value
+
+    def _per_token(self, name: str) -> Any:
+        values = self._required(name)
+        if len(values) != len(self.tokens):
+            raise ValueError(
+                f"GGUF: {_PREFIX}{name} has {len(values)} entries for {len(self.tokens)} tokens"
+            )
+        return values
+
+    def build(self) -> tuple[tokenizers.Tokenizer, str, bool]:
+        """(tokenizer, the rule in use in words, whether BOS is added by default)."""
+        if self.kind == "gpt2":
+            return self._byte_level()
+        if self.kind == "llama":
+            return self._sentencepiece()
+        raise ValueError(
+            f"GGUF: {_PREFIX}model is {self.kind!r}; supported are 'gpt2' (byte-level BPE) and "
+            f"'llama' (SentencePiece BPE)"
+        )
+
+    def _byte_level(self) -> tuple[tokenizers.Tokenizer, str, bool]:
+        pre = self.get("pre")
+        if pre is None:
+            logger.warning(
+                "GGUF: %spre is missing; text is cut by GPT-2's pattern. If this is a Llama 3 "
+                "model, convert it again with a current converter.",
+                _PREFIX,
+            )
+            pre = "gpt-2"
+        if pre not in _BYTE_LEVEL_RULES:
+            raise ValueError(
+                f"GGUF: {_PREFIX}pre is {pre!r}; supported are {sorted(_BYTE_LEVEL_RULES)}"
+            )
+        split, is_whole_first, adds_bos = _BYTE_LEVEL_RULES[pre]
+        merges = []
+        for merge in self._required("merges"):
+            left, _, right = str(merge).partition(" ")
+            merges.append((left, right))
+        vocab = {token: index for index, token in enumerate(self.tokens)}
+        tokenizer = byte_level_bpe(vocab, merges, split=split, is_whole_first=is_whole_first)
+        typed = list(zip(self.tokens, self.types, strict=True))
+        tokenizer.add_special_tokens(
+            [AddedToken(t, normalized=False) for t, kind in typed if kind == PieceType.CONTROL]
+        )
+        tokenizer.add_tokens(
+            [AddedToken(t, normalized=False) for t, kind in typed if kind == PieceType.USER_DEFINED]
+        )
+        return tokenizer, f"byte-level, no prefix, cut as {pre}", adds_bos
+
+    def _sentencepiece(self) -> tuple[tokenizers.Tokenizer, str, bool]:
+        scores = self._per_token("scores")
+        has_prefix = self.get("add_space_prefix")
+        rule: PrefixRule = "none" if has_prefix is False else "every chunk"
+        unk = self.token_id("unknown")
+        model = SentencePieceModel(
+            pieces=[
+                Piece(text, float(score), kind)
+                for text, score, kind in zip(self.tokens, scores, self.types, strict=True)
+            ],
+            kind="bpe",
+            has_dummy_prefix=rule != "none",
+            remove_extra_whitespaces=bool(self.get("remove_extra_whitespaces")),
+            byte_fallback=PieceType.BYTE in self.types,
+            unk_id=unk if unk is not None else self._unknown_id(),
+        )
+        return build_sentencepiece(model, where="GGUF", prefix_rule=rule), rule, True
+
+    def _unknown_id(self) -> int:
+        if PieceType.UNKNOWN not in self.types:
+            raise ValueError(f"GGUF: {_PREFIX}unknown_token_id is missing and no token has type 2")
+        return self.types.index(PieceType.UNKNOWN)
