@@ -16,8 +16,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from infer.generate import generate
     from llama_jax.config import Compute, ModelConfig, MoeConfig, RopeScaling
-    from llama_jax.formats.hf import save_hf
-    from llama_jax.load import Model, load
+    from llama_jax.load import Model, load, save_hf
     from llama_jax.model.transformer import forward
     from llama_jax.presets import presets
 
@@ -33,7 +32,7 @@ _HOMES = {
     "generate": "infer.generate",
     "load": "llama_jax.load",
     "presets": "llama_jax.presets",
-    "save_hf": "llama_jax.formats.hf",
+    "save_hf": "llama_jax.load",
 }
 
 __all__ = [

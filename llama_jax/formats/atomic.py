@@ -11,6 +11,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+# The files that mark a folder as a model of one of the formats written here.
+DESCRIPTIONS = ("config.json", "adapter_config.json", "checkpoint.json")
+
 
 @contextlib.contextmanager
 def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
@@ -18,7 +21,7 @@ def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
 
     A target that is not empty is refused unless `overwrite`. It is then moved aside before the new
     folder takes its name and deleted afterwards, so at every moment one of the two is whole on the
-    disk. Only a folder with a `config.json` or `adapter_config.json` is overwritten: a mistyped
+    disk. Only a folder with the description of a model in it is overwritten: a mistyped
     path never deletes something that is not a model.
     """
     final = Path(os.path.realpath(target))
@@ -49,10 +52,10 @@ def check_target(target: str | Path, *, overwrite: bool) -> None:
             f"{target} exists and is not empty; choose another folder or allow overwriting "
             f"(overwrite=True)"
         )
-    if not any((target / name).is_file() for name in ("config.json", "adapter_config.json")):
+    if not any((target / name).is_file() for name in DESCRIPTIONS):
         raise ValueError(
-            f"{target} holds no config.json, so it is not a model and is not overwritten; choose "
-            f"another folder or empty it yourself"
+            f"{target} holds none of {', '.join(DESCRIPTIONS)}, so it is not a model and is "
+            f"not overwritten; choose another folder or empty it yourself"
         )
 
 

