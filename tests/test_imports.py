@@ -2,6 +2,7 @@
 
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 import tomllib
@@ -125,7 +126,7 @@ def test_a_submodule_never_hides_the_public_name_it_shares() -> None:
 def test_every_module_of_the_library_has_a_place_in_the_order() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     layers = config["tool"]["importlinter"]["contracts"][0]["layers"]
-    placed = {name.strip(" ()") for layer in layers for name in layer.split("|")}
+    placed = {name.strip(" ()") for layer in layers for name in re.split("[|:]", layer)}
     for name in modules():
         if name.count(".") == 1 and name.startswith("llama_jax.") and name != "llama_jax.weights":
             assert name in placed, f"{name} is missing from the layers in pyproject.toml"

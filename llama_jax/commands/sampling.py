@@ -1,0 +1,90 @@
+"""The flags of commands that generate, and what they become."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from infer.params import SamplingParams
+    from llama_jax.config import Compute
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add_sampling_arguments(
+    parser: argparse.ArgumentParser, *, temperature: float, top_p: float
+) -> None:
+    """Flags with the names and the meaning of `infer.params.SamplingParams`."""
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--max-tokens", type=int, metavar="N", help="new tokens at most (default: 256)"
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=temperature,
+        metavar="T",
+        help="0 always takes the most likely token (default: %(default)s)",
+    )
+    group.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely; 0: off"
+    )
+    group.add_argument(
+        "--top-p",
+        type=float,
+        default=top_p,
+        metavar="P",
+        help="sample from the most likely that reach probability P; 1: off (default: %(default)s)",
+    )
+    group.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="leave out tokens below P times the largest probability; 0: off",
+    )
+    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1: off")
+    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="0: off")
+    group.add_argument("--presence-penalty", type=float, default=0.0, metavar="X", help="0: off")
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="the same seed gives the same text (default: fresh)"
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the text before TEXT; may be given several times",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the computation (default: %(default)s; bfloat16 is for accelerators)",
+    )
+
+
+def to_sampling_params(
+    args: argparse.Namespace, *, n: int = 1, logprobs: int | None = None
+) -> "SamplingParams":
+    from infer.params import SamplingParams
+
+    return SamplingParams(
+        max_tokens=args.max_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
+        seed=args.seed,
+        stop=tuple(args.stop),
+        n=n,
+        logprobs=logprobs,
+    )
+
+
+def to_compute(args: argparse.Namespace) -> "Compute":
+    from llama_jax.config import Compute
+
+    return Compute(dtype=args.dtype)

@@ -1,0 +1,95 @@
+"""Trains as a run config says; the same command again goes on where it stopped.
+
+CONFIG.yaml is a file, or the name of a shipped one. Fields are changed with key=value, whose keys
+have dots: train.steps=20 output=runs/a."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+HELP = "train from a run config: LoRA, QLoRA, full or pretraining"
+EXAMPLE = "llama-jax train tiny-lora-cpu.yaml train.steps=20 output=runs/first"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check, build and lower the step; read no weights and write nothing",
+    )
+
+
+def configs_folder() -> Path:
+    """Where the shipped configs lie: inside the package of a wheel, beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
+
+
+def find_config(name: str) -> Path:
+    """The file `name`, or the shipped config of that name (`configs/` before it may be left out).
+
+    Raises ValueError naming the shipped ones.
+    """
+    if not name.strip():
+        raise ValueError("the name of the run config is empty; give a YAML file")
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {file.name: file for file in sorted(configs_folder().glob("*.yaml"))}
+    if path.name in shipped and path.parent in (Path(), Path("configs")):
+        return shipped[path.name]
+    what = "is a folder" if path.is_dir() else "does not exist"
+    raise ValueError(
+        f"the run config {name} {what}; give a YAML file or one of {', '.join(shipped)}"
+    )
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from llama_jax.commands.report import Progress
+    from llama_jax.commands.startup import start_jax
+    from train.config import load_run_config
+
+    config = load_run_config(find_config(args.config), args.overrides)
+    start_jax(cpu_devices=config.mesh.cpu_devices)
+    from train.loop import dry_run, train
+
+    if args.dry_run:
+        return {"dry_run": True, **dry_run(config)}
+    result = train(config, progress=Progress().update)
+    return {
+        "run_dir": str(result.run_dir),
+        "steps": result.steps,
+        "final_loss": result.final_loss,
+        "skipped": result.counters,
+    }
+
+
+def show(report: dict[str, Any], args: argparse.Namespace) -> None:
+    from llama_jax.commands.report import print_table, to_size
+
+    if args.dry_run:
+        data = report["data"]
+        rows = [
+            ("devices", f"{report['devices']} ({_mesh(report['mesh'])})"),
+            ("parameters", f"{report['parameters']:,}"),
+            ("trained parameters", f"{report['trained_parameters']:,}"),
+            ("parameters and optimizer", to_size(report["state_bytes"])),
+            ("samples", f"{data['samples']} of {data['rows']} rows"),
+            ("trained tokens", f"{data['trained_tokens']} of {data['tokens']}"),
+        ]
+        print_table(f"{args.config} builds and lowers", ("", "value"), rows)
+        return
+    print(  # noqa: T201
+        f"{report['steps']} steps, loss {report['final_loss']:.4f}; "
+        f"see {report['run_dir']}/report.html"
+    )
+    for reason, count in report["skipped"].items():
+        sys.stderr.write(f"{count} {reason.replace('_', ' ')}\n")
+
+
+def _mesh(sizes: dict[str, int]) -> str:
+    return " × ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1) or "one device"
