@@ -1,0 +1,1 @@
+"""Inference: sampling, batched generation, terminal chat. Imports `llama_jax`, never `train`."""

@@ -1,0 +1,170 @@
+"""What a request may ask of the sampler, checked when it is built.
+
+No JAX here: commands and servers validate before a device is touched. Names are OpenAI's and
+Hugging Face's. How each parameter acts on the logits, and in which order, is in `sampling.py`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+from llama_jax.config import check_keys
+
+DEFAULT_MAX_TOKENS = 256
+
+# Ceilings that keep one request from allocating without bound; OpenAI's where it publishes one.
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARACTERS = 1024
+MAX_BIAS_ENTRIES = 1024
+
+# A temperature below this is greedy: the division would only amplify rounding.
+GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """One request's wishes. The defaults sample from the model's own distribution.
+
+    max_tokens: new tokens at most. None is 256 (`DEFAULT_MAX_TOKENS`); both are capped by what the
+      context has left. 0 gives an empty completion, which with `echo` and `logprobs` scores a text.
+    temperature: 0 (and anything below 1e-5) is greedy; among equal logits the lowest id wins.
+    top_k: the k most likely tokens; 0, -1 and anything from the vocabulary's size up is off, 1 is
+      greedy.
+    top_p: the most likely tokens until their probabilities reach p; 1 is off, 0 leaves one token.
+    min_p: tokens of at least this fraction of the largest probability; 0 is off.
+    repetition_penalty: divides positive and multiplies negative logits of every token seen in the
+      prompt or the output; 1 is off.
+    frequency_penalty, presence_penalty: subtracted per occurrence, and once, of a token in the
+      output; the prompt does not count.
+    seed: same prompt, seed and choice give the same tokens, whatever else is in the batch. None
+      draws a fresh one.
+    stop: strings that end the text just before them.
+    n: choices per prompt. Choice 0 equals the only choice of n = 1.
+    logprobs: None, or how many alternatives to report beside each token's log probability, 0 to 20.
+      Values are of the model's own distribution, before any of the above.
+    echo: the prompt is part of the text, and its tokens of the log probabilities.
+    logit_bias: token id to a number in [-100, 100], added to its logit; -100 forbids the token.
+    ignore_eos: end tokens do not end the generation; for measurements.
+    min_tokens: end tokens are forbidden, and stop strings not looked for, before this many tokens.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    n: int = 1
+    logprobs: int | None = None
+    echo: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
+    ignore_eos: bool = False
+    min_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        _check_int("max_tokens", self.max_tokens, low=0, high=None, optional=True)
+        _check_number("temperature", self.temperature, low=0.0, high=math.inf)
+        _check_int("top_k", self.top_k, low=-1, high=None)
+        _check_number("top_p", self.top_p, low=0.0, high=1.0)
+        _check_number("min_p", self.min_p, low=0.0, high=1.0)
+        _check_number("repetition_penalty", self.repetition_penalty, low=0.0, high=math.inf)
+        if self.repetition_penalty == 0:
+            raise ValueError("repetition_penalty is 0; it must be above 0 (1 is off)")
+        _check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
+        _check_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
+        _check_int("seed", self.seed, low=-(2**63), high=2**64 - 1, optional=True)
+        _check_int("n", self.n, low=1, high=MAX_CHOICES)
+        _check_int("logprobs", self.logprobs, low=0, high=MAX_TOP_LOGPROBS, optional=True)
+        _check_int("min_tokens", self.min_tokens, low=0, high=None)
+        for name in ("echo", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(
+                f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}"
+            )
+        object.__setattr__(self, "stop", _checked_stop(self.stop))
+        object.__setattr__(self, "logit_bias", _checked_bias(self.logit_bias))
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Raises ValueError for a name that is none of the fields."""
+        check_keys("sampling", dict(values), [f.name for f in dataclasses.fields(cls)])
+        return cls(**values)
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_BELOW or self.top_k == 1
+
+    @property
+    def edits_logits(self) -> bool:
+        """Whether anything changes the logits before the temperature does."""
+        return (
+            self.repetition_penalty != 1
+            or self.frequency_penalty != 0
+            or self.presence_penalty != 0
+            or bool(self.logit_bias)
+            or self.min_tokens > 0
+        )
+
+    def limit_tokens(self, prompt_tokens: int, context: int) -> int:
+        """New tokens this request may have after a prompt of `prompt_tokens`."""
+        wanted = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+        if self.max_tokens is None:
+            wanted = max(wanted, self.min_tokens)
+        return max(0, min(wanted, context - prompt_tokens))
+
+
+def _check_int(
+    name: str, value: Any, *, low: int, high: int | None, optional: bool = False
+) -> None:
+    if value is None and optional:
+        return
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    if not integer or value < low or (high is not None and value > high):
+        allowed = f"of at least {low}" if high is None else f"between {low} and {high}"
+        raise ValueError(f"{name} is {value!r}; it must be an integer {allowed}")
+
+
+def _check_number(name: str, value: Any, *, low: float, high: float) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of at least {low:g}"
+        raise ValueError(f"{name} is {value!r}; it must be a finite number {allowed}")
+
+
+def _checked_stop(stop: Any) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOP_STRINGS:
+        raise ValueError(f"stop has {len(stops)} strings; at most {MAX_STOP_STRINGS} are allowed")
+    for each in stops:
+        if not isinstance(each, str) or not 1 <= len(each) <= MAX_STOP_CHARACTERS:
+            raise ValueError(
+                f"stop contains {each if not isinstance(each, str) else each[:40]!r}; each must be "
+                f"a string of 1 to {MAX_STOP_CHARACTERS} characters"
+            )
+    return stops
+
+
+def _checked_bias(bias: Any) -> Mapping[int, float]:
+    if not isinstance(bias, Mapping):
+        raise ValueError(f"logit_bias is {bias!r}; it must map token ids to numbers")
+    if len(bias) > MAX_BIAS_ENTRIES:
+        raise ValueError(
+            f"logit_bias has {len(bias)} entries; at most {MAX_BIAS_ENTRIES} are allowed"
+        )
+    for token, value in bias.items():
+        _check_int("a token id in logit_bias", token, low=0, high=2**31 - 1)
+        _check_number(f"logit_bias of token {token}", value, low=-100.0, high=100.0)
+    return dict(bias)
