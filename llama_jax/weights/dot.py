@@ -16,6 +16,7 @@ from llama_jax.weights.tensors import (
     LoraTensor,
     PackedTensor,
     SavedTensor,
+    TransposedTensor,
     is_quantized,
     to_array,
 )
@@ -49,14 +50,16 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
     if is_quantized(weight):
         # Weight-only: the products are of activations and rescaled integers, as QLoRA has them.
         return _plain(x, to_array(weight, dtype=x.dtype), compute)
+    if isinstance(weight, TransposedTensor):
+        return _plain(x, weight.array.astype(x.dtype), compute, contracted=0)
     return _plain(x, weight.astype(x.dtype), compute)
 
 
-def _plain(x: jax.Array, weight: jax.Array, compute: Compute) -> jax.Array:
+def _plain(x: jax.Array, weight: jax.Array, compute: Compute, *, contracted: int = 1) -> jax.Array:
     return jax.lax.dot_general(
         x,
         weight,
-        (((1,), (1,)), ((), ())),
+        (((1,), (contracted,)), ((), ())),
         preferred_element_type=jnp.dtype(compute.accumulation_dtype),
     )
 

@@ -44,7 +44,7 @@ def trainable_mask(
     copies of `modules_to_save`, of the weights that `patterns` match or of all; never a scale,
     never a base. Raises ValueError for a pattern without a match and for an empty selection.
     """
-    rows = _rows(config, params)
+    rows = table_rows(config, params)
     leaves = tree.flatten(params)
     if method == "lora":
         candidates = {path for path, leaf in leaves.items() if is_adapted(leaf)}
@@ -77,7 +77,7 @@ def decay_mask(config: ModelConfig, params: tree.Tree) -> tree.Tree:
     adapters on them. Norm scales, biases, LoRA scales and everything inside a quantized tensor do
     not. Freezing is not this mask's business: combine it with `trainable_mask`.
     """
-    rows = _rows(config, params)
+    rows = table_rows(config, params)
 
     def leaf_mask(path: str, leaf: Leaf) -> Any:
         return _leaf_decays(leaf, rows[path].role in _DECAYED_ROLES)
@@ -197,7 +197,7 @@ def _layer_index(path: str) -> int | None:
     return int(match.group(1)) if match else None
 
 
-def _rows(config: ModelConfig, params: tree.Tree) -> dict[str, Weight]:
+def table_rows(config: ModelConfig, params: tree.Tree) -> dict[str, Weight]:
     """The table's row for every leaf of a tree with layers stacked or apart."""
     table = weight_table(config)
     rows = {}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import qwix
 from qwix import QArray
 
-Leaf = Any  # jax.Array | QArray | PackedTensor | LoraTensor | SavedTensor
+Leaf = Any  # jax.Array | QArray | PackedTensor | TransposedTensor | LoraTensor | SavedTensor
 # An array, or what stands for one in a tree of shardings, shapes or booleans.
 Array = Any
 
@@ -101,6 +101,27 @@ def unpack_nibbles(packed: jax.Array, size: int) -> jax.Array:
 def signed_nibbles(codes: jax.Array) -> jax.Array:
     """Nibbles as two's complement integers, int8: 0xF -> -1."""
     return (codes ^ 8).astype(jnp.int8) - 8
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TransposedTensor:
+    """A matrix kept as its transpose, array [..., in, out], for products that read it faster so."""
+
+    array: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *stack, inner, out = self.array.shape
+        return (*stack, out, inner)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.array.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
 
 
 @jax.tree_util.register_dataclass
@@ -200,6 +221,8 @@ def _to_float32(leaf: Leaf) -> jax.Array:
         return _to_float32(leaf.saved)
     if isinstance(leaf, PackedTensor):
         return leaf.dequantize()
+    if isinstance(leaf, TransposedTensor):
+        return leaf.array.astype(jnp.float32).swapaxes(-1, -2)
     if isinstance(leaf, QArray):
         return qwix.dequantize(leaf.astype(jnp.float32))
     return jnp.asarray(leaf).astype(jnp.float32)

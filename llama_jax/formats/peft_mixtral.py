@@ -1,0 +1,169 @@
+"""Adapters on Mixtral's experts as PEFT stores them on transformers 5.
+
+There the experts of a layer are two stacked parameters, `gate_up_proj` [E, 2F, D] and `down_proj`
+[E, D, F], and PEFT keeps one pair of factors for all experts of a layer: A is [E * r, in] with the
+expert outermost, B is [out, r * E] with the expert innermost. Files made before that, and the ones
+written here, hold a pair for each expert's w1, w2 and w3; PEFT reads those on either version.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from llama_jax.config import ModelConfig
+from llama_jax.weights.lora_config import LoraConfig, lora_scale
+
+_EXPERTS = ("gate_up_proj", "down_proj")
+
+
+def to_experts(
+    config: ModelConfig, raw: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The configuration and the tensors with each expert's own modules; others pass through.
+
+    w1 and w3 are the halves of `gate_up_proj` and share its A; where B is block-diagonal, as PEFT
+    makes it from an adapter that had them apart, they get back their own ranks.
+    """
+    targets = raw.get("target_parameters")
+    if not targets:
+        return raw, tensors
+    known = {target.removeprefix("mlp.").removeprefix("experts.") for target in targets}
+    unknown = known - {*_EXPERTS, "gate.weight"}
+    if unknown or isinstance(raw.get("target_modules"), str):
+        raise ValueError(
+            f"target_parameters {targets!r} of the adapter beside target_modules "
+            f"{raw.get('target_modules')!r} cannot be read; known parameters are gate_up_proj, "
+            f"down_proj and gate.weight, beside a list of modules"
+        )
+    lora = LoraConfig(
+        r=raw["r"],
+        lora_alpha=raw["lora_alpha"],
+        use_rslora=raw.get("use_rslora") or False,
+        rank_pattern=raw.get("rank_pattern") or {},
+        alpha_pattern=raw.get("alpha_pattern") or {},
+    )
+    tensors = dict(tensors)
+    layers = [f"model.layers.{layer}" for layer in range(config.num_hidden_layers)]
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for name in [name for name in _EXPERTS if name in known]:
+        # With both adapted, PEFT wraps gate_up_proj first and down_proj around it.
+        inner = ".base_layer" if name == "gate_up_proj" and "down_proj" in known else ""
+        pairs = [
+            _per_expert(config, tensors, f"{layer}.mlp.experts{inner}", name) for layer in layers
+        ]
+        full = f"{layers[0]}.mlp.experts.{name}"
+        scale = lora.scale_of(full)
+        apart = name == "gate_up_proj" and all(_is_block_diagonal(*pair) for pair in pairs)
+        for layer, pair in zip(layers, pairs, strict=True):
+            for module, (a, b) in _modules(name, *pair, apart=apart).items():
+                ranks[module] = a.shape[1]
+                alphas[module] = scale / lora_scale(a.shape[1], 1.0, lora.use_rslora)
+                for expert in range(len(a)):
+                    prefix = f"{layer}.block_sparse_moe.experts.{expert}.{module}"
+                    tensors[f"{prefix}.lora_A.weight"] = a[expert]
+                    tensors[f"{prefix}.lora_B.weight"] = b[expert]
+    if "gate.weight" in known:
+        ranks["gate"] = lora.rank_of(f"{layers[0]}.mlp.gate.weight")
+        alphas["gate"] = lora.alpha_of(f"{layers[0]}.mlp.gate.weight")
+        for layer in layers:
+            for factor in ("lora_A.weight", "lora_B.weight"):
+                tensor = _take(tensors, f"{layer}.mlp.gate.{factor}")
+                tensors[f"{layer}.block_sparse_moe.gate.{factor}"] = tensor
+    return _described(raw, ranks, alphas), tensors
+
+
+def _take(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
+    if name not in tensors:
+        raise ValueError(f"the adapter covers {name} by its target_parameters, but lacks it")
+    return tensors.pop(name)
+
+
+def _per_expert(
+    config: ModelConfig, tensors: dict[str, np.ndarray], prefix: str, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """A [E, r, in] and B [E, out, r]."""
+    assert config.moe is not None
+    experts = config.moe.num_local_experts
+    a = _take(tensors, f"{prefix}.lora_A.weight")
+    b = _take(tensors, f"{prefix}.lora_B.weight")
+    d, f = config.hidden_size, config.intermediate_size
+    out, inner = (2 * f, d) if name == "gate_up_proj" else (d, f)
+    rank = a.shape[0] // experts
+    if a.shape != (rank * experts, inner) or b.shape != (out, rank * experts):
+        raise ValueError(
+            f"the adapter of {prefix} ({name}) has factors {a.shape} and {b.shape}; for {experts} "
+            f"experts they must be [{experts} r, {inner}] and [{out}, {experts} r]"
+        )
+    return a.reshape(experts, rank, inner), b.reshape(out, rank, experts).transpose(2, 0, 1)
+
+
+def _is_block_diagonal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether the first half of the rank serves only w1 and the second only w3."""
+    up, half = b.shape[1] // 2, a.shape[1] // 2
+    return a.shape[1] % 2 == 0 and not (b[:, :up, half:].any() or b[:, up:, :half].any())
+
+
+def _modules(
+    name: str, a: np.ndarray, b: np.ndarray, *, apart: bool
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    if name == "down_proj":
+        return {"w2": (a, b)}
+    up, half = b.shape[1] // 2, a.shape[1] // 2
+    w1, w3 = b[:, :up], b[:, up:]
+    if apart:
+        return {"w1": (a[:, :half], w1[:, :, :half]), "w3": (a[:, half:], w3[:, :, half:])}
+    return {"w1": (a, w1), "w3": (a, w3)}
+
+
+def _described(
+    raw: dict[str, Any], ranks: dict[str, int], alphas: dict[str, float]
+) -> dict[str, Any]:
+    fused = tuple(_EXPERTS)
+
+    def kept(patterns: dict[str, Any] | None) -> dict[str, Any]:
+        # Patterns for the fused parameters have done their work.
+        return {k: v for k, v in (patterns or {}).items() if not k.endswith(fused)}
+
+    return {
+        **raw,
+        "target_parameters": None,
+        "target_modules": [*(raw.get("target_modules") or []), *ranks],
+        "rank_pattern": {**ranks, **kept(raw.get("rank_pattern"))},
+        "alpha_pattern": {**alphas, **kept(raw.get("alpha_pattern"))},
+    }
+
+
+def with_one_rank(parts: dict[str, Any]) -> dict[str, Any]:
+    """The parts of an adapter with one rank for all that PEFT fuses: experts, and the router.
+
+    Smaller factors are padded with zeros, which changes nothing. Raises ValueError for what PEFT
+    cannot fuse: w1 without w3 or the reverse, experts left out, or unequal scales.
+    """
+    paths = [path for path in parts if "block_sparse_moe" in path]
+    if not paths:
+        return parts
+    ranks = {rank for path in paths for rank in parts[path].ranks}
+    scales = {float(s) for path in paths for s in np.asarray(parts[path].scale).flat}
+    halves = {path.split(".")[-2] for path in paths} & {"w1", "w3"}
+    if len(scales) > 1 or len(halves) == 1 or 0 in ranks:
+        raise ValueError(
+            f"PEFT cannot load this adapter on experts: it fuses w1 with w3 and needs both, in all "
+            f"layers and experts, with one scale for them, w2 and the router. Here are "
+            f"{', '.join(paths)} with ranks {sorted(ranks)} and scales {sorted(scales)}"
+        )
+    return {
+        path: _padded(part, max(ranks)) if path in paths else part for path, part in parts.items()
+    }
+
+
+def _padded(part: Any, rank: int) -> Any:
+    added = rank - part.lora_a.shape[-2]
+    stack = [(0, 0)] * (part.lora_a.ndim - 2)
+    return dataclasses.replace(
+        part,
+        lora_a=np.pad(np.asarray(part.lora_a), [*stack, (0, added), (0, 0)]),
+        lora_b=np.pad(np.asarray(part.lora_b), [*stack, (0, 0), (0, added)]),
+        ranks=(rank,) * len(part.ranks),
+    )

@@ -1,0 +1,143 @@
+"""PEFT's configuration of LoRA, checked; what it means for a model is in `lora_plan.py`."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """PEFT's fields, with PEFT's meaning.
+
+    r and lora_alpha: rank and numerator of the scale, lora_alpha / r, or lora_alpha / sqrt(r)
+      with use_rslora. rank_pattern and alpha_pattern override them for modules whose name ends
+      with, or matches as a regular expression at its end, a key; the first such key counts.
+    target_modules: names, each the whole name of a module or its last parts (`q_proj`); or one
+      string, a regular expression for the whole name; or "all-linear": every matrix but the head.
+    exclude_modules: the same, taken away.
+    layers_to_transform: only these layers, counted from 0; not together with a regular expression.
+    modules_to_save: modules trained whole beside their originals; a name means every module whose
+      name ends with it, so `norm` means all norms.
+    ensure_weight_tying: with tied embeddings, one adapter serves both embedding and head. Tied
+      weights cannot be adapted without it.
+    """
+
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    target_modules: str | tuple[str, ...] = ALL_LINEAR
+    exclude_modules: str | tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    modules_to_save: tuple[str, ...] = ()
+    layers_to_transform: tuple[int, ...] | None = None
+    ensure_weight_tying: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, str) and name != "modules_to_save":
+                if name != "target_modules" or not self.is_all_linear:
+                    _check_regex(name, value)
+            else:
+                object.__setattr__(self, name, _names(name, value))
+        if not self.target_modules:
+            raise ValueError(
+                "lora.target_modules is empty; name the modules to adapt, or train chosen weights "
+                "without adapters (method full with patterns)"
+            )
+        _check_rank("r", self.r)
+        _check_alpha("lora_alpha", self.lora_alpha)
+        for key, rank in self.rank_pattern.items():
+            _check_regex("rank_pattern", key)
+            _check_rank(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in self.alpha_pattern.items():
+            _check_regex("alpha_pattern", key)
+            _check_alpha(f"alpha_pattern[{key!r}]", alpha)
+        for name in ("use_rslora", "ensure_weight_tying"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"lora.{name} is {getattr(self, name)!r}; it must be a boolean")
+        self._check_layers()
+
+    def _check_layers(self) -> None:
+        layers: Any = self.layers_to_transform
+        if layers is None:
+            return
+        if isinstance(layers, int) and not isinstance(layers, bool):
+            layers = (layers,)
+        if not isinstance(layers, Sequence) or isinstance(layers, str) or not layers:
+            raise ValueError(
+                f"lora.layers_to_transform is {layers!r}; give a list of layer numbers, or leave "
+                f"it out for all layers"
+            )
+        for layer in layers:
+            if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+                raise ValueError(
+                    f"lora.layers_to_transform holds {layer!r}; layers are counted from 0"
+                )
+        if isinstance(self.target_modules, str) and not self.is_all_linear:
+            raise ValueError(
+                "lora.layers_to_transform cannot be combined with a regular expression in "
+                "target_modules; put the layers into the expression, or list module names"
+            )
+        object.__setattr__(self, "layers_to_transform", tuple(layers))
+
+    @property
+    def is_all_linear(self) -> bool:
+        target = self.target_modules
+        return isinstance(target, str) and target.lower() == ALL_LINEAR
+
+    def rank_of(self, module: str) -> int:
+        return _by_pattern(self.rank_pattern, module, self.r)
+
+    def alpha_of(self, module: str) -> float:
+        return _by_pattern(self.alpha_pattern, module, self.lora_alpha)
+
+    def scale_of(self, module: str) -> float:
+        return lora_scale(self.rank_of(module), self.alpha_of(module), self.use_rslora)
+
+
+def lora_scale(rank: int, alpha: float, use_rslora: bool) -> float:
+    """alpha / r (Hu et al. 2021), or alpha / sqrt(r) (rsLoRA, Kalajdzievski 2023)."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _names(field_name: str, value: Any) -> tuple[str, ...]:
+    names = sorted(value) if isinstance(value, set | frozenset) else value
+    if isinstance(names, str) or not isinstance(names, Sequence):
+        raise ValueError(f"lora.{field_name} is {value!r}; give a list of module names")
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"lora.{field_name} holds {name!r}; module names are strings")
+    return tuple(names)
+
+
+def _check_regex(field_name: str, pattern: Any) -> None:
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"lora.{field_name}: {pattern!r} is not a regular expression: {error}"
+        ) from error
+
+
+def _check_rank(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"lora.{name} is {value!r}; a rank is a positive integer")
+
+
+def _check_alpha(name: str, value: Any) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"lora.{name} is {value!r}; it must be a finite number above 0")
