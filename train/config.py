@@ -1,0 +1,377 @@
+"""The run config: one YAML file says everything about a training run.
+
+Everything here is checked before JAX is imported, so that a mistake costs a second. What the
+fields mean is said beside them, and `configs/schema.json` carries the same words to editors.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from llama_jax.config import Compute
+from llama_jax.weights.lora_config import LoraConfig
+from train.typed import Section, from_dict, json_schema, option, to_dict
+
+
+@dataclass(frozen=True)
+class ModelSection(Section):
+    """What is trained and what it starts from."""
+
+    name: str = option(
+        "a Hugging Face folder, a .gguf file, a checkpoint folder, a name of `llama-jax models`, "
+        "smollm2-135m of the demo extra, or a Hub id"
+    )
+    init: Literal["weights", "random"] = option(
+        "start from the model's weights, or from random ones of its shape", default="weights"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        "what weights are held in; null: as stored. Trained ones are in compute.param_dtype",
+        default=None,
+    )
+    tokenizer: str | None = option(
+        "a model, or a folder, whose tokenizer to use (package: for a shipped one); null: the "
+        "model's own",
+        default=None,
+    )
+    overrides: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"doc": "fields of the architecture, with `init: random` only"},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.overrides and self.init != "random":
+            raise ValueError(
+                "model.overrides changes the architecture, which the stored weights do not fit; "
+                "set model.init: random or remove the overrides"
+            )
+
+
+@dataclass(frozen=True)
+class DataSection(Section):
+    """Rows, JSON lines each: chat, instruction or text. `package:demo/train.jsonl` is a shipped
+    file, anything else a path."""
+
+    train: tuple[str, ...] = option("files of training rows")
+    eval: tuple[str, ...] = option("files of rows to evaluate on", default=())
+    eval_fraction: float = option(
+        "part of the training rows held out for evaluation instead", default=0.0, low=0.0, below=1.0
+    )
+    long_rows: Literal["drop", "cut", "refuse"] = option(
+        "chat and instruction rows beyond sequence_length: leave out and count, cut off the end "
+        "(and leave out where no answer is left), or stop",
+        default="drop",
+    )
+    long_texts: Literal["split", "drop", "cut", "refuse"] = option(
+        "text rows beyond sequence_length: split into pieces that overlap by one token, leave out, "
+        "cut off the end, or stop",
+        default="split",
+    )
+    packing: bool = option("put several samples into one row, kept apart", default=False)
+    shuffle: bool = option("a new order every epoch, decided by train.seed", default=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.train:
+            raise ValueError("data.train is empty; name at least one file of rows")
+        if self.eval and self.eval_fraction:
+            raise ValueError(
+                "data.eval and data.eval_fraction both say what to evaluate on; keep one"
+            )
+
+
+# What each optimizer reads, with the defaults of its paper or of the common implementations.
+OPTIMIZER_DEFAULTS: dict[str, dict[str, float]] = {
+    "adamw": {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0},
+    "adafactor": {"decay_rate": 0.8, "epsilon": 1e-30, "weight_decay": 0.0},
+    "lion": {"beta1": 0.9, "beta2": 0.99, "weight_decay": 0.0},
+    "muon": {
+        "momentum": 0.95,
+        "beta1": 0.9,
+        "beta2": 0.999,
+        "epsilon": 1e-8,
+        "weight_decay": 0.0,
+    },
+    "sgd": {"momentum": 0.0, "weight_decay": 0.0},
+}
+
+
+@dataclass(frozen=True)
+class OptimizerSection(Section):
+    """The update rule. A field left out gets the optimizer's own default; one that the chosen
+    optimizer does not read is refused."""
+
+    name: Literal["adamw", "adafactor", "lion", "muon", "sgd"] = option(
+        "muon orthogonalizes the update of matrices and uses adam for everything else",
+        default="adamw",
+    )
+    learning_rate: float = option("the peak of the schedule", default=1e-4, low=0.0)
+    beta1: float | None = option("decay of the first moment", default=None, low=0.0, below=1.0)
+    beta2: float | None = option("decay of the second moment", default=None, low=0.0, below=1.0)
+    epsilon: float | None = option("added to the denominator", default=None, above=0.0)
+    momentum: float | None = option("of sgd and muon", default=None, low=0.0, below=1.0)
+    decay_rate: float | None = option(
+        "exponent of adafactor's second moment decay", default=None, above=0.0, below=1.0
+    )
+    weight_decay: float | None = option(
+        "decoupled decay of matrices and embeddings, times the learning rate", default=None, low=0.0
+    )
+    max_grad_norm: float | None = option(
+        "clip the gradient of the trained parameters to this global norm; null: never",
+        default=1.0,
+        above=0.0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        reads = OPTIMIZER_DEFAULTS[self.name]
+        for name in ("beta1", "beta2", "epsilon", "momentum", "decay_rate", "weight_decay"):
+            value = getattr(self, name)
+            if name in reads and value is None:
+                object.__setattr__(self, name, reads[name])
+            elif name not in reads and value is not None:
+                raise ValueError(
+                    f"optimizer.{name} is {value!r}, but {self.name} does not read it (it reads "
+                    f"{', '.join(reads)}); remove it or choose another optimizer"
+                )
+
+
+@dataclass(frozen=True)
+class ScheduleSection(Section):
+    """The learning rate over updates: a linear warm-up, then the named shape."""
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = option(
+        "cosine and linear fall from the peak; wsd (warm-up, stable, decay) stays there and falls "
+        "linearly over the last decay_steps; constant stays",
+        default="cosine",
+    )
+    warmup_steps: int = option("update k of the first ones uses k/warmup_steps", default=0, low=0)
+    decay_steps: int | None = option(
+        "how many updates the fall takes; 0: the rate does not fall; null: all that are left",
+        default=None,
+        low=0,
+    )
+    final_ratio: float = option(
+        "the rate after the fall, as a part of the peak", default=0.0, low=0.0, high=1.0
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.name == "constant" and (self.decay_steps or self.final_ratio):
+            raise ValueError(
+                "schedule.decay_steps and schedule.final_ratio mean nothing to a constant "
+                "schedule; remove them or choose cosine, linear or wsd"
+            )
+        if self.name == "wsd" and self.decay_steps is None:
+            raise ValueError("schedule.decay_steps is missing; wsd needs the length of its decay")
+
+
+@dataclass(frozen=True)
+class MeshSection(Section):
+    """How many devices each mesh axis has; one may be -1, whatever is left."""
+
+    data: int = option("copies of the parameters, rows split", default=1, low=-1)
+    fsdp: int = option("parameters and rows split", default=-1, low=-1)
+    tensor: int = option("heads, mlp and vocabulary split", default=1, low=-1)
+    expert: int = option("experts and rows split", default=1, low=-1)
+    cpu_devices: int | None = option(
+        "emulate this many devices on the CPU; null: the devices that are there",
+        default=None,
+        low=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for axis, size in self.sizes().items():
+            if size == 0:
+                raise ValueError(f"mesh.{axis} is 0; it must be a positive integer or -1")
+        free = [axis for axis, size in self.sizes().items() if size == -1]
+        if len(free) > 1:
+            raise ValueError(f"mesh axes {' and '.join(free)} are both -1; only one may be")
+
+    def sizes(self) -> dict[str, int]:
+        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "expert": self.expert}
+
+
+@dataclass(frozen=True)
+class TrainSection(Section):
+    """How long, in what pieces, and what is written on the way."""
+
+    steps: int = option("batches to train on", low=1)
+    batch_size: int = option("rows of one update, over all devices and micro-batches", low=1)
+    sequence_length: int = option("tokens of one row", low=2)
+    gradient_accumulation_steps: int = option(
+        "micro-batches that one batch is split into, to save memory", default=1, low=1
+    )
+    seed: int = option(
+        "of random weights, adapters and the order of rows", default=0, low=0, high=2**32 - 1
+    )
+    trainable: tuple[str, ...] | None = option(
+        "patterns of weights to train, such as q_proj or !role:norm; null: all the method trains",
+        default=None,
+    )
+    eval_every_steps: int | None = option("null: only at the end", default=None, low=1)
+    checkpoint_every_steps: int | None = option("null: only at the end", default=None, low=1)
+    keep_checkpoints: int = option("the latest ones to keep", default=2, low=1)
+    resume_older: bool = option(
+        "when the latest checkpoint is damaged, go on from the latest good one", default=False
+    )
+
+
+@dataclass(frozen=True)
+class QuantizationSection(Section):
+    """How the frozen base of qlora is stored."""
+
+    scheme: Literal["nf4", "int4", "int8", "fp8"] = option("format of the matrices", default="nf4")
+    tile: int | None = option(
+        "values of a row that share a scale; null: the scheme's own", default=None, low=1
+    )
+    skip: tuple[str, ...] | None = option(
+        "patterns of weights to leave alone; null: embedding, head and router", default=None
+    )
+
+
+@dataclass(frozen=True)
+class RunConfig(Section):
+    """A whole run; the sections are the top-level keys of the YAML file."""
+
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    method: Literal["pretrain", "full", "lora", "qlora"] = option(
+        "pretrain: every token of every row counts, all weights train; full: only answers of chat "
+        "and instruction rows count, all weights train; lora: adapters train; qlora: adapters "
+        "train on a quantized base"
+    )
+    output: str = option("the run folder; an existing one of the same config is resumed")
+    optimizer: OptimizerSection = OptimizerSection()
+    schedule: ScheduleSection = ScheduleSection()
+    mesh: MeshSection = MeshSection()
+    compute: Compute = field(default=Compute(param_dtype="float32"))
+    lora: LoraConfig | None = None
+    quantization: QuantizationSection | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_method_sections()
+        self._check_lengths()
+        has_eval = bool(self.data.eval or self.data.eval_fraction)
+        if self.train.eval_every_steps is not None and not has_eval:
+            raise ValueError(
+                "train.eval_every_steps is set, but there is nothing to evaluate on; set data.eval "
+                "or data.eval_fraction"
+            )
+        if not self.output:
+            raise ValueError("output is empty; name the run folder")
+
+    def _check_method_sections(self) -> None:
+        uses = {
+            "lora": ("lora",),
+            "qlora": ("lora", "quantization"),
+        }.get(self.method, ())
+        for name, default in (("lora", LoraConfig()), ("quantization", QuantizationSection())):
+            if name in uses and getattr(self, name) is None:
+                object.__setattr__(self, name, default)
+            elif name not in uses and getattr(self, name) is not None:
+                raise ValueError(
+                    f"section {name} is set, but method {self.method} does not read it; remove the "
+                    f"section or choose another method"
+                )
+
+    def _check_lengths(self) -> None:
+        train, schedule = self.train, self.schedule
+        if train.batch_size % train.gradient_accumulation_steps:
+            raise ValueError(
+                f"train.batch_size {train.batch_size} is not a multiple of "
+                f"train.gradient_accumulation_steps {train.gradient_accumulation_steps}"
+            )
+        needed = schedule.warmup_steps + (schedule.decay_steps or 0)
+        if needed > train.steps:
+            raise ValueError(
+                f"schedule.warmup_steps {schedule.warmup_steps} and decay_steps "
+                f"{schedule.decay_steps or 0} take {needed} updates, but train.steps is "
+                f"{train.steps}; shorten them or train longer"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, defaults included; `from_dict` gives an equal config back."""
+        return to_dict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        return from_dict(cls, values)
+
+
+def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies `section.field=value` overrides, whose values are YAML.
+
+    Raises ValueError naming the file and the field, FileNotFoundError for a missing file.
+    """
+    path = Path(path)
+    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: the run config must be a mapping with the key `model` and more")
+    for text in overrides:
+        _override(values, text)
+    try:
+        return RunConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise ValueError(f"override {text!r} is not of the form section.field=value")
+    node = values
+    *parents, last = key.split(".")
+    for name in parents:
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise ValueError(f"override {text!r}: {name} is {node!r}, which has no fields")
+    node[last] = parse_yaml(value, f"override {text!r}")
+
+
+def run_config_schema() -> dict[str, Any]:
+    """The JSON Schema that `configs/schema.json` holds."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "llama-jax run config",
+        **json_schema(RunConfig),
+    }
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-4 as a number and refuses a key that is given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is given twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML implements, wants a dot and a signed exponent in a float; YAML 1.2 and
+# people do not.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """The value of a YAML text; `source` names it in errors."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from error

@@ -1,0 +1,127 @@
+"""From rows to samples: what the model reads, and which of it is trained."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from llama_jax.formats.chat_labels import chat_with_labels
+from train.config import DataSection
+from train.data.report import DataReport
+from train.data.samples import Sample
+from train.data.sources import Row
+
+# For models without a chat template. Prompt and answer are tokenized apart, so that the answer's
+# tokens do not depend on the prompt.
+PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
+PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+
+
+def render_rows(
+    rows: Iterable[Row],
+    tokenizer: Any,
+    section: DataSection,
+    *,
+    sequence_length: int,
+    train_all: bool,
+    report: DataReport,
+) -> Iterator[Sample]:
+    """The samples of the rows, each of at most `sequence_length` tokens and with something to
+    learn. What is left out or cut is counted in `report`, and raises ValueError when
+    `section.long_rows` or `long_texts` say refuse.
+
+    train_all: every token is trained, not only answers.
+    """
+    for row in rows:
+        report.rows += 1
+        sample = render(row, tokenizer)
+        if train_all:
+            sample = Sample(sample.ids, np.ones_like(sample.mask))
+        policy = section.long_texts if row.kind == "text" else section.long_rows
+        for piece in _fit(sample, row, policy, sequence_length, report):
+            if piece.mask[1:].any():
+                report.add(piece)
+                yield piece
+            elif len(piece.ids) < len(sample.ids):
+                report.drop("no answer left after cutting")
+            else:
+                report.drop("nothing to learn")
+
+
+def render(row: Row, tokenizer: Any) -> Sample:
+    """One row as token ids and a mask of the trained ones.
+
+    Chat: the tokenizer's template; the assistant's turns with their terminators are trained.
+    Instruction: the same as a user's turn and an assistant's where there is a template, else the
+    form above; the output with an end token is trained. Text: a begin token where the model wants
+    one, the text, an end token; all of it is trained.
+    """
+    values = row.values
+    try:
+        if row.kind == "chat":
+            return _sample(*chat_with_labels(tokenizer, values["messages"]))
+        if row.kind == "instruction":
+            return _render_instruction(values, tokenizer)
+        ids = _ended(tokenizer.wrap(tokenizer.encode_plain(values["text"])), tokenizer)
+        return _sample(ids, [1] * len(ids))
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from error
+
+
+def _render_instruction(values: dict[str, str], tokenizer: Any) -> Sample:
+    extra = values.get("input", "")
+    if tokenizer.chat_templates:
+        question = f"{values['instruction']}\n\n{extra}" if extra else values["instruction"]
+        messages = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": values["output"]},
+        ]
+        return _sample(*chat_with_labels(tokenizer, messages))
+    form = PROMPT_WITH_INPUT if extra else PROMPT
+    text = form.format(instruction=values["instruction"], input=extra)
+    prompt = _begun(tokenizer.encode_plain(text), tokenizer)
+    answer = _ended(tokenizer.encode_plain(values["output"]), tokenizer)
+    return _sample(prompt + answer, [0] * len(prompt) + [1] * len(answer))
+
+
+def _begun(ids: list[int], tokenizer: Any) -> list[int]:
+    return [tokenizer.bos_token_id, *ids] if tokenizer.adds_bos else list(ids)
+
+
+def _ended(ids: list[int], tokenizer: Any) -> list[int]:
+    """With exactly one end token; ValueError where the tokenizer has none to teach."""
+    ends = tokenizer.eos_token_ids
+    if not ends:
+        raise ValueError(
+            "the tokenizer has no end token, so a model could not learn where to stop; use a "
+            "tokenizer whose configuration names eos_token"
+        )
+    return ids if ids and ids[-1] in ends else [*ids, ends[0]]
+
+
+def _sample(ids: Any, mask: Any) -> Sample:
+    return Sample(np.asarray(ids, np.int32), np.asarray(mask, np.uint8))
+
+
+def _fit(
+    sample: Sample, row: Row, policy: str, sequence_length: int, report: DataReport
+) -> Iterator[Sample]:
+    size = len(sample.ids)
+    if size <= sequence_length:
+        yield sample
+    elif policy == "refuse":
+        raise ValueError(
+            f"{row.where}: the row has {size} tokens, but train.sequence_length is "
+            f"{sequence_length}; make it longer, shorten the row, or choose drop or cut"
+        )
+    elif policy == "drop":
+        report.drop("longer than sequence_length")
+    elif policy == "cut":
+        report.cut += 1
+        yield Sample(sample.ids[:sequence_length], sample.mask[:sequence_length])
+    else:
+        report.split += 1
+        # Pieces overlap by one token: the first of a piece is predicted by nothing in it.
+        for start in range(0, size - 1, sequence_length - 1):
+            part = slice(start, start + sequence_length)
+            yield Sample(sample.ids[part], sample.mask[part])

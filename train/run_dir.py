@@ -1,0 +1,90 @@
+"""The run folder: who may write into it, and what it says about the run."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.config import RunConfig
+
+# Fields that may differ when a run goes on: they change neither what is learned nor from what,
+# only where it is computed and what is written on the way.
+_FREE = {
+    "output",
+    "mesh",
+    "compute.loss_chunk_tokens",
+    "compute.remat",
+    "train.eval_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "train.resume_older",
+}
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """The paths in a run folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+
+def open_run_dir(run: RunConfig) -> RunDir:
+    """The folder of this run, checked and not yet written to.
+
+    Raises ValueError when it holds something else, or a run whose config is another one.
+    """
+    folder = RunDir(Path(run.output))
+    if folder.path.exists() and not folder.path.is_dir():
+        raise ValueError(f"output {folder.path} is a file; name a folder")
+    if not folder.path.is_dir() or not any(folder.path.iterdir()):
+        return folder
+    if not folder.config.is_file():
+        raise ValueError(
+            f"output {folder.path} is not empty and holds no run (no config.json); choose another "
+            f"folder"
+        )
+    before = json.loads(folder.config.read_text(encoding="utf-8"))
+    changes = differences(before, json.loads(json.dumps(run.to_dict())))
+    if changes:
+        raise ValueError(
+            f"output {folder.path} holds a run with another config, so it cannot be resumed: "
+            f"{'; '.join(changes)}. Choose another output, or the config of that run"
+        )
+    return folder
+
+
+def differences(before: Any, now: Any, path: str = "") -> list[str]:
+    """`train.steps was 10 and is 20` for each field that must not change and did."""
+    if path in _FREE:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        found = []
+        for key in sorted({*before, *now}):
+            inner = f"{path}.{key}" if path else key
+            found += differences(before.get(key), now.get(key), inner)
+        return found
+    return [] if before == now else [f"{path} was {before!r} and is {now!r}"]
+
+
+def write_config(folder: RunDir, run: RunConfig) -> None:
+    """The resolved config, whole or not at all."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    temporary = folder.config.with_suffix(".json.tmp")
+    temporary.write_text(json.dumps(run.to_dict(), indent=2) + "\n", encoding="utf-8")
+    temporary.replace(folder.config)

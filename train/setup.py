@@ -1,0 +1,214 @@
+"""From a run config to something that can run: model, mesh, optimizer, step.
+
+Everything is worked out on shapes first, so that a dry run allocates nothing and weights are put
+straight where they will be trained.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+
+from llama_jax import tree
+from llama_jax.config import Compute, ModelConfig
+from llama_jax.mesh.sharding import batch_sharding, check_batch, make_mesh, replicated, shardings
+from llama_jax.model.losses import Batch
+from llama_jax.weights.lora import add_lora
+from llama_jax.weights.quantize import quantize
+from llama_jax.weights.select import trainable_mask
+from llama_jax.weights.table import abstract_params, init_params
+from train.config import MeshSection, RunConfig
+from train.optim import Optimizer, make_optimizer, make_schedule
+from train.state import TrainState, init_state, state_shardings
+from train.step import make_eval_step, make_train_step
+
+logger = logging.getLogger(__name__)
+
+# What each use of the run's seed folds into its key.
+_WEIGHTS, _ADAPTERS, _STEPS = 0, 1, 2
+
+
+def open_mesh(section: MeshSection) -> Mesh:
+    """The mesh over all devices, or over the first `cpu_devices` emulated ones."""
+    devices = jax.devices()
+    if section.cpu_devices is not None:
+        if devices[0].platform != "cpu" or len(devices) < section.cpu_devices:
+            raise ValueError(
+                f"mesh.cpu_devices is {section.cpu_devices}, but JAX runs with {len(devices)} "
+                f"{devices[0].platform} devices; the number is settled before JAX starts, which "
+                f"`llama-jax train` does"
+            )
+        devices = devices[: section.cpu_devices]
+    return make_mesh(section.sizes(), devices=devices)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run made ready. `abstract` is the state as shape structs with shardings; `step` and
+    `eval_step` are jitted and not compiled yet."""
+
+    run: RunConfig
+    config: ModelConfig
+    mesh: Mesh
+    mask: tree.Tree
+    optimizer: Optimizer
+    abstract: TrainState
+    step: Any
+    eval_step: Any
+
+    @property
+    def compute(self) -> Compute:
+        return self.run.compute
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.run.train.batch_size // self.run.train.gradient_accumulation_steps
+
+    def batch_struct(self, rows: int) -> Batch:
+        """Shape structs of a batch [rows, T]."""
+        place = batch_sharding(self.mesh, self.compute.rules)
+        shape = (rows, self.run.train.sequence_length)
+
+        def struct(dtype: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+        ids = struct(jnp.int32)
+        return Batch(ids, ids, struct(jnp.float32), ids, ids)
+
+    def place(self, batch: Batch) -> Batch:
+        return jax.device_put(batch, batch_sharding(self.mesh, self.compute.rules))
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(trained, all) values of the parameters, scales included."""
+        trained, _ = tree.partition(self.abstract.params, self.mask)
+        count = [
+            sum(array.size for array in jax.tree.leaves(part))
+            for part in (trained, self.abstract.params)
+        ]
+        return count[0], count[1]
+
+
+def make_setup(run: RunConfig, config: ModelConfig, base: tree.Tree, mesh: Mesh) -> Setup:
+    """Works out shapes, places and functions; allocates nothing.
+
+    base: the weights that training starts from, as shape structs.
+
+    Raises ValueError for whatever does not fit the model or the mesh.
+    """
+    compute, rules = run.compute, run.compute.rules
+    check_batch(run.train.batch_size // run.train.gradient_accumulation_steps, mesh, rules)
+    params = _abstract_params(run, config, base)
+    mask = trained_mask(run, config, params)
+    schedule = make_schedule(
+        run.schedule, peak=run.optimizer.learning_rate, total_steps=run.train.steps
+    )
+    optimizer = make_optimizer(config, params, mask, run.optimizer, schedule)
+
+    def first_state(params: tree.Tree) -> TrainState:
+        return init_state(params, mask=mask, optimizer=optimizer, rng=run_key(run, _STEPS))
+
+    state = jax.eval_shape(first_state, params)
+    places = state_shardings(config, state, mesh, rules)
+    batch_place = batch_sharding(mesh, rules)
+    step = make_train_step(
+        config,
+        compute,
+        optimizer=optimizer,
+        mask=mask,
+        accumulation_steps=run.train.gradient_accumulation_steps,
+    )
+    return Setup(
+        run=run,
+        config=config,
+        mesh=mesh,
+        mask=mask,
+        optimizer=optimizer,
+        abstract=jax.tree.map(_placed, state, places),
+        step=jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(places, batch_place),
+            out_shardings=(places, replicated(mesh)),
+        ),
+        eval_step=jax.jit(
+            make_eval_step(config, compute),
+            in_shardings=(places.params, batch_place),
+            out_shardings=replicated(mesh),
+        ),
+    )
+
+
+def _placed(array: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+
+def run_key(run: RunConfig, use: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.key(run.train.seed), use)
+
+
+def trained_mask(run: RunConfig, config: ModelConfig, params: tree.Tree) -> tree.Tree:
+    adapts = run.method in ("lora", "qlora")
+    patterns = run.train.trainable
+    return trainable_mask(config, params, patterns, method="lora" if adapts else "full")
+
+
+def _abstract_params(run: RunConfig, config: ModelConfig, base: tree.Tree) -> tree.Tree:
+    if run.method == "qlora":
+        base = jax.eval_shape(lambda params: _quantized(run, config, params), base)
+    return jax.eval_shape(_finisher(run, config), base)
+
+
+def _quantized(run: RunConfig, config: ModelConfig, params: tree.Tree) -> tree.Tree:
+    section = run.quantization
+    assert section is not None
+    return quantize(
+        config,
+        params,
+        scheme=section.scheme,
+        tile=section.tile,
+        skip=section.skip,
+        donate=not isinstance(jax.tree.leaves(params)[0], jax.core.Tracer),
+    )
+
+
+def _finisher(run: RunConfig, config: ModelConfig) -> Callable[[tree.Tree], tree.Tree]:
+    """Adapters added, trained arrays in the dtype they are trained in."""
+
+    def finish(params: tree.Tree) -> tree.Tree:
+        wanted = run.compute.param_dtype
+        if run.lora is not None:
+            key, dtype = run_key(run, _ADAPTERS), wanted or config.dtype
+            params = add_lora(config, params, run.lora, key, param_dtype=dtype)
+        if wanted is None:
+            return params
+        mask = trained_mask(run, config, params)
+        return jax.tree.map(lambda x, keep: x.astype(wanted) if keep else x, params, mask)
+
+    return finish
+
+
+def init_random(setup: Setup) -> tree.Tree:
+    """Random weights, drawn where they will lie."""
+    run, config = setup.run, setup.config
+    places = shardings(config, abstract_params(config), setup.mesh, setup.compute.rules)
+    draw = jax.jit(lambda key: init_params(config, key), out_shardings=places)
+    return draw(run_key(run, _WEIGHTS))
+
+
+def make_state(setup: Setup, base: tree.Tree) -> TrainState:
+    """The state before the first step. `base` is used up."""
+    run, config = setup.run, setup.config
+    if run.method == "qlora":
+        base = _quantized(run, config, base)
+    places = jax.tree.map(lambda struct: struct.sharding, setup.abstract)
+
+    def first(base: tree.Tree) -> TrainState:
+        params = _finisher(run, config)(base)
+        key = run_key(run, _STEPS)
+        return init_state(params, mask=setup.mask, optimizer=setup.optimizer, rng=key)
+
+    return jax.jit(first, out_shardings=places, donate_argnums=0)(base)

@@ -1,0 +1,132 @@
+"""The training step: one pure function, made once from a loss, that knows no files or clocks."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import tree
+from llama_jax.config import Compute, ModelConfig
+from llama_jax.mesh.sharding import constrain
+from llama_jax.model.losses import Batch, next_token_loss
+from llama_jax.model.moe import balancing_loss
+from train.optim import Optimizer
+from train.state import TrainState
+
+Metrics = dict[str, jax.Array]
+Loss = Callable[..., tuple[jax.Array, jax.Array, Any]]
+Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    config: ModelConfig,
+    compute: Compute,
+    *,
+    optimizer: Optimizer,
+    mask: tree.Tree,
+    loss: Loss = next_token_loss,
+    accumulation_steps: int = 1,
+) -> Step:
+    """`step(state, batch) -> (state, metrics)` over arrays [B, T].
+
+    Only what `mask` selects is differentiated. With `accumulation_steps` the batch is taken in that
+    many parts, whose sums of loss and gradient are added before the one division by the number of
+    counted tokens: the result is that of the whole batch at once.
+
+    The update is left out, and parameters, moments and update count stay as they are, when no token
+    counts or when the loss or its gradient is not finite.
+
+    Metrics: loss (token mean of the cross entropy; NaN when no token counts), aux_loss (with
+    experts), grad_norm (trained arrays, before clipping), learning_rate, trained_tokens, tokens
+    (padding left out), updated (0 or 1).
+    """
+    gradient = _make_gradient(config, compute, loss)
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        trained, frozen = tree.partition(state.params, mask)
+        sums, gradients = _accumulate(
+            lambda part: gradient(trained, frozen, part), batch, accumulation_steps, compute
+        )
+        weight = jnp.maximum(sums["trained_tokens"], 1.0)
+        gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
+        updated, opt_state, metrics = optimizer.update(gradients, state.opt_state, trained)
+        healthy = jnp.isfinite(sums["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        apply = (sums["trained_tokens"] > 0) & healthy
+
+        def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(apply, new, old)
+
+        after = TrainState(
+            step=state.step + 1,
+            params=tree.combine(jax.tree.map(chosen, updated, trained), frozen),
+            opt_state=jax.tree.map(chosen, opt_state, state.opt_state),
+            rng=state.rng,
+        )
+        # 0/0 is what a mean over nothing is: no number that could be averaged into others.
+        for name in ("loss", "aux_loss"):
+            if name in sums:
+                metrics[name] = sums[name] / sums["trained_tokens"]
+        metrics["trained_tokens"] = sums["trained_tokens"]
+        metrics["tokens"] = (batch.segment_ids > 0).sum()
+        metrics["updated"] = apply.astype(jnp.int32)
+        return after, metrics
+
+    return step
+
+
+def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
+    """(trained, frozen, batch) -> (sums, gradient of the sums) of one micro-batch."""
+
+    def total(trained: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[jax.Array, Metrics]:
+        params = tree.combine(trained, frozen)
+        loss_sum, weight, stats = loss(config, params, batch, compute=compute)
+        sums = {"loss": loss_sum, "trained_tokens": weight}
+        if stats is None or config.moe is None:
+            return loss_sum, sums
+        # As in transformers: cross entropy + coefficient * balancing loss of the batch. Weighed by
+        # tokens, so that micro-batches add up.
+        sums["aux_loss"] = balancing_loss(stats) * weight
+        return loss_sum + config.moe.router_aux_loss_coef * sums["aux_loss"], sums
+
+    def gradient(trained: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[Metrics, tree.Tree]:
+        (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(trained, frozen, batch)
+        return sums, gradients
+
+    return gradient
+
+
+def _accumulate(
+    gradient: Callable[[Batch], Any], batch: Batch, parts: int, compute: Compute
+) -> tuple[Metrics, tree.Tree]:
+    """The sums over `parts` micro-batches, in float32, with one of them in memory at a time."""
+    if parts == 1:
+        return gradient(batch)
+
+    def split(array: jax.Array) -> jax.Array:
+        # Micro-batch m takes rows m, m + parts, …: every device keeps the rows it has.
+        apart = array.reshape(array.shape[0] // parts, parts, *array.shape[1:]).swapaxes(0, 1)
+        return constrain(apart, (None, "batch", "length"), compute.rules)
+
+    def body(carry: Any, part: Batch) -> tuple[Any, None]:
+        added = jax.tree.map(
+            lambda total, new: total + new.astype(total.dtype), carry, gradient(part)
+        )
+        return added, None
+
+    micro_batches = jax.tree.map(split, batch)
+    first = jax.tree.map(lambda array: array[0], micro_batches)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), jax.eval_shape(gradient, first))
+    return jax.lax.scan(body, zeros, micro_batches)[0]
+
+
+def make_eval_step(
+    config: ModelConfig, compute: Compute, *, loss: Loss = next_token_loss
+) -> Callable[[tree.Tree, Batch], Metrics]:
+    """`eval_step(params, batch) -> {loss, trained_tokens}`, sums over the batch."""
+
+    def eval_step(params: tree.Tree, batch: Batch) -> Metrics:
+        loss_sum, weight, _ = loss(config, params, batch, compute=compute)
+        return {"loss": loss_sum, "trained_tokens": weight}
+
+    return eval_step

@@ -1,0 +1,230 @@
+"""Frozen dataclasses as typed configuration: from mappings, to mappings, and as a JSON Schema.
+
+A section states its fields once, with `option`; parsing, checking and the schema are derived.
+Nothing is guessed: an unknown key, a value of another type and a number out of range are errors
+that name the field with its full path.
+"""
+
+import dataclasses
+import math
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self, Union, get_args, get_origin
+
+from llama_jax.config import check_keys
+
+
+def option(
+    doc: str,
+    *,
+    default: Any = dataclasses.MISSING,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field with its description and, for numbers, its bounds: low <= x <= high, above < x."""
+    bounds = {"low": low, "high": high, "above": above, "below": below}
+    return dataclasses.field(default=default, metadata={"doc": doc, **bounds})
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a configuration whose values are checked against their annotations."""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for spec in dataclasses.fields(self):
+            where = f"{_title(type(self))}{spec.name}"
+            value = convert(hints[spec.name], getattr(self, spec.name), where)
+            _check_bounds(spec, value, where)
+            object.__setattr__(self, spec.name, value)
+
+    def replace(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+
+def _title(cls: type) -> str:
+    """`TrainSection` -> `train.`; the run itself has no prefix."""
+    name = cls.__name__.removesuffix("Section")
+    return f"{name.lower()}." if name != cls.__name__ else ""
+
+
+def _check_bounds(spec: dataclasses.Field[Any], value: Any, where: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    meta = spec.metadata
+    limits = {
+        "at least": (meta.get("low"), lambda bound: value >= bound),
+        "at most": (meta.get("high"), lambda bound: value <= bound),
+        "above": (meta.get("above"), lambda bound: value > bound),
+        "below": (meta.get("below"), lambda bound: value < bound),
+    }
+    for words, (bound, holds) in limits.items():
+        if bound is not None and not holds(bound):
+            raise ValueError(f"{where} is {value!r}; it must be {words} {bound}")
+
+
+def from_dict(cls: type[Any], values: Any, where: str = "", start: Any = None) -> Any:
+    """An instance of the dataclass `cls`; keys left out come from `start` or from the class."""
+    hints, fields = typing.get_type_hints(cls), dataclasses.fields(cls)
+    name = where or "the configuration"
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{name} is {values!r}; it must be a mapping of fields to values")
+    check_keys(name, dict(values), [spec.name for spec in fields])
+    given = {}
+    for spec in fields:
+        path = f"{where}.{spec.name}" if where else spec.name
+        if spec.name in values:
+            default = None if spec.default is dataclasses.MISSING else spec.default
+            given[spec.name] = convert(hints[spec.name], values[spec.name], path, default)
+        elif start is not None:
+            given[spec.name] = getattr(start, spec.name)
+        elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:
+            doc = spec.metadata.get("doc")
+            raise ValueError(f"{path} is missing{f': {doc}' if doc else ''}")
+    return cls(**given)
+
+
+def convert(hint: Any, value: Any, where: str, start: Any = None) -> Any:
+    """`value` as the annotation `hint` wants it, or ValueError naming `where`.
+
+    An integer is taken for a float and a lone value for a tuple of one; nothing else changes type.
+    """
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_dict(hint, value, where, start)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        return _convert_union(arguments, value, where, start)
+    if origin is Literal:
+        # True equals 1: compare types too.
+        if not any(value == choice and type(value) is type(choice) for choice in arguments):
+            raise ValueError(
+                f"{where} is {value!r}; allowed are {', '.join(str(a) for a in arguments)}"
+            )
+        return value
+    if origin is tuple:
+        return _convert_tuple(arguments, value, where)
+    if origin in (dict, Mapping):
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{where} is {value!r}; it must be a mapping")
+        key_hint, value_hint = arguments
+        return {
+            convert(key_hint, key, f"a key of {where}"): convert(value_hint, item, f"{where}.{key}")
+            for key, item in value.items()
+        }
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_union(arguments: tuple[Any, ...], value: Any, where: str, start: Any) -> Any:
+    if value is None and type(None) in arguments:
+        return None
+    problems = []
+    for choice in arguments:
+        if choice is type(None):
+            continue
+        try:
+            return convert(choice, value, where, start)
+        except ValueError as error:
+            problems.append(str(error))
+    raise ValueError("; or ".join(problems))
+
+
+def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        if isinstance(value, Mapping):
+            raise ValueError(f"{where} is {value!r}; it must be a list")
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        return tuple(convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if not isinstance(value, list | tuple) or len(value) != len(arguments):
+        raise ValueError(f"{where} is {value!r}; it must be a list of {len(arguments)} values")
+    return tuple(
+        convert(hint, item, f"{where}[{i}]")
+        for i, (hint, item) in enumerate(zip(arguments, value, strict=True))
+    )
+
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+
+
+def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is float and is_number:
+        if not math.isfinite(value):
+            raise ValueError(f"{where} is {value!r}; it must be a finite number")
+        return float(value)
+    if hint is int and isinstance(value, bool):
+        value_fits = False
+    else:
+        value_fits = isinstance(value, hint)
+    if not value_fits:
+        quoted = " (remove the quotes?)" if isinstance(value, str) and hint is not str else ""
+        raise ValueError(f"{where} is {value!r}; it must be {_KINDS[hint]}{quoted}")
+    return value
+
+
+def to_dict(section: Any) -> Any:
+    """JSON-ready values that `from_dict` turns back into an equal object."""
+    if dataclasses.is_dataclass(section):
+        return {f.name: to_dict(getattr(section, f.name)) for f in dataclasses.fields(section)}
+    if isinstance(section, list | tuple):
+        return [to_dict(item) for item in section]
+    if isinstance(section, Mapping):
+        return {key: to_dict(item) for key, item in section.items()}
+    return section
+
+
+def json_schema(cls: type[Any]) -> dict[str, Any]:
+    """JSON Schema (2020-12) of the mappings that `from_dict(cls, …)` takes."""
+    hints = typing.get_type_hints(cls)
+    properties, required = {}, []
+    for spec in dataclasses.fields(cls):
+        entry = _hint_schema(hints[spec.name])
+        meta = spec.metadata
+        if meta.get("doc"):
+            entry["description"] = meta["doc"]
+        for name, keyword in (
+            ("low", "minimum"),
+            ("high", "maximum"),
+            ("above", "exclusiveMinimum"),
+            ("below", "exclusiveMaximum"),
+        ):
+            if meta.get(name) is not None:
+                entry[keyword] = meta[name]
+        if spec.default is not dataclasses.MISSING:
+            if not dataclasses.is_dataclass(spec.default):
+                entry["default"] = to_dict(spec.default)
+        elif spec.default_factory is dataclasses.MISSING:
+            required.append(spec.name)
+        properties[spec.name] = entry
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    if required:
+        schema["required"] = required
+    return {**schema, "additionalProperties": False}
+
+
+def _hint_schema(hint: Any) -> dict[str, Any]:
+    origin, arguments = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return json_schema(hint)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        choices = [_hint_schema(choice) for choice in arguments]
+        return {"anyOf": choices}
+    if origin is Literal:
+        return {"enum": list(arguments)}
+    if origin is tuple:
+        if arguments[-1] is Ellipsis:
+            item = _hint_schema(arguments[0])
+            return {"anyOf": [{"type": "array", "items": item}, item]}
+        items = [_hint_schema(argument) for argument in arguments]
+        return {"type": "array", "prefixItems": items, "minItems": len(items), "items": False}
+    if origin in (dict, Mapping):
+        return {"type": "object", "additionalProperties": _hint_schema(arguments[1])}
+    if hint is Any:
+        return {}
+    names = {bool: "boolean", int: "integer", float: "number", str: "string", type(None): "null"}
+    return {"type": names[hint]}
