@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jax
 from jax.sharding import Mesh
 
 from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
+from llama_jax.mesh.sharding import shardings
+from llama_jax.weights.table import abstract_params
 
 if TYPE_CHECKING:
     from llama_jax.formats.tokenizer import Tokenizer
@@ -42,27 +45,57 @@ def load(
     mesh: Mesh | None = None,
     rules: LogicalRules = DEFAULT_RULES,
     dtype: Any = None,
+    adapter: str | Path | None = None,
 ) -> Model:
     """Loads a Hugging Face folder, a .gguf file, a llama-jax checkpoint folder, `smollm2-135m`
     (the model of the `demo` extra) or, only when such an id is given, a Hub repository.
 
     What exists on the disk wins over a name. With a mesh the parameters are placed by the rules,
     without one they lie on the default device. `dtype` None keeps what the source declares.
+    `adapter` is a PEFT folder whose adapter is put on the weights, unmerged; where it brings a
+    tokenizer, or embeddings for more tokens, those replace the model's.
 
     Raises ValueError for anything else, saying what is allowed, and for a tokenizer that has more
     ids than the model has embedding rows; ConnectionError when the Hub cannot be reached.
     """
+    path = find_model(model)
+    load_path = _load_folder if path.is_dir() else _load_file
+    loaded = load_path(path, mesh=mesh, rules=rules, dtype=dtype)
+    return loaded if adapter is None else _adapted(loaded, Path(adapter), mesh=mesh, rules=rules)
+
+
+def find_model(model: str | Path) -> Path:
+    """The folder or .gguf file that `model` stands for; the errors are those of `load`."""
     name = str(model)
     path = Path(model).expanduser() if name else None
     if path is not None and path.is_dir():
-        return _load_folder(path, mesh=mesh, rules=rules, dtype=dtype)
+        return path
     if path is not None and path.is_file():
-        return _load_file(path, mesh=mesh, rules=rules, dtype=dtype)
+        return _checked_file(path)
     if name == SMOLLM2:
-        return _load_file(find_smollm2(), mesh=mesh, rules=rules, dtype=dtype)
+        return find_smollm2()
     if isinstance(model, str) and _HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
-        return _load_folder(_download(name), mesh=mesh, rules=rules, dtype=dtype)
+        return _download(name)
     raise ValueError(f"{name!r} is neither there nor a name that is known; give {ALLOWED}")
+
+
+def load_abstract(model: str | Path) -> Model:
+    """What `load` gives, with shape structs in place of the parameters: no weight is read."""
+    path = find_model(model)
+    if path.is_file():
+        from llama_jax.formats.gguf import read_gguf_metadata
+
+        config, tokenizer = read_gguf_metadata(path)
+        return _checked(Model(config, abstract_params(config), tokenizer))
+    from llama_jax.formats.checkpoint import is_checkpoint, read_abstract
+    from llama_jax.formats.hf_config import read_config
+
+    if is_checkpoint(path):
+        config, params = read_abstract(path)
+    else:
+        config = read_config(path)
+        params = abstract_params(config)
+    return _checked(Model(config, params, _tokenizer(path, config)))
 
 
 def save_hf(model: Model, path: str | Path, **options: Any) -> list[Path]:
@@ -73,9 +106,13 @@ def save_hf(model: Model, path: str | Path, **options: Any) -> list[Path]:
     return hf.save_hf(path, model.config, model.params, tokenizer=model.tokenizer, **options)
 
 
-def _load_file(path: Path, *, mesh: Mesh | None, rules: LogicalRules, dtype: Any) -> Model:
+def _checked_file(path: Path) -> Path:
     if path.suffix.lower() != ".gguf":
         raise ValueError(f"{path} is a file, but not a .gguf file; give {ALLOWED}")
+    return path
+
+
+def _load_file(path: Path, *, mesh: Mesh | None, rules: LogicalRules, dtype: Any) -> Model:
     from llama_jax.formats.gguf import load_gguf
 
     return _checked(Model(*load_gguf(path, mesh=mesh, rules=rules, dtype=dtype)))
@@ -124,6 +161,18 @@ def _cast(config: ModelConfig, params: tree.Tree, dtype: Any) -> tuple[ModelConf
             )
     cast = tree.map_with_path(lambda path, leaf: leaf.astype(name), params)
     return config.replace(dtype=name), cast
+
+
+def _adapted(model: Model, folder: Path, *, mesh: Mesh | None, rules: LogicalRules) -> Model:
+    from llama_jax.formats.peft import adapter_vocab_size, load_adapter
+
+    rows = adapter_vocab_size(folder, model.config)
+    config = model.config.replace(vocab_size=rows)
+    tokenizer = _tokenizer(folder, config) or model.tokenizer
+    params = load_adapter(folder, model.config, model.params, resize=rows > model.config.vocab_size)
+    if mesh is not None:
+        params = jax.device_put(params, shardings(config, params, mesh, rules))
+    return _checked(Model(config, params, tokenizer))
 
 
 def find_smollm2() -> Path:

@@ -8,8 +8,10 @@ import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import tokenizers
+import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 import llama_jax as lj
@@ -18,7 +20,11 @@ from llama_jax import tree
 from llama_jax.formats import checkpoint, gguf, hf
 from llama_jax.mesh.sharding import make_mesh, shardings
 from llama_jax.weights.tensors import LoraTensor
-from tests.tiny import FAMILIES, tiny_params
+from tests.reference import reference_logits, reference_model
+from tests.tiny import FAMILIES, tiny_params, tiny_tokens
+
+# peft asks transformers in a way transformers wants to retire.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing:FutureWarning")
 
 CONFIG = FAMILIES["llama-gqa"]
 PARAMS = tiny_params(CONFIG)
@@ -125,6 +131,56 @@ def test_every_kind_is_placed_on_the_mesh(tmp_path, kind):
     for name, leaf in tree.flatten(model.params).items():
         assert leaf.sharding.is_equivalent_to(places[name], leaf.ndim), name
     _same(model.params)
+
+
+def test_find_model(folder):
+    assert load_module.find_model(str(folder)) == folder
+    assert load_module.find_model("smollm2-135m") == load_module.find_smollm2()
+    with pytest.raises(ValueError, match="not a .gguf file"):
+        load_module.find_model(folder / "config.json")
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """An adapter as peft writes it, with its effect on the query projections."""
+    model = reference_model(CONFIG, PARAMS)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"])
+    adapted = peft.get_peft_model(model, settings)
+    for name, value in adapted.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(value, generator=torch.Generator().manual_seed(len(name)))
+    adapted.save_pretrained(tmp_path / "adapter")
+    tokens = tiny_tokens(batch=1)
+    return tmp_path / "adapter", tokens, reference_logits(adapted.eval(), tokens)
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])
+def test_adapter(folder, adapter, mesh):
+    path, tokens, expected = adapter
+    placed = make_mesh(mesh) if mesh else None
+    model = lj.load(folder, adapter=path, mesh=placed)
+    assert isinstance(model.params["layers"]["self_attn"]["q_proj"]["weight"], LoraTensor)
+    got = jax.jit(lj.forward, static_argnums=0)(model.config, model.params, tokens)
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+    plain = jax.jit(lj.forward, static_argnums=0)(CONFIG, PARAMS, tokens)
+    assert np.abs(plain - expected).max() > 0.1
+    if placed is not None:
+        places = tree.flatten_arrays(shardings(CONFIG, model.params, placed))
+        for name, array in tree.flatten_arrays(model.params).items():
+            assert array.sharding.is_equivalent_to(places[name], array.ndim), name
+
+
+def test_the_tokenizer_of_an_adapter_wins(folder, adapter):
+    path, _, _ = adapter
+    _tokenizer_json(folder, 128)
+    assert lj.load(folder, adapter=path).tokenizer.vocab_size == 128
+    _tokenizer_json(path, 100)
+    assert lj.load(folder, adapter=path).tokenizer.vocab_size == 100
+    _tokenizer_json(path, 130)
+    with pytest.raises(ValueError, match="ids up to 129"):
+        lj.load(folder, adapter=path)
+    with pytest.raises(ValueError, match="nowhere"):
+        lj.load(folder, adapter=path.parent / "nowhere")
 
 
 @pytest.mark.parametrize(
