@@ -90,7 +90,14 @@ def render_chat(
 
     conversation = Conversation(messages, tools, variables)
     text = render(conversation)
-    origin = template_text(text, conversation, render, literals=compiled.literals, control=control)
+    origin = template_text(
+        text,
+        conversation,
+        render,
+        literals=compiled.literals,
+        control=control,
+        cuts_from_end=compiled.cuts_from_end,
+    )
     return Rendered(text, origin)
 
 

@@ -36,7 +36,9 @@ class AliasedEncoder:
         self._alias = {
             name: f"\ue000{self._nonce}x{index}\ue001" for name, index in control.items()
         }
-        self._backend = _rename(backend, self._alias)
+        self._backend, unknown = _rename(backend, self._alias)
+        # The unknown token also stands for text the vocabulary cannot spell.
+        self._steering = {index for index in control.values() if index != unknown}
         for name, index in control.items():
             if self._backend.token_to_id(self._alias[name]) != index:
                 raise ValueError(
@@ -72,9 +74,9 @@ class AliasedEncoder:
 
     def _check(self, ids: Iterable[int], active: Sequence[tuple[int, int, str]]) -> None:
         """The promise itself, looked at after the fact: no control id that nobody asked for."""
-        control = set(self._control.values())
-        got = [index for index in ids if index in control]
+        got = [index for index in ids if index in self._steering]
         meant = [self._control[name] for _, _, name in active]
+        meant = [index for index in meant if index in self._steering]
         if got != meant:
             raise ValueError(
                 f"tokenizer: cannot encode control tokens as text: expected the control ids "
@@ -87,7 +89,10 @@ def _range(origin: list[tuple[int, int]], start: int, end: int, length: int) -> 
     return first, max(first, origin[end - 1][1] if end > start else first)
 
 
-def _rename(backend: tokenizers.Tokenizer, alias: Mapping[str, str]) -> tokenizers.Tokenizer:
+def _rename(
+    backend: tokenizers.Tokenizer, alias: Mapping[str, str]
+) -> tuple[tokenizers.Tokenizer, int | None]:
+    """The renamed copy, and the id of its unknown token."""
     description: dict[str, Any] = json.loads(backend.to_str())
     for token in description["added_tokens"]:
         token["content"] = alias.get(token["content"], token["content"])
@@ -97,12 +102,14 @@ def _rename(backend: tokenizers.Tokenizer, alias: Mapping[str, str]) -> tokenize
         model["vocab"] = {alias.get(name, name): index for name, index in vocab.items()}
     else:  # Unigram: pairs of piece and score
         model["vocab"] = [[alias.get(name, name), score] for name, score in vocab]
+    unknown = model.get("unk_id")
     if isinstance(model.get("unk_token"), str):
+        unknown = backend.token_to_id(model["unk_token"])
         model["unk_token"] = alias.get(model["unk_token"], model["unk_token"])
     if "merges" in model:
         model["merges"] = [merge for merge in model["merges"] if not _touches(merge, alias)]
     description["post_processor"] = None  # it names control tokens, and is not used here
-    return tokenizers.Tokenizer.from_str(json.dumps(description))
+    return tokenizers.Tokenizer.from_str(json.dumps(description)), unknown
 
 
 def _touches(merge: str | list[str], alias: Mapping[str, str]) -> bool:

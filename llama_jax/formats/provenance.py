@@ -4,8 +4,9 @@ The conversation is rendered a second time with every foreign character replaced
 one. Where the two renderings agree, the template wrote; where the second shows the private
 character, the text is foreign. If the template looks at what it is given (splits at </think>,
 compares a name), the second rendering would take another path, so literals of the template are
-then left readable between private marks. If no rendering lines up, only conversations without
-anything like a control token pass. Nothing is guessed.
+then left readable between private marks, or (a closing mark would keep white space from being
+stripped) after one. If no rendering lines up, only conversations without anything like a control
+token pass. Nothing is guessed.
 """
 
 import re
@@ -53,16 +54,22 @@ def template_text(
     *,
     literals: frozenset[str],
     control: Sequence[str],
+    cuts_from_end: bool,
 ) -> str:
     """`text` with every foreign character blanked out, of the same length.
 
-    `text` is `render(conversation)`; `literals` are the texts the template itself holds. Raises
-    TemplateError where it cannot be told which control tokens the template wrote.
+    `text` is `render(conversation)`; `literals` are the texts the template itself holds;
+    `cuts_from_end` says that it may keep the end of a text by length, which could lose the mark
+    before a literal. Raises TemplateError where it cannot be told which control tokens the
+    template wrote.
     """
     private = _private_characters("".join([text, *literals]))
     blank = next(private)
-    for kept in ((), sorted({*literals, *control}, key=len, reverse=True)):
-        masks = _Masks(blank, {name: (next(private), next(private)) for name in kept}, private)
+    readable = sorted({*literals, *control}, key=len, reverse=True)
+    marks = {name: (next(private), next(private)) for name in readable}
+    opening_only = {} if cuts_from_end else {name: (mark, "") for name, (mark, _) in marks.items()}
+    for kept in ({}, marks, opening_only):
+        masks = _Masks(blank, kept, private)
         try:
             masked = render(masks.conversation(conversation))
         except TemplateError:
@@ -110,7 +117,7 @@ class _Masks:
     def remove(self, rendering: str) -> str | None:
         """Marked texts blanked, lone marks gone; None where a cut hides what a text was."""
         opened = {opening: (name, closing) for name, (opening, closing) in self._kept.items()}
-        closed = {closing: name for name, (_, closing) in self._kept.items()}
+        closed = {closing: name for name, (_, closing) in self._kept.items() if closing}
         parts: list[str] = []
         position = 0
         while position < len(rendering):
@@ -120,7 +127,7 @@ class _Masks:
                 name, closing = opened[character]
                 if rendering.startswith(name + closing, position):
                     parts.append(self._blank * len(name))
-                    position += len(name) + 1
+                    position += len(name + closing)
                 elif rendering.startswith(name, position):
                     return None
             elif character in closed:

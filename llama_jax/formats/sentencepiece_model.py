@@ -116,6 +116,9 @@ def build_sentencepiece(
     splits: list[pre_tokenizers.PreTokenizer] = []
     if prefix_rule == "first chunk":
         splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
+    if model.kind == "unigram" and model.byte_fallback:
+        # SentencePiece keeps byte pieces out of its search: the text "<0x41>" is six characters.
+        splits.append(pre_tokenizers.Split(Regex("<(?=0x[0-9A-F]{2}>)"), behavior="isolated"))
     if user_defined:
         # SentencePiece never merges these with their neighbours.
         longest_first = sorted(user_defined, key=len, reverse=True)
@@ -179,12 +182,7 @@ def _bpe(model: SentencePieceModel, *, is_whole_first: bool) -> models.BPE:
 
 
 def _unigram(model: SentencePieceModel) -> models.Unigram:
-    """Pieces that SentencePiece keeps out of its search get scores no search would choose."""
-    lowest = min((p.score for p in _of_type(model, PieceType.NORMAL)), default=0.0)
-    searched = (PieceType.NORMAL, PieceType.USER_DEFINED)
-    vocab = [
-        # A byte piece is six characters, "<0x41>": worse than six of the worst pieces.
-        (p.text, p.score if p.type in searched else (lowest - 10.0) * (len(p.text) + 1))
-        for p in model.pieces
-    ]
+    if _of_type(model, PieceType.UNUSED):
+        raise ValueError("a SentencePiece unigram model with unused pieces is not supported")
+    vocab = [(piece.text, piece.score) for piece in model.pieces]
     return models.Unigram(vocab, unk_id=model.unk_id, byte_fallback=model.byte_fallback)

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
-import jinja2.nodes
+from jinja2 import nodes
 
 from llama_jax.formats.sandbox import (
     MAX_CHARACTERS,
@@ -72,6 +72,11 @@ class ChatTemplate:
         """Every text the template itself can write or compare with."""
         return _literals(self.source)
 
+    @property
+    def cuts_from_end(self) -> bool:
+        """Whether it may take a slice that counts from the end, such as content[-10:]."""
+        return _cuts_from_end(self.source)
+
     def _render(
         self,
         messages: Sequence[Message],
@@ -128,9 +133,16 @@ def _compile(source: str) -> jinja2.Template:
 @lru_cache(maxsize=64)
 def _literals(source: str) -> frozenset[str]:
     tree = TemplateEnvironment().parse(source)
-    constants = {node.value for node in tree.find_all(jinja2.nodes.Const)}
-    written = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
+    constants = {node.value for node in tree.find_all(nodes.Const)}
+    written = {node.data for node in tree.find_all(nodes.TemplateData)}
     return frozenset(text for text in constants | written if isinstance(text, str) and text)
+
+
+@lru_cache(maxsize=64)
+def _cuts_from_end(source: str) -> bool:
+    starts = [cut.start for cut in TemplateEnvironment().parse(source).find_all(nodes.Slice)]
+    # A negative number is a Neg node, so every constant counts from the start.
+    return any(start is not None and not isinstance(start, nodes.Const) for start in starts)
 
 
 def _without_none(message: Message) -> dict[str, Any]:

@@ -142,13 +142,19 @@ class Tokenizer:
         """The token as the vocabulary spells it, None for an id without one."""
         return self._table.get(index)
 
+    def token_bytes(self, index: int) -> bytes:
+        """What the token adds inside a text; an id without a token adds nothing."""
+        token = self._table.get(index)
+        return b"" if token is None else self._detokenizer.pieces(token, False)
+
     # Text to ids
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`, in which control tokens are recognised.
 
-        With `add_special_tokens` the begin (and end) token the model expects is there exactly
-        once, whether the text already has it or not.
+        With `add_special_tokens` the begin token the model expects is there exactly once,
+        whether the text already starts with it or not; an end token, where the tokenizer adds
+        one, is added as the reference does.
         """
         ids = list(self._backend.encode(text, add_special_tokens=False).ids)
         return self.wrap(ids) if add_special_tokens else ids
@@ -160,13 +166,9 @@ class Tokenizer:
         return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def wrap(self, ids: list[int]) -> list[int]:
-        """`ids` with the begin and end tokens the model expects, each once."""
-        before, after = self._before, self._after
-        if list(ids[: len(before)]) == before:
-            before = []
-        if after and list(ids[-len(after) :]) == after:
-            after = []
-        return [*before, *ids, *after]
+        """`ids` with the begin token (once) and the end token the model expects around them."""
+        is_there = list(ids[: len(self._before)]) == self._before
+        return [*([] if is_there else self._before), *ids, *self._after]
 
     @functools.cached_property
     def control_tokens(self) -> dict[str, int]:
@@ -222,23 +224,29 @@ class Tokenizer:
     ) -> tuple[list[int], list[int]]:
         """The ids before and after every text.
 
-        A flag in tokenizer_config.json decides; where neither flag is given, the source does
-        (`adds_bos`), or the post-processor in tokenizer.json.
+        For tokenizer.json (`adds_bos` None) its post-processor decides, as in transformers, and
+        add_bos_token and add_eos_token can only add to it. Elsewhere these flags decide, and
+        where they are silent the kind of file does.
         """
-        flags = self.settings.flag("add_bos_token"), self.settings.flag("add_eos_token")
-        if flags == (None, None) and adds_bos is None:
-            probe = self._backend.encode("a", add_special_tokens=False).ids
-            whole = self._backend.encode("a").ids
-            for start in range(len(whole) - len(probe) + 1):
-                if whole[start : start + len(probe)] == probe:
-                    return list(whole[:start]), list(whole[start + len(probe) :])
-            raise ValueError(f"{self.source}: the post-processor changes the text's own tokens")
-        bos = flags[0] if flags[0] is not None else bool(adds_bos)
-        eos = flags[1] if flags[1] is not None else bool(adds_eos)
-        return (
-            [self.bos_token_id] if bos and self.bos_token_id is not None else [],
-            [self.eos_token_ids[0]] if eos and self.eos_token_ids else [],
-        )
+        bos_flag = self.settings.flag("add_bos_token")
+        eos_flag = self.settings.flag("add_eos_token")
+        before, after = self._around() if adds_bos is None else ([], [])
+        bos = bool(adds_bos) if bos_flag is None else bos_flag
+        eos = bool(adds_eos) if eos_flag is None else eos_flag
+        if bos and self.bos_token_id is not None:
+            before = before or [self.bos_token_id]
+        if eos and self.eos_token_ids:
+            after = after or [self.eos_token_ids[0]]
+        return before, after
+
+    def _around(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts around a text."""
+        text = self._backend.encode("a", add_special_tokens=False).ids
+        whole = self._backend.encode("a").ids
+        for start in range(len(whole) - len(text) + 1):
+            if whole[start : start + len(text)] == text:
+                return list(whole[:start]), list(whole[start + len(text) :])
+        raise ValueError(f"{self.source}: the post-processor changes the text's own tokens")
 
 
 class StreamDecoder:
