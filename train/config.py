@@ -4,6 +4,7 @@ Everything here is checked before JAX is imported, so that a mistake costs a sec
 fields mean is said beside them, and `configs/schema.json` carries the same words to editors.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -375,3 +376,13 @@ def parse_yaml(text: str, source: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not valid YAML: {error}") from error
+
+
+def main() -> None:
+    """Rewrites `configs/schema.json` of this checkout."""
+    path = Path(__file__).parent.parent / "configs" / "schema.json"
+    path.write_text(json.dumps(run_config_schema(), indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -46,16 +46,6 @@ class Samples(Sequence[Sample]):
     def lengths(self) -> np.ndarray:
         return np.diff(self._ends)
 
-    @property
-    def num_tokens(self) -> int:
-        return int(self._ends[-1])
-
-    @property
-    def num_trained_tokens(self) -> int:
-        """Tokens that are predicted: the first of a sample follows nothing and never is."""
-        firsts = self._masks[self._ends[:-1][self.lengths > 0]]
-        return int(self._masks.sum()) - int(firsts.sum())
-
 
 def make_row(samples: Sequence[Sample], length: int, *, pad_token_id: int) -> Batch:
     """One row [length] that holds the samples side by side, each a segment of its own.

@@ -1,0 +1,188 @@
+"""The run config: what is refused, what is filled in, and that the schema is the shipped one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.config import (
+    OPTIMIZER_DEFAULTS,
+    MeshSection,
+    ModelSection,
+    OptimizerSection,
+    RunConfig,
+    ScheduleSection,
+    load_run_config,
+    parse_yaml,
+    run_config_schema,
+)
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+BASE = {
+    "model": {"name": "smollm2-135m"},
+    "method": "lora",
+    "data": {"train": ["rows.jsonl"]},
+    "train": {"steps": 20, "batch_size": 8, "sequence_length": 64},
+    "output": "runs/a",
+}
+
+
+def config(**changes) -> RunConfig:
+    values = json.loads(json.dumps(BASE))
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if name:
+            values.setdefault(section, {})[name] = value
+        else:
+            values[section] = value
+    return RunConfig.from_dict(values)
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_importing_the_config_imports_no_jax():
+    code = "import sys, train.config; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_defaults_are_filled_in_and_the_resolved_config_comes_back_equal():
+    run = config(compute={"dtype": "bfloat16"})
+    assert run.compute.dtype == "bfloat16"
+    assert run.compute.param_dtype == "float32", "the rest of a section keeps the run's defaults"
+    assert run.lora is not None and run.quantization is None
+    assert RunConfig.from_dict(json.loads(json.dumps(run.to_dict()))) == run
+
+
+def test_yaml_overrides_and_numbers(tmp_path):
+    path = write(
+        tmp_path,
+        "model: {name: m}\nmethod: full\ndata: {train: a.jsonl}\noutput: o\n"
+        "train: {steps: 3, batch_size: 8, sequence_length: 16}\n"
+        "optimizer: {learning_rate: 1e-4}\n",
+    )
+    run = load_run_config(
+        path, ["train.steps=5", "schedule.name=constant", "data.train=[b.jsonl, c.jsonl]"]
+    )
+    assert run.optimizer.learning_rate == 1e-4
+    assert run.train.steps == 5
+    assert run.schedule.name == "constant"
+    assert run.data.train == ("b.jsonl", "c.jsonl")
+    assert load_run_config(path, ["optimizer.max_grad_norm=null"]).optimizer.max_grad_norm is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stepz=5", "stepz.*did you mean 'steps'"),
+        ("trian.steps=5", "trian.*did you mean 'train'"),
+        ("train.steps", "section.field=value"),
+        ("output.x=5", "has no fields"),
+        ("train.steps=[", "not valid YAML"),
+        ("train.steps=ten", "train.steps is 'ten'; it must be an integer"),
+        ("train.steps=1.5", "train.steps is 1.5"),
+        ("train.steps=true", "train.steps is True"),
+        ("train.steps=0", "at least 1"),
+        ("train.seed=-1", "train.seed is -1"),
+        ("data.packing=1", "data.packing is 1; it must be true or false"),
+        ("optimizer.learning_rate=.nan", "finite"),
+        ("method=dpo", "method is 'dpo'; allowed are pretrain, full, lora, qlora"),
+        ("compute.remat=some", "compute.remat is 'some'"),
+        ("data.train={a: b}", "data.train"),
+        ("data.eval_fraction=1.0", "below 1.0"),
+    ],
+)
+def test_bad_values_are_named(tmp_path, override, message):
+    path = write(
+        tmp_path,
+        "model: {name: m}\nmethod: full\ndata: {train: a.jsonl}\noutput: o\n"
+        "train: {steps: 3, batch_size: 8, sequence_length: 16}\n",
+    )
+    with pytest.raises(ValueError, match=message):
+        load_run_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lora": {}, "method": "full"}, "section lora is set, but method full"),
+        ({"quantization": {}}, "section quantization is set, but method lora"),
+        ({"lora": {"r": 0}}, "lora.r is 0"),
+        ({"lora": {"rank": 4}}, "lora has no field 'rank'"),
+        ({"train__gradient_accumulation_steps": 3}, "not a multiple"),
+        ({"train__eval_every_steps": 5}, "nothing to evaluate on"),
+        ({"schedule__warmup_steps": 21}, "take 21 updates, but train.steps is 20"),
+        ({"data__eval": ["e"], "data__eval_fraction": 0.1}, "keep one"),
+        ({"model__overrides": {"vocab_size": 8}}, "init: random"),
+        ({"output": ""}, "output is empty"),
+        ({"data__train": []}, "data.train is empty"),
+        ({"mesh": {"data": -1}}, "only one may be"),
+        ({"mesh": {"tensor": 0}}, "mesh.tensor is 0"),
+        ({"schedule": {"name": "wsd"}}, "decay_steps is missing"),
+        ({"schedule": {"name": "constant", "decay_steps": 3}}, "constant"),
+    ],
+)
+def test_combinations_without_meaning_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_missing_fields_say_what_they_are():
+    with pytest.raises(ValueError, match="train.steps is missing: batches to train on"):
+        config(train={"batch_size": 8, "sequence_length": 8})
+
+
+def test_a_key_given_twice_is_an_error():
+    with pytest.raises(ValueError, match="'steps' is given twice"):
+        parse_yaml("train: {steps: 1, steps: 2}", "x.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZER_DEFAULTS))
+def test_every_optimizer_fills_in_what_it_reads_and_refuses_the_rest(name):
+    section = OptimizerSection(name=name)
+    reads = OPTIMIZER_DEFAULTS[name]
+    for option in ("beta1", "beta2", "epsilon", "momentum", "decay_rate", "weight_decay"):
+        assert getattr(section, option) == reads.get(option)
+        if option not in reads:
+            with pytest.raises(ValueError, match=f"{option}.*{name} does not read it"):
+                OptimizerSection(name=name, **{option: 0.5})
+        else:
+            assert getattr(OptimizerSection(name=name, **{option: 0.5}), option) == 0.5
+
+
+def test_sections_are_checked_when_built_in_python_too():
+    with pytest.raises(ValueError, match="schedule.warmup_steps is -1"):
+        ScheduleSection(warmup_steps=-1)
+    with pytest.raises(ValueError, match="model.init is 'zeros'"):
+        ModelSection(name="m", init="zeros")
+    assert MeshSection(data=2).sizes() == {"data": 2, "fsdp": -1, "tensor": 1, "expert": 1}
+
+
+def test_the_shipped_schema_is_current():
+    """python -m train.config rewrites it."""
+    assert json.loads((CONFIGS / "schema.json").read_text()) == run_config_schema()
+
+
+def test_the_schema_describes_every_field_and_allows_no_other():
+    schema = run_config_schema()
+    assert schema["required"] == ["model", "data", "train", "method", "output"]
+    assert schema["additionalProperties"] is False
+    steps = schema["properties"]["train"]["properties"]["steps"]
+    assert steps == {"type": "integer", "minimum": 1, "description": "batches to train on"}
+    assert schema["properties"]["optimizer"]["properties"]["name"]["enum"][0] == "adamw"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_parses_and_starts_with_its_command(path):
+    run = load_run_config(path)
+    header = path.read_text().split("\nmodel:")[0]
+    assert f"llama-jax train {path.name}" in header
+    for word in ("Hardware:", "Takes", "Result:"):
+        assert word in header
+    assert run.output == f"runs/{path.stem.removesuffix('-cpu')}"
