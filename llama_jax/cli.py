@@ -17,7 +17,15 @@ from llama_jax import __version__
 from llama_jax.commands.report import to_json
 
 COMMANDS = (
+    "demo",
     "models",
+    "train",
+    "generate",
+    "chat",
+    "eval",
+    "export",
+    "convert",
+    "quantize",
     "doctor",
 )
 

@@ -58,9 +58,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts, chat = _prompts(args)
     start_jax()
     from infer.generate import generate
-    from llama_jax.load import load
+    from llama_jax.commands.adapted import load_adapted
 
-    model = load(args.model, adapter=args.adapter)
+    model = load_adapted(args.model, args.adapter)
     num_texts = len(prompts) * args.n
     outputs = generate(
         model,

@@ -1,0 +1,120 @@
+"""Writes a model in another program's format.
+
+hf: a Hugging Face folder that transformers loads. gguf: one file for llama.cpp. peft: the adapter
+on MODEL (a checkpoint of a LoRA run, or --adapter) as a folder that peft loads. Adapters and
+quantized weights go into hf and gguf only as the full matrices they stand for, with --merge."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_jax.load import Model
+
+HELP = "write a model as a Hugging Face folder, a PEFT adapter or a GGUF file"
+EXAMPLE = "llama-jax export smollm2-135m models/smollm2-hf --format hf --dtype bfloat16"
+
+HF_DTYPES = ("float32", "bfloat16", "float16")
+GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("out", metavar="OUT", help="the folder to write, or the file for gguf")
+    parser.add_argument("--format", required=True, choices=("hf", "peft", "gguf"))
+    parser.add_argument(
+        "--dtype",
+        choices=tuple(GGUF_DTYPES),
+        help="of the weights; q8_0 is for gguf (default: as they are, for gguf float32)",
+    )
+    parser.add_argument(
+        "--max-shard-size", metavar="SIZE", help="of one file, for hf, such as 2GB (default: 5GB)"
+    )
+    parser.add_argument(
+        "--adapter", metavar="DIR", help="a PEFT adapter folder to put on the model"
+    )
+    parser.add_argument(
+        "--merge", action="store_true", help="write full matrices for adapted or quantized weights"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that OUT holds")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from llama_jax.commands.output import check_out, num_bytes
+    from llama_jax.commands.startup import start_jax
+
+    out = check_out(args.out, args.model)
+    _check_flags(args)
+    start_jax()
+    from llama_jax.commands.adapted import load_adapted
+    from llama_jax.formats.atomic import check_target
+    from llama_jax.formats.gguf_writer import check_file_target
+
+    # Before the model is loaded, which may take long.
+    check = check_file_target if args.format == "gguf" else check_target
+    check(out, overwrite=args.overwrite)
+    files = _write(args, out, load_adapted(args.model, args.adapter))
+    return {"files": [str(file) for file in files], "bytes": num_bytes(files)}
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError for a flag that the format does not read."""
+    reads = {
+        "hf": ("dtype", "max_shard_size", "merge"),
+        "gguf": ("dtype", "merge"),
+        "peft": (),
+    }[args.format]
+    for name in ("dtype", "max_shard_size", "merge"):
+        if getattr(args, name) and name not in reads:
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--format {args.format} does not read {flag}; leave it out")
+    if args.format == "hf" and args.dtype is not None and args.dtype not in HF_DTYPES:
+        raise ValueError(f"--dtype {args.dtype} is for --format gguf; hf writes {HF_DTYPES}")
+    if args.max_shard_size is not None:
+        from llama_jax.formats.safetensors import parse_bytes
+
+        parse_bytes(args.max_shard_size)
+
+
+def _write(args: argparse.Namespace, out: Path, model: "Model") -> list[Path]:
+    if args.format == "peft":
+        from llama_jax.formats.peft import save_adapter
+
+        return save_adapter(
+            out,
+            model.config,
+            model.params,
+            base_model_name_or_path=args.model,
+            overwrite=args.overwrite,
+        )
+    if args.format == "gguf":
+        from llama_jax.formats.gguf import save_gguf
+
+        path = save_gguf(
+            out,
+            model.config,
+            model.params,
+            model.tokenizer,
+            dtype=GGUF_DTYPES[args.dtype or "float32"],
+            merge=args.merge,
+            overwrite=args.overwrite,
+        )
+        return [path]
+    from llama_jax.load import save_hf
+
+    return save_hf(
+        model,
+        out,
+        dtype=args.dtype,
+        max_shard_size=args.max_shard_size or "5GB",
+        merge=args.merge,
+        overwrite=args.overwrite,
+    )
+
+
+def show(report: dict[str, Any], args: argparse.Namespace) -> None:
+    from llama_jax.commands.report import to_size
+
+    for file in report["files"]:
+        print(file)  # noqa: T201
+    print(f"{to_size(report['bytes'])} in {args.out}")  # noqa: T201
