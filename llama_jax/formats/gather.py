@@ -1,24 +1,21 @@
 """Parameters on their way out: checked against the config, then gathered one tensor at a time."""
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
 
 from llama_jax import tree
 from llama_jax.config import FLOAT_DTYPES, ModelConfig
 from llama_jax.formats.safetensors import convert
-from llama_jax.mesh.sharding import replicated
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import LoraTensor, is_quantized, to_array
+from llama_jax.weights.tensors import is_adapted, to_array
 
 
 def is_plain(leaf: Any) -> bool:
-    """Whether a leaf is an array, neither quantized nor adapted."""
-    return not isinstance(leaf, LoraTensor) and not is_quantized(leaf)
+    """Whether a leaf is an array, neither quantized nor adapted nor laid out for one device."""
+    return isinstance(leaf, jax.Array | np.ndarray)
 
 
 def check_params(
@@ -41,7 +38,7 @@ def check_params(
             problems.append(f"{path} has shape {leaf.shape}, expected {table[path].shape}")
         elif not is_plain(leaf):
             if not merge:
-                kind = "an adapter" if isinstance(leaf, LoraTensor) else "quantized weights"
+                kind = "an adapter" if is_adapted(leaf) else "quantized weights"
                 raise ValueError(
                     f"{path} holds {kind}, which {target} cannot; pass "
                     f"merge=True to write the full matrices, or export the adapter as PEFT"
@@ -72,22 +69,19 @@ def fetch(leaf: Any, at: tuple[int, ...], *, dtype: np.dtype[Any], name: str) ->
 def _take(array: Any, at: tuple[int, ...]) -> np.ndarray:
     # Part of a quantized stack, such as a scale that all layers share, can have length 1.
     at = tuple(0 if size == 1 else i for i, size in zip(at, array.shape, strict=False))
-    if isinstance(array, jax.Array) and len(array.sharding.device_set) > 1:
-        sharding = array.sharding
-        assert isinstance(sharding, NamedSharding)
-        return np.asarray(_gatherer(sharding.mesh, len(at))(array, at))
-    if isinstance(array, jax.Array) and jax.default_backend() != "cpu":
-        return np.asarray(_gatherer(None, len(at))(array, at))
+    if isinstance(array, jax.Array) and not _is_on_one_cpu(array):
+        return np.asarray(_index(array, at))
     return np.asarray(array)[at]
 
 
-@functools.cache
-def _gatherer(mesh: Mesh | None, num_indices: int) -> Any:
-    """A jitted `array[at]` whose result every device holds; compiled once for each shape."""
+def _is_on_one_cpu(array: jax.Array) -> bool:
+    """Whether NumPy can look at the array where it lies, without a copy."""
+    return len(array.devices()) == 1 and next(iter(array.devices())).platform == "cpu"
 
-    def take(array: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
-        for i in at:
-            array = jax.lax.dynamic_index_in_dim(array, i, axis=0, keepdims=False)
-        return array
 
-    return jax.jit(take, out_shardings=None if mesh is None else replicated(mesh))
+@jax.jit
+def _index(array: jax.Array, at: tuple[jax.Array, ...]) -> jax.Array:
+    """`array[at]`; one program for each shape, whatever the index."""
+    for i in at:
+        array = jax.lax.dynamic_index_in_dim(array, i, axis=0, keepdims=False)
+    return array

@@ -4,6 +4,7 @@ Only safetensors are read. Pickled weights (`pytorch_model.bin`, `*.pth`, `*.pt`
 unpickling runs whatever code the file holds.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,7 @@ def _check_tensors(path: Path, config: ModelConfig, tensors: dict[str, Safetenso
     """Drops computed tensors from `tensors` and raises one error with all that is wrong."""
     for name in [name for name in tensors if _COMPUTED.fullmatch(name)]:
         del tensors[name]
+    _check_count(path, config, len(tensors))
     expected = {
         name: row.shape[len(at) :]
         for row in weight_table(config).values()
@@ -182,6 +184,19 @@ def _check_tensors(path: Path, config: ModelConfig, tensors: dict[str, Safetenso
         if info.dtype.name not in _READABLE:
             problems.append(f"{name} is {info.dtype}, allowed are {', '.join(_READABLE)}")
     _raise(path, problems)
+
+
+def _check_count(path: Path, config: ModelConfig, num_stored: int) -> None:
+    """A corrupt config can ask for a billion tensors: seen here before their names are listed."""
+    num_expected = sum(
+        math.prod(row.shape[: row.hf_name.count("{")]) for row in weight_table(config).values()
+    )
+    if num_expected > 100 * (num_stored + 100):
+        raise ValueError(
+            f"{path}: config.json describes {num_expected} tensors (num_hidden_layers is "
+            f"{config.num_hidden_layers}, num_local_experts is "
+            f"{config.moe.num_local_experts if config.moe else 0}), but the files hold {num_stored}"
+        )
 
 
 def _hint(name: str, config: ModelConfig) -> str:
@@ -207,12 +222,17 @@ def _check_tied_head(path: Path, config: ModelConfig, tensors: dict[str, Safeten
         return
     head_file = tensors.pop("lm_head.weight")
     embedding_file = tensors["model.embed_tokens.weight"]
+    kinds = {
+        head_file.header.tensors["lm_head.weight"].dtype,
+        embedding_file.header.tensors["model.embed_tokens.weight"].dtype,
+    }
+    # Of two dtypes, values are compared in one that holds all of both.
+    kind = kinds.pop() if len(kinds) == 1 else np.dtype(np.float64)
     rows = max(1, _COMPARE_BYTES // (config.hidden_size * 4))
     for low in range(0, config.vocab_size, rows):
         index = (slice(low, low + rows), slice(None))
         size = (min(rows, config.vocab_size - low), config.hidden_size)
-        head = np.empty(size, head_file.header.tensors["lm_head.weight"].dtype)
-        embedding = np.empty(size, head.dtype)
+        head, embedding = np.empty(size, kind), np.empty(size, kind)
         head_file.copy_to(head, "lm_head.weight", index)
         embedding_file.copy_to(embedding, "model.embed_tokens.weight", index)
         if head.tobytes() != embedding.tobytes():

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from llama_jax.formats.atomic import atomic_folder
+from llama_jax.formats.atomic import DESCRIPTIONS, atomic_folder
 
 
 def _write(folder, text, name="config.json"):
@@ -41,6 +41,16 @@ def test_existing_folders(tmp_path):
         _write(folder, "2")
     assert (target / "config.json").read_text() == "2"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+def test_every_kind_of_model_can_be_overwritten(tmp_path, name):
+    target = tmp_path / "out"
+    target.mkdir()
+    _write(target, "old", name)
+    with atomic_folder(target, overwrite=True) as folder:
+        _write(folder, "new", name)
+    assert (target / name).read_text() == "new"
 
 
 def test_overwriting_never_deletes_what_is_no_model(tmp_path):

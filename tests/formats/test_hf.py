@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,9 @@ from llama_jax.formats import safetensors as st
 from llama_jax.formats.hf import load_hf, save_hf
 from llama_jax.mesh.sharding import make_mesh, shardings
 from llama_jax.model.transformer import forward
+from llama_jax.weights.quantize import quantize_array
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import LoraTensor, to_array
+from llama_jax.weights.tensors import LoraTensor, SavedTensor, to_array
 from tests.reference import reference_logits, reference_model
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
@@ -253,6 +255,7 @@ def test_R8_undeclared_dtype_is_the_stored_one(folder, tmp_path):
     assert load_hf(folder, dtype=jnp.bfloat16)[0].dtype == "bfloat16"
 
 
+_HEAD = "lm_head.weight"
 _Q1 = "model.layers.1.self_attn.q_proj.weight"
 _O1 = "model.layers.1.self_attn.o_proj.weight"
 
@@ -298,6 +301,13 @@ def test_R12_a_stored_head_of_a_tied_model(tmp_path):
     _rewrite(folder, lambda a: a.update({"lm_head.weight": a["model.embed_tokens.weight"].copy()}))
     config, params = load_hf(folder)
     assert config.tie_word_embeddings and "lm_head" not in params
+    # Stored in another dtype it is compared by value, and rounding alone makes it another head.
+    _rewrite(folder, lambda a: a.update({_HEAD: a[_HEAD].astype(np.float64)}))
+    assert "lm_head" not in load_hf(folder)[1]
+    _rewrite(folder, lambda a: a.update({_HEAD: a[_HEAD].astype(np.float16)}))
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
+        load_hf(folder)
+    _rewrite(folder, lambda a: a.update({_HEAD: a["model.embed_tokens.weight"].copy()}))
     _rewrite(folder, lambda a: a["lm_head.weight"].__setitem__((127, 63), 9.0))
     with pytest.raises(ValueError, match=r"tie_word_embeddings.*lm_head\.weight differs"):
         load_hf(folder)
@@ -350,6 +360,17 @@ def test_errors_are_gathered_and_raised_once(folder):
         str(folder),
     ):
         assert words in str(error.value)
+
+
+def test_R10_counts_that_no_file_holds_are_refused_at_once(tmp_path):
+    _save_reference(tmp_path / "in", FAMILIES["mixtral"])
+    _edit(tmp_path / "in", num_hidden_layers=10_000, num_local_experts=100_000)
+    begin = time.perf_counter()
+    with pytest.raises(
+        ValueError, match=r"3000\d+ tensors \(num_hidden_layers is 10000.*files hold"
+    ):
+        load_hf(tmp_path / "in")
+    assert time.perf_counter() - begin < 1
 
 
 @pytest.fixture
@@ -529,14 +550,12 @@ def test_adapters_are_written_only_when_merging(tmp_path, mesh):
     assert np.abs(got - np.asarray(leaf.base)).max() > 0.1
 
 
-@pytest.mark.parametrize("qtype", ["int8", "int4"])
-def test_quantized_weights_are_written_only_when_merging(tmp_path, qtype):
-    import qwix
-
+@pytest.mark.parametrize("scheme", ["int8", "int4", "nf4", "fp8"])
+def test_quantized_weights_are_written_only_when_merging(tmp_path, scheme):
     config = FAMILIES["llama-gqa"].replace(dtype="bfloat16")
     leaves = tree.flatten(_params(config))
     path = "layers.mlp.up_proj.weight"
-    leaves[path] = qwix.quantize(leaves[path], qtype, channelwise_axes=[0, 1])
+    leaves[path] = quantize_array(leaves[path], scheme=scheme)
     params = tree.unflatten(leaves)
     with pytest.raises(ValueError, match=r"up_proj\.weight holds quantized weights.*merge=True"):
         save_hf(tmp_path / "out", config, params)
@@ -546,6 +565,29 @@ def test_quantized_weights_are_written_only_when_merging(tmp_path, qtype):
     np.testing.assert_array_equal(
         merged["layers"]["mlp"]["up_proj"]["weight"], to_array(leaves[path], dtype=jnp.bfloat16)
     )
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 2, "expert": 4}])
+@pytest.mark.parametrize("scheme", ["int8", "nf4"])
+def test_every_kind_of_leaf_is_merged_tensor_by_tensor(tmp_path, scheme, mesh):
+    """Quantized experts, an adapter on a quantized base, a weight trained whole."""
+    config = FAMILIES["mixtral"]
+    leaves = tree.flatten(_params(config))
+    experts, query = "layers.block_sparse_moe.experts.w1.weight", "layers.self_attn.q_proj.weight"
+    for path in (experts, query):
+        leaves[path] = quantize_array(leaves[path], scheme=scheme)
+    params = _adapted(config, tree.unflatten(leaves))
+    params["norm"]["weight"] = SavedTensor(leaves["norm.weight"], leaves["norm.weight"] + 1)
+    if mesh:
+        params = jax.device_put(params, shardings(config, params, make_mesh(mesh)))
+    with pytest.raises(ValueError, match="merge=True"):
+        save_hf(tmp_path / "out", config, params)
+    save_hf(tmp_path / "out", config, params, merge=True)
+    merged = tree.flatten(load_hf(tmp_path / "out")[1])
+    for path, leaf in tree.flatten(params).items():
+        np.testing.assert_allclose(merged[path], to_array(leaf), atol=1e-5, rtol=1e-5)
+    np.testing.assert_array_equal(merged["norm.weight"], leaves["norm.weight"] + 1)
+    assert np.abs(merged[query] - to_array(leaves[query])).max() > 0.1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

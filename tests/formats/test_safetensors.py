@@ -4,6 +4,7 @@ import json
 import math
 import struct
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -263,3 +264,27 @@ def test_sizes_are_parsed():
     for bad in ("", "GB", "-1GB", "0", "five", "1XB", "nan", "inf", 0, -3, True, math.nan):
         with pytest.raises(ValueError, match="is not a size"):
             st.parse_bytes(bad)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's account of pages")
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_copying_hands_the_pages_of_the_file_back(tmp_path, dtype):
+    path = tmp_path / "large.safetensors"
+    st.write_arrays(path, {"w": np.ones((16, 1 << 20), np.float32)})  # 64 MiB
+    file = st.SafetensorsFile(path)
+    file.view("w").max()
+    assert _resident_kib(path) > 60_000  # looking at all of it maps all of it
+    out = np.empty((16, 1 << 20), dtype)
+    file.copy_to(out, "w", (slice(0, 16), slice(0, 1 << 20)))
+    assert _resident_kib(path) < 1_000
+    assert (out == 1).all()
+
+
+def _resident_kib(path):
+    """Pages of the mapped file that count towards this process."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    total = 0
+    for line in lines:
+        if line.endswith(str(path)):
+            total += next(int(entry.split()[1]) for entry in lines if entry.startswith("Rss:"))
+    return total
