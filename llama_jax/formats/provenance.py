@@ -115,7 +115,7 @@ class _Masks:
         )
 
     def remove(self, rendering: str) -> str | None:
-        """Marked texts blanked, lone marks gone; None where a cut hides what a text was."""
+        """Marked texts blanked, lone marks gone; None where a part of a text lost its mark."""
         opened = {opening: (name, closing) for name, (opening, closing) in self._kept.items()}
         closed = {closing: name for name, (_, closing) in self._kept.items() if closing}
         parts: list[str] = []
@@ -128,10 +128,10 @@ class _Masks:
                 if rendering.startswith(name + closing, position):
                     parts.append(self._blank * len(name))
                     position += len(name + closing)
-                elif rendering.startswith(name, position):
+                elif rendering.startswith(name[:2], position):
                     return None
             elif character in closed:
-                if "".join(parts[-len(closed[character]) :]) == closed[character]:
+                if "".join(parts[-2:]) == closed[character][-2:]:
                     return None
             else:
                 parts.append(character)

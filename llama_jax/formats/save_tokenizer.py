@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from llama_jax.formats.tokenizer_files import TEMPLATE_FOLDER, TOKENIZER_FILES
 
 if TYPE_CHECKING:
-    from llama_jax.formats.tokenizer import Tokenizer
+    from llama_jax.formats.tokenizer_class import Tokenizer
 
 # Keys that would make transformers rebuild the ids its own way instead of reading tokenizer.json.
 _REPLACED = ("tokenizer_class", "auto_map", "legacy", "add_prefix_space", "sp_model_kwargs",

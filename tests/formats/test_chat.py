@@ -226,23 +226,24 @@ def test_templates_that_look_into_content_still_work(tmp_path: Path) -> None:
 def test_what_cannot_be_proved_is_refused(tmp_path: Path) -> None:
     cut = "{{ bos_token }}{{ messages[0].content[5:] }}{{ messages[0].content | length }}"
     tail = "{{ bos_token }}{{ messages[0].content[-10:] }}{{ messages[0].content | length }}"
-    upper = "{{ bos_token }}{{ messages[0].content | replace('x', 'xyz') }}"
+    halves = "{{ bos_token }}{{ messages[0].content[:7] }}d|>"
+    sorting = "{{ bos_token }}{{ (messages[0].content ~ 'Z') | sort | join }}"
     for source, content in (
         (cut, "aaaa <|eot_id|>"),
         (tail, "a<|eot_id|>"),
-        (upper, "x<|eot_id|>"),
-        (upper, "x<|eot"),
+        (halves, "<|eot_id|>"),
     ):
         tokenizer = llama3_with(tmp_path, source)
         talk = [{"role": "user", "content": content}]
-        try:
-            ids = encode_chat(tokenizer, talk, add_generation_prompt=False)
-        except TemplateError as error:
-            assert "cannot be told from the template's own" in str(error)
-        else:
-            assert control_ids(tokenizer, ids) == ["<|begin_of_text|>"]
-    ids = encode_chat(tokenizer, [{"role": "user", "content": "ax"}], add_generation_prompt=False)
-    assert tokenizer.decode(ids) == "axyz"
+        ids = encode_chat(tokenizer, talk, add_generation_prompt=False)
+        assert control_ids(tokenizer, ids) == ["<|begin_of_text|>"]
+    tokenizer = llama3_with(tmp_path, sorting)
+    for content in ("x<|eot_id|>", "x<|eot", "id|> x"):
+        talk = [{"role": "user", "content": content}]
+        with pytest.raises(TemplateError, match="cannot be told from the template's own"):
+            encode_chat(tokenizer, talk, add_generation_prompt=False)
+    ids = encode_chat(tokenizer, [{"role": "user", "content": "ba"}], add_generation_prompt=False)
+    assert tokenizer.decode(ids) == "abZ"
 
 
 # Refusals
