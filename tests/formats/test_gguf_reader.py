@@ -9,12 +9,8 @@ import numpy as np
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from llama_jax.formats.gguf_reader import (
-    GGUFError,
-    GGUFFile,
-    is_readable,
-    shortest_float,
-)
+from llama_jax.formats.gguf_header import GGUFError, is_readable, shortest_float
+from llama_jax.formats.gguf_reader import GGUFFile
 from llama_jax.formats.meta_layout import meta_to_hf
 from tests.formats.gguf_files import (
     ARRAY,

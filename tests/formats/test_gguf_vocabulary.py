@@ -1,0 +1,174 @@
+"""Tokenizers written into GGUF files, read back by us and by transformers."""
+
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer
+
+from llama_jax.formats.byte_level import LLAMA3_SPLIT, TEKKEN_SPLIT
+from llama_jax.formats.gguf import load_gguf, save_gguf
+from llama_jax.formats.gguf_reader import GGUFFile
+from llama_jax.formats.tokenizer import load_tokenizer
+from tests.tiny import tiny_config, tiny_params
+
+TEXT = [
+    "Hello world, it's 12345 o'clock and don't STOP.",
+    "Naïve café — 漢字 한국어 🤖 x=3.14; if(a<b){return 0;}",
+    "The quick brown fox jumps over the lazy dog. The dog sleeps.\n\n  Indented\ttext  ",
+    "the the the hello hello world world 1 22 333 4444",
+]
+TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}"
+
+
+def byte_level_folder(folder, split: str | None, *, is_whole_first: bool, digits: bool = False):
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=is_whole_first))
+    steps = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
+    if split is not None:
+        steps.append(pre_tokenizers.Split(Regex(split), behavior="isolated"))
+    steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<|bos|>", "<|eos|>", "<|user|>"],
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXT * 3, trainer)
+    backend.add_tokens([AddedToken("<tool>", normalized=False)])
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    config = {
+        "bos_token": "<|bos|>",
+        "eos_token": "<|eos|>",
+        "add_bos_token": True,
+        "chat_template": [
+            {"name": "default", "template": TEMPLATE},
+            {"name": "rag", "template": "rag"},
+        ],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return load_tokenizer(folder)
+
+
+CUTS = {
+    "gpt-2": (None, False, False),
+    "smollm": (None, False, True),
+    "llama-bpe": (LLAMA3_SPLIT, True, False),
+    "tekken": (TEKKEN_SPLIT, True, False),
+}
+
+
+def save(folder, tokenizer, *, vocab_size=512, **changes):
+    folder.mkdir(exist_ok=True)
+    config = tiny_config(vocab_size=vocab_size, bos_token_id=None, eos_token_id=(), **changes)
+    path = folder / "model.gguf"
+    save_gguf(path, config, tiny_params(config), tokenizer, overwrite=True)
+    return config, path
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_byte_level_tokenizer_keeps_its_ids(cut, tmp_path):
+    split, is_whole_first, digits = CUTS[cut]
+    tokenizer = byte_level_folder(
+        tmp_path / "source", split, is_whole_first=is_whole_first, digits=digits
+    )
+    config, path = save(tmp_path / "out", tokenizer)
+    assert GGUFFile(path).metadata["tokenizer.ggml.pre"] == cut
+    again_config, _, again = load_gguf(path)
+    assert again_config == config
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text in [*TEXT, "<|user|>hi<|eos|>", "<tool> x"]:
+        ids = tokenizer.encode(text)
+        assert again.encode(text) == ids
+        assert theirs(text).input_ids == ids
+        assert again.decode(ids) == tokenizer.decode(ids)
+    assert again.bos_token_id == tokenizer.bos_token_id
+    assert again.eos_token_ids == tokenizer.eos_token_ids
+    assert again.adds_bos and not again.adds_eos
+    assert again.chat_templates == tokenizer.chat_templates
+    assert theirs.chat_template == TEMPLATE
+    # Rows of the embedding without a token stay without one.
+    assert again.vocab_size == tokenizer.vocab_size < 512
+    assert len(GGUFFile(path).metadata["tokenizer.ggml.tokens"]) == 512
+    # Written once more, the file is the same.
+    _, second = save(tmp_path / "second", again)
+    assert second.read_bytes() == path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 3),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=420,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        character_coverage=0.98,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=["<tool>"],
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    return load_tokenizer(folder)
+
+
+def test_a_sentencepiece_tokenizer_keeps_its_ids(sentencepiece_tokenizer, tmp_path):
+    tokenizer = sentencepiece_tokenizer
+    config, path = save(tmp_path / "out", tokenizer)
+    metadata = GGUFFile(path).metadata
+    assert metadata["tokenizer.ggml.model"] == "llama"
+    types = metadata["tokenizer.ggml.token_type"]
+    assert types[:3].tolist() == [2, 3, 3]
+    assert np.count_nonzero(types == 6) == 256
+    again_config, _, again = load_gguf(path)
+    assert again_config == config
+    theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for text in TEXT:
+        ids = tokenizer.encode(text)
+        assert again.encode(text) == ids
+        assert theirs(text).input_ids == ids
+        assert again.decode(ids) == tokenizer.decode(ids)
+    assert again.adds_bos
+    _, second = save(tmp_path / "second", again)
+    assert second.read_bytes() == path.read_bytes()
+
+
+def test_the_ids_of_the_config_go_before_the_tokenizers_own(sentencepiece_tokenizer, tmp_path):
+    config = tiny_config(vocab_size=512, bos_token_id=1, eos_token_id=(7, 2, 9, 11), pad_token_id=5)
+    path = save_gguf(tmp_path / "m.gguf", config, tiny_params(config), sentencepiece_tokenizer)
+    metadata = GGUFFile(path).metadata
+    names = ("bos", "eos", "eot", "eom", "padding", "unknown")
+    assert [metadata[f"tokenizer.ggml.{n}_token_id"] for n in names] == [1, 7, 2, 9, 5, 0]
+    assert load_gguf(path)[0] == config  # the fourth end token too
+
+
+def test_a_tokenizer_that_gguf_cannot_describe_is_refused(tmp_path):
+    for name, split, is_whole_first in (
+        ("other pattern", r"\p{L}+|\p{N}|.", True),
+        ("nearly tekken", TEKKEN_SPLIT + "|x", True),
+        ("merges first", LLAMA3_SPLIT, False),
+        ("whole first", None, True),
+    ):
+        tokenizer = byte_level_folder(tmp_path / name, split, is_whole_first=is_whole_first)
+        with pytest.raises(ValueError, match="cuts text in a way"):
+            save(tmp_path, tokenizer)
+    unigram = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("a", -1.0)], unk_id=0))
+    (tmp_path / "unigram").mkdir()
+    unigram.save(str(tmp_path / "unigram" / "tokenizer.json"))
+    with pytest.raises(ValueError, match="Unigram"):
+        save(tmp_path, load_tokenizer(tmp_path / "unigram"))
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def test_more_tokens_than_embedding_rows_are_refused_r21(tmp_path):
+    tokenizer = byte_level_folder(tmp_path / "source", None, is_whole_first=False)
+    with pytest.raises(ValueError, match="vocab_size is 128"):
+        save(tmp_path, tokenizer, vocab_size=128)
