@@ -6,12 +6,12 @@ were one. A field set to null counts as absent. Writing gives files that transfo
 to the same values; fields that describe the source rather than the model are not carried over.
 """
 
-import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
-from llama_jax.config import FLOAT_DTYPES, ModelConfig, MoeConfig, RopeScaling
+from llama_jax.config import FLOAT_DTYPES, ModelConfig, MoeConfig
+from llama_jax.formats.hf_rope import read_rope, rope_to_hf
+from llama_jax.formats.json_fields import field_names, is_equal, read_json, shorten, to_number
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -105,32 +105,7 @@ _INERT = frozenset(
 
 # What transformers takes when the field is absent. Sizes have no default.
 _RMS_NORM_EPS = {"llama": 1e-6, "mistral": 1e-6, "mixtral": 1e-5}
-_ROPE_THETA = {"llama": 10_000.0, "mistral": 10_000.0, "mixtral": 1_000_000.0}
 _MISTRAL_SLIDING_WINDOW = 4096
-
-
-def _names(kind: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(kind)]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a repeated key is an error, where Python keeps the last."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in result:
-                raise ValueError(f"{name!r} appears twice")
-            result[name] = value
-        return result
-
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
-    return value
 
 
 def read_config(folder: Path, *, stored_dtype: str | None = None) -> ModelConfig:
@@ -183,12 +158,12 @@ def from_hf(
             f"hidden_size {hidden} is not a multiple of num_attention_heads {heads} and head_dim "
             f"is not given"
         )
-    theta, scaling = _rope(values, family)
+    theta, scaling = read_rope(values, family)
     return ModelConfig(
         model_type=family,
         num_key_value_heads=values.get("num_key_value_heads", heads),
         head_dim=values.get("head_dim", hidden // heads),
-        rms_norm_eps=_number(values, "rms_norm_eps", _RMS_NORM_EPS[family]),
+        rms_norm_eps=to_number("rms_norm_eps", values.get("rms_norm_eps", _RMS_NORM_EPS[family])),
         rope_theta=theta,
         rope_scaling=scaling,
         attention_bias=values.get("attention_bias", False),
@@ -196,7 +171,7 @@ def from_hf(
         tie_word_embeddings=values.get("tie_word_embeddings", False),
         sliding_window=_sliding_window(raw, family),
         moe=_moe(values) if family == "mixtral" else None,
-        initializer_range=_number(values, "initializer_range", 0.02),
+        initializer_range=to_number("initializer_range", values.get("initializer_range", 0.02)),
         bos_token_id=_token(values, generation or {}, "bos_token_id"),
         eos_token_id=_end_tokens(values, generation or {}),
         pad_token_id=_token(values, generation or {}, "pad_token_id"),
@@ -253,118 +228,23 @@ def _check_fields(values: dict[str, Any], family: str) -> None:
         if name in read or name in _INERT or name == "layer_types":
             continue
         if name in _REFUSED:
-            raise ValueError(f"{name} = {_short(value)}: {_REFUSED[name]}")
+            raise ValueError(f"{name} = {shorten(value)}: {_REFUSED[name]}")
         if name not in _FIXED:
-            problems.append(f"{name} = {_short(value)} is unknown")
-        elif not any(_equal(value, allowed) for allowed in _FIXED[name]):
+            problems.append(f"{name} = {shorten(value)} is unknown")
+        elif not any(is_equal(value, allowed) for allowed in _FIXED[name]):
             allowed = " or ".join(repr(item) for item in _FIXED[name])
-            problems.append(f"{name} = {_short(value)} is not supported, only {allowed}")
+            problems.append(f"{name} = {shorten(value)} is not supported, only {allowed}")
     if "layer_types" in values:
         windowed = family != "llama" and values.get("sliding_window") is not None
         expected = "sliding_attention" if windowed else "full_attention"
         kinds = values["layer_types"]
         if not isinstance(kinds, list) or any(kind != expected for kind in kinds):
-            problems.append(f"layer_types = {_short(kinds)} is not supported, only {expected!r}")
+            problems.append(f"layer_types = {shorten(kinds)} is not supported, only {expected!r}")
     if problems:
         raise ValueError(
             f"{'; '.join(problems)}. Such a field can change what the model computes, so the model "
             f"is refused. If you know that one does not, remove it or set it to null"
         )
-
-
-def _equal(value: Any, allowed: Any) -> bool:
-    # True == 1 in Python, but a boolean is not a number in a config.
-    return isinstance(value, bool) == isinstance(allowed, bool) and value == allowed
-
-
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _number(values: dict[str, Any], name: str, default: float) -> float:
-    """As a float where it is an integer: 1000000 and 1000000.0 are one value."""
-    value = values.get(name, default)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    return value  # ModelConfig refuses what is not a number
-
-
-def _rope(values: dict[str, Any], family: str) -> tuple[float, RopeScaling | None]:
-    """Theta and scaling from `rope_theta` + `rope_scaling` (transformers 4), `rope_parameters`
-    (transformers 5), or both where they agree."""
-    old = _rope_dict(values, "rope_scaling")
-    new = _rope_dict(values, "rope_parameters")
-    thetas = {
-        "rope_theta": values.get("rope_theta"),
-        "rope_scaling.rope_theta": old.pop("rope_theta", None),
-        "rope_parameters.rope_theta": new.pop("rope_theta", None),
-    }
-    given = {name: value for name, value in thetas.items() if value is not None}
-    first = next(iter(given.values()), _ROPE_THETA[family])
-    if any(value != first for value in given.values()):
-        stated = ", ".join(f"{name} = {value}" for name, value in given.items())
-        raise ValueError(f"{stated} disagree; remove the wrong one")
-    theta = _number({}, "rope_theta", first)
-    scalings = [
-        _scaling(name, entries, values["max_position_embeddings"])
-        for name, entries in (("rope_scaling", old), ("rope_parameters", new))
-        if entries
-    ]
-    if len(scalings) == 2 and scalings[0] != scalings[1]:
-        raise ValueError(
-            f"rope_scaling {_short(old)} and rope_parameters {_short(new)} disagree; remove the "
-            f"wrong one"
-        )
-    return theta, scalings[0] if scalings else None
-
-
-def _rope_dict(values: dict[str, Any], name: str) -> dict[str, Any]:
-    entries = values.get(name, {})
-    if not isinstance(entries, dict):
-        raise ValueError(f"{name} is {_short(entries)}; it must be an object")
-    if any(isinstance(value, dict) for value in entries.values()):
-        raise ValueError(f"{name} differs by layer: {_short(entries)}; one for all is supported")
-    return {key: value for key, value in entries.items() if value is not None}
-
-
-def _scaling(owner: str, entries: dict[str, Any], max_positions: Any) -> RopeScaling | None:
-    entries = dict(entries)
-    kinds = [entries.pop(key) for key in ("rope_type", "type") if key in entries]
-    if not kinds:
-        raise ValueError(f"{owner} {_short(entries)} has no rope_type")
-    kind = kinds[0]
-    if kinds[-1] != kind:
-        raise ValueError(f"{owner}.rope_type {kind!r} and {owner}.type {kinds[-1]!r} disagree")
-    if _equal(entries.get("partial_rotary_factor"), 1):
-        del entries["partial_rotary_factor"]
-    if kind == "default":
-        if entries:
-            raise ValueError(f"{owner} of type 'default' holds {_short(entries)}, which it ignores")
-        return None
-    if kind == "dynamic" and "original_max_position_embeddings" in entries:
-        # transformers scales by max_position_embeddings and never reads this field.
-        if entries["original_max_position_embeddings"] != max_positions:
-            raise ValueError(
-                f"{owner}.original_max_position_embeddings is "
-                f"{entries['original_max_position_embeddings']}, but rope_type 'dynamic' scales by "
-                f"max_position_embeddings = {max_positions}; make them equal or remove the former"
-            )
-        del entries["original_max_position_embeddings"]
-    numbers: dict[str, Any] = {
-        name: float(value)
-        if isinstance(value, int)
-        and not isinstance(value, bool)
-        and name != "original_max_position_embeddings"
-        else value
-        for name, value in entries.items()
-    }
-    unknown = sorted(set(numbers) - set(_names(RopeScaling)))
-    if unknown:
-        raise ValueError(f"{owner}.{unknown[0]} = {_short(numbers[unknown[0]])} is unknown")
-    if "factor" not in numbers:
-        raise ValueError(f"{owner}.factor is missing; rope_type {kind!r} needs it")
-    return RopeScaling(rope_type=kind, **numbers)
 
 
 def _sliding_window(raw: dict[str, Any], family: str) -> int | None:
@@ -381,7 +261,9 @@ def _moe(values: dict[str, Any]) -> MoeConfig:
     return MoeConfig(
         num_local_experts=values["num_local_experts"],
         num_experts_per_tok=values["num_experts_per_tok"],
-        router_aux_loss_coef=_number(values, "router_aux_loss_coef", 0.001),
+        router_aux_loss_coef=to_number(
+            "router_aux_loss_coef", values.get("router_aux_loss_coef", 0.001)
+        ),
     )
 
 
@@ -398,7 +280,7 @@ def _end_tokens(values: dict[str, Any], generation: dict[str, Any]) -> tuple[int
         for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
             if isinstance(token, bool) or not isinstance(token, int):
                 raise ValueError(
-                    f"eos_token_id is {_short(ids)}; it must be an id or a list of ids"
+                    f"eos_token_id is {shorten(ids)}; it must be an id or a list of ids"
                 )
             union[token] = None
     return tuple(union)
@@ -420,7 +302,7 @@ def to_hf(config: ModelConfig, *, declare_dtype: bool = True) -> dict[str, Any]:
         "tie_word_embeddings": config.tie_word_embeddings,
         "use_cache": True,
         **_tokens_to_hf(config),
-        **_rope_to_hf(config),
+        **rope_to_hf(config),
     }
     if declare_dtype:
         fields |= {"dtype": config.dtype, "torch_dtype": config.dtype}
@@ -433,7 +315,7 @@ def to_hf(config: ModelConfig, *, declare_dtype: bool = True) -> dict[str, Any]:
         "router_aux_loss_coef": None,
     }
     if config.moe is not None:
-        own |= {name: getattr(config.moe, name) for name in _names(MoeConfig)}
+        own |= {name: getattr(config.moe, name) for name in field_names(MoeConfig)}
     for name, value in own.items():
         if name in _FAMILY_READ[config.model_type]:
             fields[name] = value
@@ -461,22 +343,4 @@ def _tokens_to_hf(config: ModelConfig) -> dict[str, Any]:
         "bos_token_id": config.bos_token_id,
         "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
         "pad_token_id": config.pad_token_id,
-    }
-
-
-def _rope_to_hf(config: ModelConfig) -> dict[str, Any]:
-    scaling = None
-    if config.rope_scaling is not None:
-        scaling = {
-            name: getattr(config.rope_scaling, name)
-            for name in _names(RopeScaling)
-            if getattr(config.rope_scaling, name) is not None
-        }
-    return {
-        "rope_theta": config.rope_theta,
-        "rope_scaling": scaling,
-        "rope_parameters": {
-            **(scaling or {"rope_type": "default"}),
-            "rope_theta": config.rope_theta,
-        },
     }

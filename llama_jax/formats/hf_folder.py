@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import FLOAT_DTYPES, ModelConfig
-from llama_jax.formats.hf_config import declared_dtype, read_config, read_json
+from llama_jax.formats.hf_config import declared_dtype, read_config
+from llama_jax.formats.json_fields import read_json
 from llama_jax.formats.safetensors import SafetensorsFile
 from llama_jax.weights.table import Weight, weight_table
 

@@ -13,9 +13,9 @@ from llama_jax.formats.hf_config import (
     from_hf,
     generation_to_hf,
     read_config,
-    read_json,
     to_hf,
 )
+from llama_jax.formats.json_fields import read_json
 from llama_jax.model.rope import inverse_frequencies
 from llama_jax.presets import presets
 from tests.reference import reference_config
@@ -325,7 +325,7 @@ def test_R5_theta():
         assert from_hf(raw).rope_theta == default
 
 
-@pytest.mark.parametrize("value", [0, -1.0, "10000", True, float("nan"), [1]])
+@pytest.mark.parametrize("value", [0, -1.0, "10000", True, float("nan"), [1], 10**400])
 def test_theta_that_is_no_number(value):
     with pytest.raises(ValueError, match="rope_theta"):
         from_hf(BASE | {"rope_theta": value})
@@ -416,6 +416,7 @@ def test_R9_meta_layout_is_refused(tmp_path):
         ("max_position_embeddings", 0),
         ("rms_norm_eps", 0),
         ("rms_norm_eps", "1e-5"),
+        ("rms_norm_eps", 10**400),
         ("initializer_range", -1),
         ("tie_word_embeddings", "false"),
         ("bos_token_id", "1"),
@@ -542,6 +543,7 @@ def test_family_follows_from_the_architecture():
         ({"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, "low_freq_factor"),
         ({"rope_type": "linear", "factor": 2.0, "finetuned": True}, "finetuned"),
         ({"rope_type": "linear", "factor": True}, "factor"),
+        ({"rope_type": "linear", "factor": 10**400}, "factor"),
         ({"rope_type": "default", "factor": 2.0}, "default"),
         ({"rope_type": "llama3", "factor": 8.0}, "missing"),
         (

@@ -1,0 +1,50 @@
+"""Fields of JSON files, read strictly."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a repeated key is an error, where Python keeps the last."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in result:
+                raise ValueError(f"{name!r} appears twice")
+            result[name] = value
+        return result
+
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+
+def to_number(name: str, value: Any) -> Any:
+    """As a float where it is an integer: 1000000 and 1000000.0 are one value."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value  # the config refuses what is not a number
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} is {str(value)[:20]}..., more than any number may be") from None
+
+
+def is_equal(value: Any, allowed: Any) -> bool:
+    # True == 1 in Python, but a boolean is not a number in a config.
+    return isinstance(value, bool) == isinstance(allowed, bool) and value == allowed
+
+
+def shorten(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def field_names(kind: type) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
