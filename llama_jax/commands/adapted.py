@@ -1,6 +1,5 @@
-"""A MODEL with, if one is named, a PEFT adapter put on it."""
+"""A MODEL with, if one is named, a PEFT adapter on it: what --adapter means everywhere."""
 
-import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -12,10 +11,6 @@ def load_adapted(model: str, adapter: str | None) -> "Model":
     from llama_jax.load import load
 
     if adapter is not None and not adapter.strip():
+        # An empty path would be the current folder.
         raise ValueError("the adapter's name is empty; give a PEFT adapter folder")
-    loaded = load(model)
-    if adapter is None:
-        return loaded
-    from llama_jax.formats.peft import load_adapter
-
-    return dataclasses.replace(loaded, params=load_adapter(adapter, loaded.config, loaded.params))
+    return load(model, adapter=adapter)
