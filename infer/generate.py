@@ -8,6 +8,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -61,6 +62,7 @@ def generate(
     params: SamplingParams | Sequence[SamplingParams] | None = None,
     *,
     chat: bool = False,
+    adapter: str | Path | None = None,
     stream: Callable[[Piece], None] | None = None,
     compute: Compute | None = None,
     mesh: jax.sharding.Mesh | None = None,
@@ -75,6 +77,7 @@ def generate(
       None when prompts are token ids.
     prompts: a text, a list of token ids, or with `chat` a list of messages; or a list of those.
     params: `SamplingParams` for all prompts or one for each; or give its fields as keywords.
+    adapter: a PEFT adapter folder to put on the model for this call.
     stream: called with each `Piece` as soon as it is known, in the order of computation.
     mesh: the mesh `params` are placed on; None for one device.
     layers, batch_size, max_context: see `Generator`.
@@ -91,6 +94,10 @@ def generate(
     elif sampling:
         raise ValueError(f"params and {', '.join(sorted(sampling))} are both given; give one")
     config, weights, tokenizer = parts_of(model)
+    if adapter is not None:
+        from llama_jax.formats.peft import load_adapter
+
+        weights = load_adapter(adapter, config, weights)
     generator = Generator(
         config,
         weights,
@@ -116,7 +123,7 @@ class Generator:
     """A model made ready to generate.
 
     layers: `unrolled` runs over per-layer arrays, which on a CPU decodes 2.6 times faster and holds
-      the layers twice unless `params` come from `transformer.unstack_layers`; `scanned` compiles
+      the layers twice unless `params` come from `layout.unstack_layers`; `scanned` compiles
       one layer. `auto` unrolls on a single CPU device and takes tuples of layers as they are.
     batch_size: rows (prompts times choices) computed together at most.
     max_context: tokens a prompt and its answer may have together, at most and by default

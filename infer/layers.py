@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 
-from llama_jax.model.transformer import unstack_layers
+from llama_jax.model.layout import for_decoding
 
 Layers = Literal["auto", "unrolled", "scanned"]
 
@@ -45,14 +45,14 @@ def _devices(leaf: Any) -> set[Any]:
 def _unrolled(params: Any) -> Any:
     leaves = jax.tree.leaves(params["layers"])
     if not all(isinstance(leaf, jax.Array) for leaf in leaves):
-        return unstack_layers(params)["layers"]  # host arrays may change under us
+        return for_decoding(params)["layers"]  # host arrays may change under us
     key = tuple(map(id, leaves))
     if key in _recent:
         held, unrolled = _recent[key]
         # An id may be in use again after its array is gone.
         if all(ref() is leaf for ref, leaf in zip(held, leaves, strict=True)):
             return unrolled
-    unrolled = unstack_layers(params)["layers"]
+    unrolled = for_decoding(params)["layers"]
     _recent.clear()
     held = [weakref.ref(leaf, lambda _: _recent.pop(key, None)) for leaf in leaves]
     _recent[key] = (held, unrolled)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Int
 
 from llama_jax.config import ModelConfig
 
-# Stacked [L, B, K, S, H] for scanned layers, or a tuple of L arrays [B, K, S, H] for unrolled ones.
+# Stacked [L, ...] for scanned layers, or a tuple of L arrays for unrolled ones.
 Layers = Any
 
 NEVER = int(np.iinfo(np.int32).max)
@@ -26,7 +26,7 @@ NEVER = int(np.iinfo(np.int32).max)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """keys, values: [L, B, K, S, H] or L times [B, K, S, H], keys already rotated;
+    """keys: [B, K, H, S] for each layer, already rotated; values: [B, K, S, H];
     positions: [B, S], the position of the token in each slot, NEVER where there is none;
     lengths: [B], tokens each row holds; cursor: [], the slot the next token of every row takes."""
 
@@ -65,24 +65,32 @@ def init_cache(
     config: ModelConfig, batch: int, capacity: int, *, dtype: Any = jnp.float32, stacked: bool
 ) -> KVCache:
     """An empty cache for `batch` rows and `capacity` slots, padding included."""
-    shape = (batch, config.num_key_value_heads, capacity, config.head_dim)
-    layers = config.num_hidden_layers
+    heads, size, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
 
-    def empty() -> Layers:
+    def empty(*shape: int) -> Layers:
         if stacked:
-            return jnp.zeros((layers, *shape), dtype)
-        return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+            return jnp.zeros((layers, batch, heads, *shape), dtype)
+        return tuple(jnp.zeros((batch, heads, *shape), dtype) for _ in range(layers))
 
     return KVCache(
-        keys=empty(),
-        values=empty(),
+        keys=empty(size, capacity),
+        values=empty(capacity, size),
         positions=jnp.full((batch, capacity), NEVER, jnp.int32),
         lengths=jnp.zeros((batch,), jnp.int32),
         cursor=jnp.zeros((), jnp.int32),
     )
 
 
-def write(layer: jax.Array, new: jax.Array, cursor: Int[Array, ""]) -> jax.Array:
+def write_keys(layer: jax.Array, new: jax.Array, cursor: Int[Array, ""]) -> jax.Array:
+    """Puts new [B, T, K, H] into layer [B, K, H, S] at the cursor.
+
+    Keys lie with slots innermost, the order in which a step's scores are computed.
+    """
+    new = new.transpose(0, 2, 3, 1).astype(layer.dtype)
+    return jax.lax.dynamic_update_slice(layer, new, (0, 0, 0, cursor))
+
+
+def write_values(layer: jax.Array, new: jax.Array, cursor: Int[Array, ""]) -> jax.Array:
     """Puts new [B, T, K, H] into layer [B, K, S, H] at the cursor."""
     new = new.transpose(0, 2, 1, 3).astype(layer.dtype)
     return jax.lax.dynamic_update_slice(layer, new, (0, 0, cursor, 0))

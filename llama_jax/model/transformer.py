@@ -8,7 +8,7 @@ the same numbers. Nothing outside this file knows Flax.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -66,11 +66,15 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
+    q_proj: Linear
+    k_proj: Linear
+    v_proj: Linear
+    qkv_proj: Linear  # instead of the three, in parameters made for decoding
+
     def __init__(self, config: ModelConfig, compute: Compute, params: Params):
         self.config, self.compute = config, compute
-        self.q_proj = Linear(compute, params["q_proj"])
-        self.k_proj = Linear(compute, params["k_proj"])
-        self.v_proj = Linear(compute, params["v_proj"])
+        for name in _one_or_each(params, "qkv_proj", ("q_proj", "k_proj", "v_proj")):
+            setattr(self, name, Linear(compute, params[name]))
         self.o_proj = Linear(compute, params["o_proj"])
 
     def __call__(
@@ -83,30 +87,53 @@ class Attention(nnx.Module):
             split = projected.reshape(batch, length, -1, size)
             return constrain(split, ("batch", "length", axis, "head_dim"), rules)
 
-        query = rope.rotate(heads(self.q_proj(x), "heads"), context.cos, context.sin)
-        key = rope.rotate(heads(self.k_proj(x), "kv_heads"), context.cos, context.sin)
-        value = heads(self.v_proj(x), "kv_heads")
+        query, key, value = self._project(x)
+        query = rope.rotate(heads(query, "heads"), context.cos, context.sin)
+        key = rope.rotate(heads(key, "kv_heads"), context.cos, context.sin)
+        value = heads(value, "kv_heads")
         if layer_cache is None:
-            keys, values = key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3)
+            keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
         else:
             assert context.cursor is not None
-            keys = kv.write(layer_cache[0], key, context.cursor)
-            values = kv.write(layer_cache[1], value, context.cursor)
+            keys = kv.write_keys(layer_cache[0], key, context.cursor)
+            values = kv.write_values(layer_cache[1], value, context.cursor)
             layer_cache = (keys, values)
+            visible = context.mask.shape[-1]
+            keys, values = keys[..., :visible], values[..., :visible, :]
         mixed = attend(query, keys, values, context.mask)
         return self.o_proj(mixed.reshape(batch, length, -1)), layer_cache
+
+    def _project(self, x: jax.Array) -> Sequence[jax.Array]:
+        if not hasattr(self, "qkv_proj"):
+            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        query = self.config.num_attention_heads * self.config.head_dim
+        key = self.config.num_key_value_heads * self.config.head_dim
+        return jnp.split(self.qkv_proj(x), (query, query + key), axis=-1)
 
 
 class Mlp(nnx.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate x) * up x)."""
 
+    gate_proj: Linear
+    up_proj: Linear
+    gate_up_proj: Linear  # instead of the two, in parameters made for decoding
+
     def __init__(self, compute: Compute, params: Params):
-        self.gate_proj = Linear(compute, params["gate_proj"])
-        self.up_proj = Linear(compute, params["up_proj"])
+        for name in _one_or_each(params, "gate_up_proj", ("gate_proj", "up_proj")):
+            setattr(self, name, Linear(compute, params[name]))
         self.down_proj = Linear(compute, params["down_proj"])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        if hasattr(self, "gate_up_proj"):
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+
+def _one_or_each(params: Params, fused: str, each: tuple[str, ...]) -> tuple[str, ...]:
+    """The names a layer really has: `layout.for_decoding` joins products of the same input."""
+    return (fused,) if fused in params else each
 
 
 class SparseMoe(nnx.Module):
@@ -168,10 +195,11 @@ class Llama(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nnx.Param(params["lm_head"]["weight"])
         layers = params["layers"]
-        if isinstance(layers, dict):
-            self.layers = DecoderLayer(config, compute, layers)
-        else:
-            self.layers = nnx.List([DecoderLayer(config, compute, layer) for layer in layers])
+        self.layers: DecoderLayer | nnx.List[DecoderLayer] = (
+            DecoderLayer(config, compute, layers)
+            if isinstance(layers, dict)
+            else nnx.List([DecoderLayer(config, compute, layer) for layer in layers])
+        )
 
     def __call__(self, tokens: Int[Array, "B T"], **kwargs: Any) -> Float[Array, "B T V"]:
         return self.logits(self.hidden_states(tokens, **kwargs)[0])
@@ -183,13 +211,14 @@ class Llama(nnx.Module):
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         cache: kv.KVCache | None = None,
+        visible: int | None = None,
     ) -> tuple[Float[Array, "B T D"], kv.KVCache | None, moe.RouterStats | None]:
         x = embed(self.embed_tokens.get_value(), tokens, compute=self.compute)
         x = constrain(x, ("batch", "length", None), self.compute.rules)
         if cache is None:
             context = _context(self.config, tokens, positions, segment_ids)
         elif positions is None:
-            context, cache = _cached_context(self.config, tokens, segment_ids, cache)
+            context, cache = _cached_context(self.config, tokens, segment_ids, cache, visible)
         else:
             raise ValueError("positions follow from the cache; pass only one of the two")
         if isinstance(self.layers, nnx.List):
@@ -210,6 +239,7 @@ class Llama(nnx.Module):
         return constrain(wide.astype(jnp.float32), axes, self.compute.rules)
 
     def _unrolled(self, x: jax.Array, context: Context, cache: kv.KVCache | None) -> Any:
+        assert isinstance(self.layers, nnx.List)
         keys, values, total = [], [], None
         for index, layer in enumerate(self.layers):
             graph, state = nnx.split(layer)
@@ -243,9 +273,9 @@ class Llama(nnx.Module):
         def body(carry: Any, state: Any) -> Any:
             x, keys, values, index = carry
             held = (keys[index], values[index])
-            x, held, stats = nnx.merge(graph, state)(x, context, held)
-            keys = jax.lax.dynamic_update_index_in_dim(keys, held[0], index, 0)
-            values = jax.lax.dynamic_update_index_in_dim(values, held[1], index, 0)
+            x, (key, value), stats = nnx.merge(graph, state)(x, context, held)
+            keys = jax.lax.dynamic_update_index_in_dim(keys, key, index, 0)
+            values = jax.lax.dynamic_update_index_in_dim(values, value, index, 0)
             return (x, keys, values, index + 1), stats
 
         carry = (x, cache.keys, cache.values, jnp.int32(0))
@@ -285,11 +315,17 @@ def _context(
 
 
 def _cached_context(
-    config: ModelConfig, tokens: jax.Array, segment_ids: jax.Array | None, cache: kv.KVCache
+    config: ModelConfig,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None,
+    cache: kv.KVCache,
+    visible: int | None,
 ) -> tuple[Context, kv.KVCache]:
     real = _real(tokens, segment_ids)
     positions, after = cache.extend(real.astype(jnp.int32))
-    mask = causal_mask(positions, after.positions, sliding_window=config.sliding_window)
+    mask = causal_mask(
+        positions, after.positions[:, :visible], sliding_window=config.sliding_window
+    )
     cos, sin = rope.angles(config, positions)
     return Context(cos=cos, sin=sin, mask=mask, real=real, cursor=cache.cursor), after
 
@@ -309,14 +345,6 @@ def restarted_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return places - begins
 
 
-def unstack_layers(params: Params) -> Params:
-    """The same parameters with `layers` as a tuple of per-layer trees, for unrolled running."""
-    layers = params["layers"]
-    count = next(iter(tree.flatten_arrays(layers).values())).shape[0]
-    split = tuple(jax.tree.map(lambda x, i=i: x[i], layers) for i in range(count))
-    return {**params, "layers": split}
-
-
 def hidden_states(
     config: ModelConfig,
     params: Params,
@@ -326,11 +354,13 @@ def hidden_states(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     cache: kv.KVCache | None = None,
+    visible: int | None = None,
 ) -> tuple[Float[Array, "B T D"], kv.KVCache | None, moe.RouterStats | None]:
     """Final normed states, the advanced cache, and the router's sums (None without experts).
 
     segment_ids: 0 is padding, equal ids attend to each other; with a cache they only say how many
-    tokens of each row are real (a prefix of it).
+    tokens of each row are real (a prefix of it). visible: how many leading slots of the cache to
+    look at, static; the caller knows that the rest is empty. None means all.
     """
     model = Llama(config, params, compute=compute)
     return model.hidden_states(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
@@ -373,18 +403,26 @@ def decode(
     *,
     compute: Compute,
     num_real: Int[Array, " B"] | None = None,
+    visible: int | None = None,
 ) -> tuple[Float[Array, "B V"], kv.KVCache]:
     """Runs `tokens` after what `cache` holds; logits follow each row's last real token.
 
     num_real: how many of the T tokens of each row are real, the rest being padding on the right;
-    None means all. Donate the cache when jitting this.
+    None means all. visible: as in `hidden_states`, at least cursor + T. Donate the cache when
+    jitting this.
     """
     length = tokens.shape[1]
     segment_ids = None
     if num_real is not None:
         segment_ids = (jnp.arange(length) < num_real[:, None]).astype(jnp.int32)
     hidden, cache_after, _ = hidden_states(
-        config, params, tokens, compute=compute, segment_ids=segment_ids, cache=cache
+        config,
+        params,
+        tokens,
+        compute=compute,
+        segment_ids=segment_ids,
+        cache=cache,
+        visible=visible,
     )
     assert cache_after is not None
     if num_real is None:

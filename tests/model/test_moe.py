@@ -1,0 +1,84 @@
+"""Routing by hand-computed values; both ways to run agree; nothing depends on neighbours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+
+from llama_jax.config import Compute
+from llama_jax.model import moe, transformer
+from tests.reference import reference_model
+from tests.tiny import FAMILIES, tiny_params, tiny_tokens
+
+CONFIG = FAMILIES["mixtral"]
+
+
+def test_router_weights_of_the_two_chosen_experts():
+    weights, experts, probabilities = moe.route(jnp.asarray([[1.0, 2.0, 3.0, 0.0]]), 2)
+    assert experts.tolist() == [[2, 1]]
+    np.testing.assert_allclose(weights, [[0.731059, 0.268941]], atol=1e-6)
+    np.testing.assert_allclose(probabilities[0, 2], 0.643914, atol=1e-6)
+
+
+def test_the_router_is_float32_whatever_the_input():
+    weights, _, probabilities = moe.route(jnp.asarray([[1.0, 1.01]], jnp.bfloat16), 1)
+    assert weights.dtype == probabilities.dtype == jnp.float32
+
+
+def inputs(tokens=24, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 5)
+    x = jax.random.normal(keys[0], (tokens, 16))
+    w1, w3 = (jax.random.normal(k, (4, 24, 16)) * 0.2 for k in keys[1:3])
+    w2 = jax.random.normal(keys[3], (4, 16, 24)) * 0.2
+    weights, experts, _ = moe.route(jax.random.normal(keys[4], (tokens, 4)), 2)
+    return x, weights, experts, w1, w2, w3
+
+
+def test_grouped_equals_dense_forward_and_backward():
+    x, weights, experts, w1, w2, w3 = inputs()
+
+    def loss(x, w1, w2, w3, way):
+        mixed = moe.mix(x, weights, experts, w1, w2, w3, compute=Compute(moe=way))
+        return jnp.sum(jnp.sin(mixed)), mixed
+
+    results = [
+        jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(x, w1, w2, w3, way)
+        for way in ("dense", "grouped")
+    ]
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ["dense", "grouped"])
+def test_a_crowded_expert_drops_no_token(way):
+    x, weights, _, w1, w2, w3 = inputs()
+    crowded = jnp.broadcast_to(jnp.asarray([2, 0]), weights.shape)
+    compute = Compute(moe=way)
+    together = moe.mix(x, weights, crowded, w1, w2, w3, compute=compute)
+    for index in range(0, x.shape[0], 7):
+        one = slice(index, index + 1)
+        alone = moe.mix(x[one], weights[one], crowded[one], w1, w2, w3, compute=compute)
+        np.testing.assert_allclose(together[one], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_balancing_loss_equals_transformers(padded):
+    params, tokens = tiny_params(CONFIG), tiny_tokens(2, 12)
+    segments = np.ones_like(tokens)
+    if padded:
+        segments[1, 8:] = 0
+    _, _, stats = transformer.hidden_states(
+        CONFIG, params, tokens, compute=Compute(), segment_ids=jnp.asarray(segments)
+    )
+    model = reference_model(CONFIG, params)
+    with torch.no_grad():
+        attention = torch.from_numpy(segments).long()
+        out = model(
+            input_ids=torch.from_numpy(tokens).long(),
+            attention_mask=attention,
+            output_router_logits=True,
+        )
+        expected = load_balancing_loss_func(out.router_logits, 4, 2, attention)
+    np.testing.assert_allclose(moe.balancing_loss(stats), expected.item(), rtol=1e-5)
