@@ -83,7 +83,7 @@ class Optimizer:
         Moments and updates are float32 whatever the parameters are; the sum is rounded once.
         """
         gradients, wide = _wide(gradients), _wide(trained)
-        norm = optax.global_norm(gradients)
+        norm = optax.tree.norm(gradients)
         if self.max_grad_norm is not None:
             limit = self.max_grad_norm
             scale = jnp.where(norm > limit, limit / norm, 1.0)

@@ -1,5 +1,7 @@
 """Rows to samples: what is trained, what is cut, and that everything left out is counted."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -15,15 +17,13 @@ END = TOKENIZER.eos_token_ids[0]
 
 
 def row(values: dict) -> Row:
-    import json
-
     return parse_row(json.dumps(values), "rows.jsonl, line 1")
 
 
 class Plain:
     """The byte tokenizer as that of a base model: no template, a begin token before text."""
 
-    chat_templates: dict = {}
+    chat_templates = ()
     bos_token_id = 300
     eos_token_ids = (END,)
     adds_bos = True
@@ -115,7 +115,9 @@ def test_r36_an_answer_that_would_be_cut_away_is_dropped_and_counted():
         assert found == [] and report.samples == 0
         assert sum(report.dropped.values()) == 1
         assert any("1 left out" in line for line in report.lines("train"))
-    with pytest.raises(ValueError, match=f"rows.jsonl, line 1: the row has {len(whole.ids)} tokens"):
+    with pytest.raises(
+        ValueError, match=f"rows.jsonl, line 1: the row has {len(whole.ids)} tokens"
+    ):
         rendered([long_prompt()], length, long_rows="refuse")
 
 

@@ -115,13 +115,11 @@ def test_first_fit_equals_the_plain_search():
     lengths = np.random.default_rng(0).integers(1, 33, 300).tolist()
     groups, room = [], []
     for number, length in enumerate(lengths):
-        for group, free in enumerate(room):
-            if free >= length:
-                break
-        else:
-            group = len(groups)
+        fitting = [group for group, free in enumerate(room) if free >= length]
+        if not fitting:
             groups.append([])
             room.append(32)
+        group = fitting[0] if fitting else len(groups) - 1
         groups[group].append(number)
         room[group] -= length
     assert first_fit(lengths, 32) == groups
