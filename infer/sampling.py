@@ -184,7 +184,9 @@ def sample(
     if needs.sample:
         drawn = draw(edited, rows, step=step)
         tokens = jnp.where(rows.temperature < GREEDY_BELOW, tokens, drawn)
-    tokens = jnp.where(jnp.isfinite(best), tokens, NO_TOKEN)
+    # A maximum does not show a NaN on every backend: XLA's for CPUs passes over it.
+    has_nan = jnp.isnan(logits).any(axis=-1)
+    tokens = jnp.where(jnp.isfinite(best) & ~has_nan, tokens, NO_TOKEN)
     logprob, top_logprobs, top_tokens = None, None, None
     if needs.top_logprobs is not None:
         logprob, top_logprobs, top_tokens = token_logprobs(logits, tokens, num=needs.top_logprobs)
