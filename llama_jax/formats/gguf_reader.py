@@ -15,6 +15,8 @@ from llama_jax.formats.meta_layout import meta_to_hf
 # Decoded at one time: 256 KiB of float32 stays in the cache, which is four times as fast as a whole
 # matrix at a time, and bounds what decoding allocates.
 CHUNK_ELEMENTS = 1 << 16
+# How much of the file is read before its pages are handed back.
+_RELEASE_BYTES = 16 << 20
 
 
 class GGUFFile:
@@ -34,6 +36,7 @@ class GGUFFile:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if len(self._map) != size:
             raise GGUFError(f"{self.path}: the file changed while it was opened")
+        self._num_touched = 0
         header = Header(self.path, self._map)
         self.metadata, self.tensors = header.metadata, header.tensors
 
@@ -75,14 +78,18 @@ class GGUFFile:
             begin, end = max(low, rows.start), min(high, rows.stop)
             out[begin - rows.start : end - rows.start] = values[begin - low : end - low]
             del blocks, values
-            self._release(tensor.start + low * row_bytes, tensor.start + high * row_bytes)
+            self._touched((high - low) * row_bytes)
 
-    def _release(self, start: int, end: int) -> None:
-        """Hands the pages back, so that the mapped file does not add up in resident memory."""
-        if not hasattr(mmap, "MADV_DONTNEED"):  # only some systems can be told
-            return
-        start -= start % mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
+    def _touched(self, num_bytes: int) -> None:
+        """Hands pages back now and then, so that the file does not add up in resident memory.
+
+        All of them, not only those of the tensor at hand: the kernel maps more than it is asked
+        for, which is how a part of every neighbour would stay.
+        """
+        self._num_touched += num_bytes
+        if self._num_touched >= _RELEASE_BYTES and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
+            self._num_touched = 0
 
 
 _PLAIN = {

@@ -99,11 +99,16 @@ class GgufVocabulary:
                 f"GGUF: {_PREFIX}pre is {pre!r}; supported are {sorted(_BYTE_LEVEL_RULES)}"
             )
         split, is_whole_first, adds_bos = _BYTE_LEVEL_RULES[pre]
-        merges = []
-        for merge in self._required("merges"):
-            left, _, right = str(merge).partition(" ")
-            merges.append((left, right))
         vocab = {token: index for index, token in enumerate(self.tokens)}
+        merges = []
+        for number, merge in enumerate(self._required("merges")):
+            left, _, right = str(merge).partition(" ")
+            if not (left in vocab and right in vocab and left + right in vocab):
+                raise ValueError(
+                    f"GGUF: {_PREFIX}merges[{number}] is {merge!r}, but the vocabulary does not "
+                    f"hold both parts and their union"
+                )
+            merges.append((left, right))
         tokenizer = byte_level_bpe(vocab, merges, split=split, is_whole_first=is_whole_first)
         typed = list(zip(self.tokens, self.types, strict=True))
         tokenizer.add_special_tokens(

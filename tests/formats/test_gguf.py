@@ -297,6 +297,25 @@ def test_an_absurd_block_count_is_refused_at_once_r118(tmp_path):
             load_gguf(path)
 
 
+def test_damaged_metadata_is_a_value_error_or_loads_r118(tmp_path):
+    config = FAMILIES["llama3-rope"]
+    path = save_gguf(tmp_path / "m.gguf", config, tiny_params(config), None, dtype="f16")
+    content = path.read_bytes()
+    end = min(tensor.start for tensor in GGUFFile(path).tensors.values())
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        damaged[rng.integers(4, end)] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            load_gguf(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
+
+
 def test_a_crash_leaves_nothing_and_a_file_is_not_replaced_unasked(tmp_path, monkeypatch):
     config = FAMILIES["llama-gqa"]
     params = tiny_params(config)

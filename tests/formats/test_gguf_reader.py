@@ -262,3 +262,20 @@ def test_reading_in_many_pieces_changes_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", [1e-5, 1e-6, 10000.0, 500000.0, 0.1, 3.0, 1e30])
 def test_a_float32_becomes_its_shortest_decimal(value):
     assert shortest_float(float(np.float32(value))) == value
+
+
+def test_reading_allocates_a_constant_and_not_the_tensor(tmp_path):
+    rows, columns = 4096, 1024
+    raw = np.zeros((rows, columns // 32 * 34), np.uint8)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(gguf_bytes([], [tensor("w", [columns, rows], 8)], raw.tobytes()))
+    file = GGUFFile(path)
+    out = np.empty((rows, columns), np.float32)  # 16 MiB
+    tracemalloc.start()
+    try:
+        file.read("w", out, rows=slice(0, rows), columns=slice(0, columns), head_rows=64)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 << 20
+    assert not out.any()

@@ -168,6 +168,31 @@ def test_a_tokenizer_that_gguf_cannot_describe_is_refused(tmp_path):
     assert not (tmp_path / "model.gguf").exists()
 
 
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_damaged_tokenizer_metadata_is_a_value_error_or_loads_r118(
+    kind, sentencepiece_tokenizer, tmp_path
+):
+    tokenizer = sentencepiece_tokenizer
+    if kind == "byte-level":
+        tokenizer = byte_level_folder(tmp_path / "source", None, is_whole_first=False)
+    _, path = save(tmp_path / "out", tokenizer)
+    content = path.read_bytes()
+    begin = content.index(b"tokenizer.ggml")
+    end = min(tensor.start for tensor in GGUFFile(path).tensors.values())
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        damaged[rng.integers(begin, end)] = rng.integers(256)
+        path.write_bytes(damaged)
+        try:
+            load_gguf(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 30
+
+
 def test_more_tokens_than_embedding_rows_are_refused_r21(tmp_path):
     tokenizer = byte_level_folder(tmp_path / "source", None, is_whole_first=False)
     with pytest.raises(ValueError, match="vocab_size is 128"):
