@@ -39,7 +39,7 @@ from llama_jax.weights.lora_plan import (
     plan_adapter,
 )
 from llama_jax.weights.table import Weight, weight_table
-from llama_jax.weights.tensors import LoraTensor, SavedTensor, is_quantized
+from llama_jax.weights.tensors import LoraTensor, SavedTensor, is_adapted, is_quantized
 from llama_jax.weights.vocabulary import resize_vocabulary
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -50,6 +50,11 @@ _VOCABULARY = {
     _EMBEDDING: "model.embed_tokens",
     "lm_head.weight": "lm_head",
 }
+
+
+# Where PEFT puts the base's rows when it stores whole embeddings: beside a saved copy, beside an
+# adapter, or alone. In the last place a saved copy lies too.
+_BASE_NAMES = ("original_module.weight", "base_layer.weight", "weight")
 
 
 def load_adapter(
@@ -178,7 +183,7 @@ def _check_names(folder: Path, config: ModelConfig, plan: AdapterPlan, found: se
     optional = {
         f"{module}.{name}"
         for module in _VOCABULARY.values()
-        for name in ("weight", "base_layer.weight")
+        for name in (*_BASE_NAMES, "modules_to_save.weight")
     }
     if config.tie_word_embeddings and _EMBEDDING in plan.ranks:
         optional |= {"lm_head.lora_A.weight", "lm_head.lora_B.weight"}
@@ -246,12 +251,12 @@ def _checked(
 
 
 def _stored_rows(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Path -> the whole embedding or head that the adapter carries."""
+    """Path -> the whole embedding or head that the adapter carries, the base's if it has both."""
     stored = {}
     for path, module in _VOCABULARY.items():
-        for name in (f"{module}.weight", f"{module}.base_layer.weight"):
-            if name in tensors:
-                stored[path] = tensors[name]
+        names = [f"{module}.{name}" for name in _BASE_NAMES if f"{module}.{name}" in tensors]
+        if names:
+            stored[path] = tensors[names[0]]
     return stored
 
 
@@ -293,19 +298,27 @@ def _check_stored_embeddings(
     Under an adapter they must be the base's own. Where nothing is declared they replace the base's
     weight, as PEFT has it, unless they are equal. A tied head must repeat its embedding.
     """
-    for path, rows in _stored_rows(tensors).items():
+    stored = _stored_rows(tensors)
+    for path, rows in stored.items():
+        module = _VOCABULARY[path]
+        copy = tensors.get(f"{module}.modules_to_save.weight")
+        if copy is not None and not np.array_equal(copy, tensors[f"{module}.weight"]):
+            raise ValueError(
+                f"{folder / WEIGHTS_NAME}: two different copies of {PREFIX}{module} are stored"
+            )
         if config.tie_word_embeddings and path != _EMBEDDING:
-            _check_repeats(folder, "lm_head", rows, _stored_rows(tensors).get(_EMBEDDING))
+            _check_repeats(folder, module, rows, stored.get(_EMBEDDING))
             continue
         leaf = leaves[path]
-        if isinstance(leaf, SavedTensor):
-            continue
+        declared = isinstance(leaf, LoraTensor | SavedTensor)
+        if isinstance(leaf, SavedTensor) and f"{module}.original_module.weight" not in tensors:
+            continue  # what is stored is the saved copy, already read
         base = leaf
-        while isinstance(base, LoraTensor):
+        while is_adapted(base):
             base = base.base
         if is_quantized(base) or _equal(base, rows):
             continue
-        if isinstance(leaf, LoraTensor):
+        if declared:
             raise ValueError(
                 f"{folder / WEIGHTS_NAME}: the adapter of {path} was trained on other base "
                 f"weights than this model's: the ones stored beside it differ"
