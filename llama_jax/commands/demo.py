@@ -100,7 +100,7 @@ def prepare_out(name: str) -> Path:
 
 
 def _config(args: argparse.Namespace, out: Path) -> "RunConfig":
-    from llama_jax.commands.train import find_config
+    from llama_jax.commands.train import configs_folder
     from train.config import load_run_config
 
     overrides = [f"output={out / 'run'}"]
@@ -108,7 +108,7 @@ def _config(args: argparse.Namespace, out: Path) -> "RunConfig":
         overrides.append(f"train.steps={args.steps}")
     if args.devices is not None:
         overrides += [f"mesh.cpu_devices={args.devices}"]
-    return load_run_config(find_config(CONFIG), overrides)
+    return load_run_config(configs_folder() / CONFIG, overrides)
 
 
 def score(model: "Model", config: "RunConfig", progress: "Progress") -> dict[str, float]:

@@ -72,6 +72,7 @@ def start_jax(*, cpu_devices: int | None = None) -> None:
 def _emulate(cpu_devices: int) -> None:
     import jax
 
+    _wait_for_each_other()
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX runs already: see what it runs with
             jax.config.update("jax_platforms", "cpu")
@@ -82,3 +83,17 @@ def _emulate(cpu_devices: int) -> None:
             f"JAX runs with {running} CPU devices, {cpu_devices} were asked for: unset "
             "xla_force_host_platform_device_count in XLA_FLAGS, or ask before JAX starts"
         )
+
+
+def _wait_for_each_other() -> None:
+    """Lets emulated devices be as slow as a busy machine makes them.
+
+    They meet in every collective; one that others wait for longer than XLA's 40 seconds would end
+    the process, and threads that share few cores can be that late.
+    """
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    for name, seconds in (("warn_stuck", 120), ("terminate", 1200)):
+        flag = f"--xla_cpu_collective_call_{name}_timeout_seconds"
+        if not any(each.startswith(flag) for each in flags):
+            flags.append(f"{flag}={seconds}")
+    os.environ["XLA_FLAGS"] = " ".join(flags)

@@ -76,3 +76,18 @@ def test_too_late_or_too_few_devices_is_said() -> None:
         LLAMA_JAX_CACHE_DIR="off",
     )
     assert "JAX runs with 1 CPU devices, 3 were asked for" in late.stderr
+
+
+def test_emulated_devices_wait_for_each_other() -> None:
+    program = (
+        "from llama_jax.commands.startup import start_jax\n"
+        "start_jax(cpu_devices=2)\n"
+        "import os\n"
+        "print(os.environ['XLA_FLAGS'])\n"
+    )
+    given = "--xla_cpu_collective_call_terminate_timeout_seconds=7"
+    answer = run_python(program, LLAMA_JAX_CACHE_DIR="off", XLA_FLAGS=given)
+    flags = answer.stdout.split()
+    # What the user set stays, what is missing is added, and XLA knows both names (it ends the
+    # process otherwise).
+    assert flags == [given, "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120"]
