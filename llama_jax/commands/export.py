@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 HELP = "write a model as a Hugging Face folder, a PEFT adapter or a GGUF file"
 EXAMPLE = "llama-jax export smollm2-135m models/smollm2-hf --format hf --dtype bfloat16"
 
+FORMATS = ("hf", "peft", "gguf")
 HF_DTYPES = ("float32", "bfloat16", "float16")
 GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
 
@@ -21,7 +22,7 @@ GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("out", metavar="OUT", help="the folder to write, or the file for gguf")
-    parser.add_argument("--format", required=True, choices=("hf", "peft", "gguf"))
+    parser.add_argument("--format", required=True, choices=FORMATS)
     parser.add_argument(
         "--dtype",
         choices=tuple(GGUF_DTYPES),

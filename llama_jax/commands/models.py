@@ -26,8 +26,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def describe(name: str, config: "ModelConfig") -> dict[str, Any]:
     """What one preset is and what can be done with it."""
     import math
+    from typing import get_args, get_type_hints
 
+    from llama_jax.commands.export import FORMATS
+    from llama_jax.commands.quantize import SCHEMES
     from llama_jax.weights.table import weight_table
+    from train.config import RunConfig
 
     return {
         "name": name,
@@ -44,21 +48,18 @@ def describe(name: str, config: "ModelConfig") -> dict[str, Any]:
         "experts": config.moe.num_local_experts if config.moe else None,
         "tied_embeddings": config.tie_word_embeddings,
         "dtype": config.dtype,
-        "load": _formats(config, ("hf", "checkpoint", "gguf")),
-        "export": _formats(config, ("hf", "peft", "gguf")),
-        "train": ["full", "lora"],
+        "load": ["hf", "gguf", "checkpoint"],
+        "export": list(FORMATS),
+        "train": list(get_args(get_type_hints(RunConfig)["method"])),
+        "quantize": list(SCHEMES),
     }
-
-
-def _formats(config: "ModelConfig", names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if name != "gguf" or config.model_type == "llama"]
 
 
 def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
     del args
     from llama_jax.commands.report import print_table
 
-    columns = ("preset", "parameters", "layers", "hidden", "heads", "context", "can")
+    columns = ("preset", "parameters", "layers", "hidden", "heads", "experts", "context", "rope")
     rows = [
         (
             preset["name"],
@@ -66,9 +67,13 @@ def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
             preset["layers"],
             preset["hidden_size"],
             f"{preset['heads']}/{preset['key_value_heads']}",
+            preset["experts"] or "",
             preset["context"],
-            f"train {'+'.join(preset['train'])}, export {'+'.join(preset['export'])}",
+            preset["rope_scaling"] or "",
         )
         for preset in report
     ]
     print_table("Presets", columns, rows)
+    # The same for every preset: the rooms know the weight table, not the family.
+    for name in ("load", "train", "quantize", "export"):
+        print(f"{name}: {', '.join(report[0][name])}")  # noqa: T201
