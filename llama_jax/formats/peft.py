@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,6 +22,16 @@ from llama_jax.formats.peft_config import (
     read_adapter_config,
     to_json,
     to_lora_config,
+)
+from llama_jax.formats.peft_vocabulary import (
+    BASE_NAMES,
+    EMBEDDING,
+    PREFIX,
+    VOCABULARY,
+    WEIGHTS_NAME,
+    settle_stored_embeddings,
+    stored_rows,
+    with_vocabulary,
 )
 from llama_jax.formats.safetensors import SafetensorsFile, write_arrays
 from llama_jax.weights.lora import (
@@ -39,22 +48,7 @@ from llama_jax.weights.lora_plan import (
     plan_adapter,
 )
 from llama_jax.weights.table import Weight, weight_table
-from llama_jax.weights.tensors import LoraTensor, SavedTensor, is_adapted, is_quantized
-from llama_jax.weights.vocabulary import resize_vocabulary
-
-WEIGHTS_NAME = "adapter_model.safetensors"
-PREFIX = "base_model.model."
-
-_EMBEDDING = "embed_tokens.weight"
-_VOCABULARY = {
-    _EMBEDDING: "model.embed_tokens",
-    "lm_head.weight": "lm_head",
-}
-
-
-# Where PEFT puts the base's rows when it stores whole embeddings: beside a saved copy, beside an
-# adapter, or alone. In the last place a saved copy lies too.
-_BASE_NAMES = ("original_module.weight", "base_layer.weight", "weight")
+from llama_jax.weights.tensors import SavedTensor
 
 
 def load_adapter(
@@ -95,7 +89,7 @@ def load_adapter(
     _check_modules(folder, config, tensors)
     plan = plan_adapter(config, to_lora_config(config, raw))
     _check_names(folder, config, plan, set(tensors))
-    params = _with_vocabulary(folder, config, params, tensors, resize=resize)
+    params = with_vocabulary(folder, config, params, tensors, resize=resize)
     rows, leaves = weight_table(config), tree.flatten(params)
     dtype = jnp.dtype(param_dtype)
     for path in plan.ranks:
@@ -106,13 +100,13 @@ def load_adapter(
     for path in plan.saved:
         value = _stack(folder, tensors, rows[path], leaves[path].shape)
         leaves[path] = SavedTensor(leaves[path], jnp.asarray(value, dtype))
-    _check_stored_embeddings(folder, config, tensors, leaves, dtype)
+    settle_stored_embeddings(folder, config, tensors, leaves, dtype)
     return tree.unflatten(leaves)
 
 
 def adapter_vocab_size(folder: str | Path, config: ModelConfig) -> int:
     """Rows of the embedding that the adapter stores; the model's own number if it stores none."""
-    stored = _stored_rows(_read_tensors(Path(folder)))
+    stored = stored_rows(_read_tensors(Path(folder)))
     return next((len(rows) for rows in stored.values()), config.vocab_size)
 
 
@@ -182,10 +176,10 @@ def _check_names(folder: Path, config: ModelConfig, plan: AdapterPlan, found: se
     # Embeddings may be stored beside the adapter, and a tied one under the head's name again.
     optional = {
         f"{module}.{name}"
-        for module in _VOCABULARY.values()
-        for name in (*_BASE_NAMES, "modules_to_save.weight")
+        for module in VOCABULARY.values()
+        for name in (*BASE_NAMES, "modules_to_save.weight")
     }
-    if config.tie_word_embeddings and _EMBEDDING in plan.ranks:
+    if config.tie_word_embeddings and EMBEDDING in plan.ranks:
         optional |= {"lm_head.lora_A.weight", "lm_head.lora_B.weight"}
     missing, unmatched = expected - found, found - expected - optional
     problems = []
@@ -250,110 +244,6 @@ def _checked(
     return tensor.astype(np.float32)
 
 
-def _stored_rows(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Path -> the whole embedding or head that the adapter carries, the base's if it has both."""
-    stored = {}
-    for path, module in _VOCABULARY.items():
-        names = [f"{module}.{name}" for name in _BASE_NAMES if f"{module}.{name}" in tensors]
-        if names:
-            stored[path] = tensors[names[0]]
-    return stored
-
-
-def _with_vocabulary(
-    folder: Path,
-    config: ModelConfig,
-    params: tree.Tree,
-    tensors: dict[str, np.ndarray],
-    *,
-    resize: bool,
-) -> tree.Tree:
-    """The base with as many rows as the embeddings that the adapter stores."""
-    stored = _stored_rows(tensors)
-    sizes = {path: len(rows) for path, rows in stored.items()}
-    base = tree.flatten(params)[_EMBEDDING].shape[0]
-    if all(size == base for size in sizes.values()):
-        return params
-    described = " and ".join(f"{size} rows of {path}" for path, size in sizes.items())
-    if not resize or min(sizes.values()) < base:
-        hint = "" if min(sizes.values()) < base else "; pass resize=True to add the new rows to it"
-        raise ValueError(
-            f"{folder / WEIGHTS_NAME} stores {described}, but the base model has {base} rows{hint}"
-        )
-    if config.tie_word_embeddings:
-        stored = {_EMBEDDING: stored[_EMBEDDING]} if _EMBEDDING in stored else stored
-    added = {path: jnp.asarray(rows[base:]) for path, rows in stored.items()}
-    return resize_vocabulary(config, params, added)[1]
-
-
-def _check_stored_embeddings(
-    folder: Path,
-    config: ModelConfig,
-    tensors: dict[str, np.ndarray],
-    leaves: dict[str, Any],
-    dtype: Any,
-) -> None:
-    """Settles embeddings that the adapter stores besides what it declares.
-
-    Under an adapter they must be the base's own. Where nothing is declared they replace the base's
-    weight, as PEFT has it, unless they are equal. A tied head must repeat its embedding.
-    """
-    stored = _stored_rows(tensors)
-    for path, rows in stored.items():
-        module = _VOCABULARY[path]
-        copy = tensors.get(f"{module}.modules_to_save.weight")
-        if copy is not None and not np.array_equal(copy, tensors[f"{module}.weight"]):
-            raise ValueError(
-                f"{folder / WEIGHTS_NAME}: two different copies of {PREFIX}{module} are stored"
-            )
-        if config.tie_word_embeddings and path != _EMBEDDING:
-            _check_repeats(folder, module, rows, stored.get(_EMBEDDING))
-            continue
-        leaf = leaves[path]
-        declared = isinstance(leaf, LoraTensor | SavedTensor)
-        if isinstance(leaf, SavedTensor) and f"{module}.original_module.weight" not in tensors:
-            continue  # what is stored is the saved copy, already read
-        base = leaf
-        while is_adapted(base):
-            base = base.base
-        if is_quantized(base) or _equal(base, rows):
-            continue
-        if declared:
-            raise ValueError(
-                f"{folder / WEIGHTS_NAME}: the adapter of {path} was trained on other base "
-                f"weights than this model's: the ones stored beside it differ"
-            )
-        leaves[path] = SavedTensor(leaf, jnp.asarray(rows, dtype))
-    embedding = leaves[_EMBEDDING]
-    if "lm_head.lora_A.weight" in tensors and config.tie_word_embeddings:
-        assert isinstance(embedding, LoraTensor)
-        names = _factor_names(weight_table(config)[_EMBEDDING], _VOCABULARY[_EMBEDDING])
-        _check_repeats(
-            folder, "lm_head.lora_B", tensors["lm_head.lora_B.weight"], tensors[names[0]].T
-        )
-        _check_repeats(
-            folder, "lm_head.lora_A", tensors["lm_head.lora_A.weight"], tensors[names[1]].T
-        )
-
-
-def _equal(base: jax.Array, rows: np.ndarray) -> bool:
-    """Whether they are the same weights, one of them perhaps rounded to the other's dtype."""
-    held = np.asarray(base)
-    if held.shape != rows.shape:
-        return False
-    return np.array_equal(held, rows.astype(held.dtype)) or np.array_equal(
-        held.astype(rows.dtype), rows
-    )
-
-
-def _check_repeats(folder: Path, name: str, head: np.ndarray, embedding: np.ndarray | None) -> None:
-    if embedding is None or not np.array_equal(head, embedding):
-        raise ValueError(
-            f"{folder / WEIGHTS_NAME}: {PREFIX}{name} differs from the embedding's, but this "
-            f"model's head and embedding are one weight; untie them first (untie_embeddings)"
-        )
-
-
 def save_adapter(
     folder: str | Path,
     config: ModelConfig,
@@ -387,7 +277,7 @@ def _tensors_of(config: ModelConfig, row: Weight, part: Any) -> Iterator[tuple[s
         saved = np.asarray(part.saved)
         for name, index in row.hf_names():
             yield name, saved[index]
-        if config.tie_word_embeddings and row.path == _EMBEDDING:
+        if config.tie_word_embeddings and row.path == EMBEDDING:
             yield "lm_head.weight", saved
         return
     lora_a, lora_b = np.asarray(part.lora_a), np.asarray(part.lora_b)

@@ -146,8 +146,8 @@ def with_one_rank(parts: dict[str, Any]) -> dict[str, Any]:
         return parts
     if any(parts[path].use_rslora for path in paths):
         raise ValueError(
-            "PEFT cannot load an rsLoRA adapter on experts right: fusing w1 with w3 it doubles rank "
-            "and alpha, which changes alpha / sqrt(r). Merge the adapter and export the model"
+            "PEFT cannot load an rsLoRA adapter on experts right: fusing w1 with w3 it doubles "
+            "rank and alpha, which changes alpha / sqrt(r). Merge the adapter and export the model"
         )
     ranks = {rank for path in paths for rank in parts[path].ranks}
     scales = {float(s) for path in paths for s in np.asarray(parts[path].scale).flat}

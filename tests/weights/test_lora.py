@@ -186,6 +186,32 @@ def test_merging_onto_a_quantized_base(scheme):
         merge_lora(params, onto={"layers": {}})
 
 
+def test_gradients_through_a_quantized_base():
+    """QLoRA: the same as on the matrices that the base stands for."""
+    quantized = quantize(CONFIG, PARAMS, scheme="nf4")
+    lora = LoraConfig(r=2, target_modules=("q_proj", "down_proj"))
+    params = trained(CONFIG, add_lora(CONFIG, quantized, lora, jax.random.key(0)))
+    plain = tree.map_with_path(lambda _, leaf: to_array(leaf), quantized)
+    parts = adapters(params)
+
+    def gradient(params):
+        mask = trainable_mask(CONFIG, params, None, method="lora")
+        part, rest = tree.partition(params, mask)
+
+        def loss(part):
+            whole = tree.combine(part, rest)
+            compute = Compute(remat="full")
+            return (transformer.forward(CONFIG, whole, TOKENS, compute=compute) ** 2).mean()
+
+        return jax.tree.leaves(jax.grad(loss)(part))
+
+    got, expected = gradient(params), gradient(apply_adapters(plain, parts))
+    assert len(got) == len(expected) == 4
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+        assert np.abs(np.asarray(a)).max() > 1e-4
+
+
 def test_unmerging():
     params = trained(CONFIG, add_lora(CONFIG, PARAMS, LoraConfig(r=4), jax.random.key(0)))
     parts = adapters(params)
@@ -208,7 +234,9 @@ def test_layers_may_differ_in_rank():
         rank_pattern={r"layers\.1\.self_attn\.q_proj": 5},
         alpha_pattern={"v_proj": 1.0},
     )
-    params = trained(CONFIG, add_lora(CONFIG, PARAMS, lora, jax.random.key(0)))
+    fresh = add_lora(CONFIG, PARAMS, lora, jax.random.key(0))
+    assert not tree.flatten(fresh)[Q_PROJ].lora_a[0, 2:].any()
+    params = trained(CONFIG, fresh)
     leaf = tree.flatten(params)[Q_PROJ]
     assert leaf.ranks == (2, 5)
     np.testing.assert_allclose(leaf.scale, [2.0, 0.8])
