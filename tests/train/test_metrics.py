@@ -1,0 +1,61 @@
+"""metrics.jsonl across restarts, and charts."""
+
+import pytest
+
+from train.metrics import Clock, MetricsWriter, progress_note, read_metrics
+from train.report import chart
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
+        writer.write({"step": 1, "loss": float("nan"), "tokens": 3.0})
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": null, "tokens": 3.0}\n'
+
+
+def test_steps_that_are_trained_again_are_written_anew(tmp_path):
+    with MetricsWriter(tmp_path, resume_step=0) as writer:
+        for step in (1, 2, 3):
+            writer.write({"step": step, "loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # a crash in the middle of a line
+    with MetricsWriter(tmp_path, resume_step=2) as writer:
+        writer.write({"step": 3, "loss": 2.0})
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(e["step"], e["loss"]) for e in entries] == [(1, 1.0), (2, 1.0), (3, 2.0)]
+
+
+def test_a_broken_line_that_is_not_the_last_is_an_error(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        read_metrics(path)
+
+
+def test_the_clock_counts_from_its_last_restart(monkeypatch):
+    times = iter([0.0, 5.0, 7.0])
+    monkeypatch.setattr("train.metrics.time.perf_counter", lambda: next(times))
+    clock = Clock()
+    clock.restart()
+    assert clock.lap(10.0) == {"step_seconds": 2.0, "tokens_per_second": 5.0}
+
+
+def test_the_note_says_when_there_is_no_loss():
+    entry = {
+        "loss": float("nan"),
+        "learning_rate": 1e-3,
+        "grad_norm": 0.0,
+        "tokens_per_second": 9.0,
+    }
+    assert progress_note(entry).startswith("loss none, learning rate 1.00e-03")
+
+
+def test_a_chart_has_a_curve_for_each_number_and_is_empty_without_any():
+    metrics = [{"step": n, "loss": 4.0 - n, "eval_loss": None} for n in range(1, 4)]
+    drawn = chart("Loss", metrics, ("loss", "eval_loss"))
+    assert drawn.count("<polyline") == 1 and "step 1" in drawn
+    points = drawn.split("points='")[1].split("'")[0].split()
+    heights = [float(point.split(",")[1]) for point in points]
+    assert heights == sorted(heights), "a falling loss goes down the page"
+    assert chart("Loss", metrics, ("nothing",)) == ""
+    single = chart("Loss", [{"step": 1, "loss": 2.0}], ("loss",))
+    assert "<circle" in single
