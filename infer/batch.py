@@ -10,7 +10,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,15 @@ import numpy as np
 
 from infer import steps
 from infer.buckets import row_bucket, token_bucket
-from infer.completion import Piece, Row, TextTokenizer, TokenLogprob, make_logprob
+from infer.completion import Piece, Row, TokenLogprob, make_logprob
 from infer.params import SamplingParams
 from infer.sampling import NO_TOKEN, Needs, Rows, Sampled, Seen
 from llama_jax.config import Compute, ModelConfig
 from llama_jax.mesh.sharding import partition_spec
 from llama_jax.model.cache import KVCache
+
+if TYPE_CHECKING:
+    from llama_jax.formats.tokenizer import Tokenizer
 
 PREFILL_TOKENS = 512
 
@@ -37,7 +40,7 @@ class Runnable:
     compute: Compute
     mesh: jax.sharding.Mesh | None
     rules: steps.Rules
-    tokenizer: TextTokenizer | None
+    tokenizer: "Tokenizer | None"
 
     @property
     def is_stacked(self) -> bool:
@@ -57,6 +60,11 @@ class Runnable:
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
+def _scales_by_length(config: ModelConfig) -> bool:
+    """Whether a prompt's length changes its rotary angles, so that it must not run in pieces."""
+    return config.rope_scaling is not None and config.rope_scaling.rope_type == "dynamic"
+
+
 class Batch:
     """Rows that are computed together. `run` may be called once."""
 
@@ -67,10 +75,12 @@ class Batch:
         self._num_steps = max(row.limit for row in rows)
         lengths = [len(row.prompt_token_ids) for row in rows]
         longest = max(lengths)
-        self._piece_tokens = min(token_bucket(longest), PREFILL_TOKENS)
+        self._piece_tokens = token_bucket(longest)
+        if not _scales_by_length(model.config):
+            self._piece_tokens = min(self._piece_tokens, PREFILL_TOKENS)
         padded = -(-longest // self._piece_tokens) * self._piece_tokens
-        ends = [length + row.limit for length, row in zip(lengths, rows, strict=True)]
-        self._capacity = token_bucket(max(padded, *ends))
+        # All rows write at one cursor, so padding takes slots of the cache too.
+        self._capacity = token_bucket(padded + self._num_steps)
         # Rows that only fill the batch up hold one token and are never read.
         size = row_bucket(len(rows), multiple_of=model.row_parts)
         self._lengths = np.ones(size, np.int32)
@@ -146,6 +156,7 @@ class Batch:
                 last,
                 self._tokens[:, begin:end],
                 real,
+                visible=min(token_bucket(end), self._capacity),
                 keep_hidden=wanted,
                 **shared,
             )

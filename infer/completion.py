@@ -7,28 +7,18 @@ completion is over, the same way for streaming and not.
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 from infer.params import SamplingParams
 from infer.stop import StopMatcher
+
+if TYPE_CHECKING:
+    from llama_jax.formats.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
 
 # Stands for log probabilities that JSON cannot hold (-inf and NaN); the value OpenAI uses.
 LOGPROB_FLOOR = -9999.0
-
-
-class TextTokenizer(Protocol):
-    """What generation asks of a tokenizer; `formats/tokenizer.py` has the real one."""
-
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, ids: Iterable[int]) -> str: ...
-    def decode_stream(self) -> Any: ...
-    def unused_ids(self, model_vocab_size: int) -> list[int]: ...
-    def token_bytes(self, index: int) -> bytes: ...
 
 
 @dataclass(frozen=True)
@@ -85,7 +75,7 @@ class Output:
 
 
 def make_logprob(
-    tokenizer: TextTokenizer | None,
+    tokenizer: "Tokenizer | None",
     token_id: int,
     logprob: float,
     top: Iterable[tuple[int, float]] = (),
@@ -95,7 +85,7 @@ def make_logprob(
 
 
 def _described(
-    tokenizer: TextTokenizer | None, token_id: int, logprob: float
+    tokenizer: "Tokenizer | None", token_id: int, logprob: float
 ) -> tuple[int, str, bytes, float]:
     raw = b"" if tokenizer is None else tokenizer.token_bytes(token_id)
     value = max(float(logprob), LOGPROB_FLOOR) if not math.isnan(logprob) else LOGPROB_FLOOR
@@ -118,7 +108,7 @@ class Row:
     index: int
     limit: int
     end_tokens: frozenset[int]
-    tokenizer: TextTokenizer | None
+    tokenizer: "Tokenizer | None"
     continues_text: bool
     token_ids: list[int] = field(default_factory=list)
     text: str = ""

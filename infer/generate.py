@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from infer import steps
 from infer.batch import Batch, Runnable
-from infer.completion import Output, Piece, Row, TextTokenizer
+from infer.completion import Output, Piece, Row
 from infer.layers import Layers, with_layers
 from infer.params import SamplingParams
 from llama_jax.config import Compute, ModelConfig
+
+if TYPE_CHECKING:
+    from llama_jax.formats.tokenizer import Tokenizer
 
 DEFAULT_BATCH_SIZE = 32
 
@@ -111,7 +114,7 @@ def generate(
     return generator.generate(prompts, params, chat=chat, stream=stream)
 
 
-def parts_of(model: Any) -> tuple[ModelConfig, Any, TextTokenizer | None]:
+def parts_of(model: Any) -> tuple[ModelConfig, Any, "Tokenizer | None"]:
     """(config, params, tokenizer) of a loaded model or of such a tuple."""
     if isinstance(model, tuple):
         config, params, tokenizer = model
@@ -134,7 +137,7 @@ class Generator:
         self,
         config: ModelConfig,
         params: Any,
-        tokenizer: TextTokenizer | None = None,
+        tokenizer: "Tokenizer | None" = None,
         *,
         compute: Compute | None = None,
         mesh: jax.sharding.Mesh | None = None,
@@ -316,7 +319,7 @@ def _checked(name: str, value: Any, *, high: int) -> int:
     return value
 
 
-def _allowed(config: ModelConfig, tokenizer: TextTokenizer | None) -> Any:
+def _allowed(config: ModelConfig, tokenizer: "Tokenizer | None") -> Any:
     """[V], False for ids that stand for no token; None when all do."""
     unused = [] if tokenizer is None else tokenizer.unused_ids(config.vocab_size)
     if not unused:

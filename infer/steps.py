@@ -43,21 +43,24 @@ def new_cache(
 
 
 def _placed(cache: KVCache, compute: Compute) -> KVCache:
-    axes: tuple[str | None, ...] = ("batch", "kv_heads", None, "head_dim")
-    if cache.is_stacked:
-        axes = ("layers", *axes)
+    """Rows and heads dealt out on the mesh in force, if any."""
+    stack: tuple[str | None, ...] = ("layers",) if cache.is_stacked else ()
 
-    def place(array: jax.Array) -> jax.Array:
-        return constrain(array, axes, compute.rules)
+    def place(arrays: Any, *axes: str | None) -> Any:
+        return jax.tree.map(lambda array: constrain(array, axes, compute.rules), arrays)
 
-    keys, values = jax.tree.map(place, (cache.keys, cache.values))
-    lengths = constrain(cache.lengths, ("batch",), compute.rules)
-    return dataclasses.replace(cache, keys=keys, values=values, lengths=lengths)
+    return dataclasses.replace(
+        cache,
+        keys=place(cache.keys, *stack, "batch", "kv_heads", "head_dim", None),
+        values=place(cache.values, *stack, "batch", "kv_heads", None, "head_dim"),
+        positions=place(cache.positions, "batch", None),
+        lengths=place(cache.lengths, "batch"),
+    )
 
 
 @partial(
     jax.jit,
-    static_argnames=("config", "compute", "keep_hidden"),
+    static_argnames=("config", "compute", "visible", "keep_hidden"),
     donate_argnames=("cache", "last"),
 )
 def prefill(
@@ -69,16 +72,24 @@ def prefill(
     num_real: Int[Array, " B"],
     *,
     compute: Compute,
+    visible: int,
     keep_hidden: bool,
 ) -> tuple[KVCache, Float[Array, "B D"], Float[Array, "B T D"] | None]:
     """Runs a piece of every prompt, of which the first num_real[b] tokens are real (maybe none).
 
     last: the state of each row's last real token so far, from which its first token is drawn.
+    visible: leading slots of the cache that may hold something once these tokens are in.
     """
     length = tokens.shape[1]
     segment_ids = (jnp.arange(length) < num_real[:, None]).astype(jnp.int32)
     hidden, after, _ = transformer.hidden_states(
-        config, params, tokens, compute=compute, segment_ids=segment_ids, cache=cache
+        config,
+        params,
+        tokens,
+        compute=compute,
+        segment_ids=segment_ids,
+        cache=cache,
+        visible=visible,
     )
     assert after is not None
     place = jnp.maximum(num_real - 1, 0)[:, None, None]

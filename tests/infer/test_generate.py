@@ -1,6 +1,7 @@
 """Generation against transformers, alone against in a batch, whole against streamed."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from infer.completion import Row
 from infer.generate import Generator, generate
 from infer.params import SamplingParams
 from infer.stop import StopMatcher
+from llama_jax.config import RopeScaling
 from llama_jax.mesh.sharding import make_mesh, shardings
 from llama_jax.model import transformer
 from tests.infer.scripted import scripted_model, scripted_params, word_tokenizer
@@ -75,6 +77,20 @@ def test_a_row_in_a_padded_batch_equals_the_row_alone(tiny):  # R44
         for a, b in zip(alone.logprobs, together.logprobs, strict=True):
             wanted = [each.logprob for each in a.top]
             np.testing.assert_allclose([each.logprob for each in b.top], wanted, atol=1e-5)
+
+
+def test_padding_does_not_lengthen_dynamic_rope(monkeypatch):  # R44
+    monkeypatch.setattr("infer.batch.PREFILL_TOKENS", 16)
+    scaling = RopeScaling(rope_type="dynamic", factor=2.0, original_max_position_embeddings=8)
+    config = tiny_config(rope_scaling=scaling, eos_token_id=())
+    params = tiny_params(config)
+    short, long = prompts_of(20, 40)
+    wishes = SamplingParams(temperature=0, max_tokens=1, logprobs=20)
+    together = generate((config, params, None), [short, long], wishes)
+    for prompt, output in zip((short, long), together, strict=True):
+        wanted = jax.nn.log_softmax(transformer.forward(config, params, np.array([prompt])))[0, -1]
+        got = {each.token_id: each.logprob for each in output.logprobs[0].top}
+        np.testing.assert_allclose(list(got.values()), wanted[np.array(list(got))], atol=1e-5)
 
 
 def test_a_long_prompt_runs_in_pieces(tiny, monkeypatch):
@@ -270,8 +286,7 @@ def test_streaming_joins_to_the_text():
     from llama_jax.formats.tokenizer import Tokenizer
     from llama_jax.formats.tokenizer_files import TokenizerSettings
 
-    letters = {letter: byte for letter, byte in byte_alphabet().items()}
-    backend = Backend(models.BPE(vocab=letters, merges=[]))
+    backend = Backend(models.BPE(vocab=dict(byte_alphabet()), merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = Tokenizer(
@@ -279,7 +294,7 @@ def test_streaming_joins_to_the_text():
     )
     config = tiny_config(vocab_size=256, eos_token_id=())
     said = "a한🙂".encode()
-    params = scripted_params(config, dict(zip(said[:-1], said[1:], strict=True)))
+    params = scripted_params(config, dict(itertools.pairwise(said)))
     pieces = []
     prompts, wishes = ["a", "xyz", "한"[:1]], SamplingParams(max_tokens=12, seed=3, logprobs=2)
     texts = generate((config, params, tokenizer), prompts, wishes, stream=pieces.append)
@@ -363,9 +378,8 @@ def test_the_unrolled_layers_are_kept_until_the_model_goes():
     changed = {**params, "layers": jax.tree.map(lambda x: x + 1, params["layers"])}
     other = layers.with_layers(changed, "auto", None)["layers"]
     assert other is not first["layers"]
-    np.testing.assert_array_equal(
-        other[1]["mlp"]["up_proj"]["weight"], changed["layers"]["mlp"]["up_proj"]["weight"][1]
-    )
+    scale = other[1]["input_layernorm"]["weight"]
+    np.testing.assert_array_equal(scale, changed["layers"]["input_layernorm"]["weight"][1])
     del changed
     assert not layers._recent
 
