@@ -131,9 +131,9 @@ def _first_state(job: _Job) -> TrainState:
     while (step := checkpoint.latest_step(root)) is not None:
         try:
             return _resume(job, checkpoint.step_folder(root, step))
-        except checkpoint.CheckpointError as error:
+        except checkpoint.DamagedCheckpointError as error:
             if not job.setup.run.train.resume_older:
-                raise checkpoint.CheckpointError(
+                raise checkpoint.DamagedCheckpointError(
                     f"{error}. To go on from an older checkpoint set train.resume_older=true; the "
                     f"damaged one is kept under another name"
                 ) from error

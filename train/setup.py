@@ -4,7 +4,7 @@ Everything is worked out on shapes first, so that a dry run allocates nothing an
 straight where they will be trained.
 """
 
-import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +25,6 @@ from train.config import MeshSection, RunConfig
 from train.optim import Optimizer, make_optimizer, make_schedule
 from train.state import TrainState, init_state, state_shardings
 from train.step import make_eval_step, make_train_step
-
-logger = logging.getLogger(__name__)
 
 # What each use of the run's seed folds into its key.
 _WEIGHTS, _ADAPTERS, _STEPS = 0, 1, 2
@@ -211,4 +209,7 @@ def make_state(setup: Setup, base: tree.Tree) -> TrainState:
         key = run_key(run, _STEPS)
         return init_state(params, mask=setup.mask, optimizer=setup.optimizer, rng=key)
 
-    return jax.jit(first, out_shardings=places, donate_argnums=0)(base)
+    with warnings.catch_warnings():
+        # Weights that are cast to the dtype they are trained in cannot hand on their memory.
+        warnings.filterwarnings("ignore", message="Some donated buffers were not usable")
+        return jax.jit(first, out_shardings=places, donate_argnums=0)(base)

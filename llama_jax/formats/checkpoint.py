@@ -48,7 +48,11 @@ _STEP = re.compile(r"step_(\d{8,})")
 
 
 class CheckpointError(ValueError):
-    """A folder that is no checkpoint, or not a whole one."""
+    """A folder that is no checkpoint, not a whole one, or not that of what is asked for."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint of which bytes were lost or changed."""
 
 
 def is_checkpoint(folder: str | Path) -> bool:
@@ -222,9 +226,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
             f"file. Nothing was changed. If you know that it is whole, check and accept it with "
             f"llama_jax.formats.checkpoint.accept({str(folder)!r})"
         )
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-    if marker.get("sha256") != _hash(folder / MANIFEST):
-        raise CheckpointError(f"{folder} is damaged: {MANIFEST} is not the file that was written")
+    if (folder / MARKER).read_bytes() != _marker(folder):
+        raise _damaged(folder, f"{MARKER} does not fit {MANIFEST}")
     return _check_files(folder)
 
 
@@ -232,7 +235,7 @@ def accept(folder: str | Path) -> None:
     """Writes the marker that `folder` lacks, after checking every file against the manifest."""
     folder = Path(folder)
     _check_files(folder)
-    _write_json(folder / MARKER, {"sha256": _hash(folder / MANIFEST)})
+    (folder / MARKER).write_bytes(_marker(folder))
 
 
 def _check_files(folder: Path) -> dict[str, Any]:
@@ -240,9 +243,9 @@ def _check_files(folder: Path) -> dict[str, Any]:
     for name, entry in manifest["files"].items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointError(f"{folder} is damaged: the file {name} is missing")
+            raise _damaged(folder, f"the file {name} is missing")
         if path.stat().st_size != entry["bytes"] or _hash(path) != entry["sha256"]:
-            raise CheckpointError(f"{folder} is damaged: {name} is not the file that was written")
+            raise _damaged(folder, f"{name} is not the file that was written")
     return manifest
 
 
@@ -252,13 +255,22 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         version = manifest["version"]
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{folder} is damaged: {MANIFEST} cannot be read: {error}") from error
+        raise _damaged(folder, f"{MANIFEST} cannot be read: {error}") from error
     if version != VERSION:
         raise CheckpointError(
             f"{folder} was written in version {version!r} of the checkpoint format; this program "
             f"reads version {VERSION}"
         )
     return manifest
+
+
+def _damaged(folder: Path, what: str) -> DamagedCheckpointError:
+    return DamagedCheckpointError(f"{folder} is damaged: {what}")
+
+
+def _marker(folder: Path) -> bytes:
+    """What the marker of `folder` must hold."""
+    return json.dumps({"sha256": _hash(folder / MANIFEST)}).encode() + b"\n"
 
 
 def _hash(path: Path) -> str:
@@ -307,7 +319,7 @@ def _write(
         "files": files,
     }
     _write_json(folder / MANIFEST, manifest)
-    _write_json(folder / MARKER, {"sha256": _hash(folder / MANIFEST)})
+    (folder / MARKER).write_bytes(_marker(folder))
 
 
 def _write_group(folder: Path, arrays: Mapping[str, Any]) -> None:

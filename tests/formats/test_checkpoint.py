@@ -215,11 +215,19 @@ def test_r65_a_missing_file_is_found(root, training):
         training.restore(folder)
 
 
+def test_r65_a_changed_marker_is_found(root):
+    folder = checkpoint.step_folder(root, 3)
+    path = folder / checkpoint.MARKER
+    path.write_bytes(path.read_bytes().replace(b"{", b"\xff"))
+    with pytest.raises(checkpoint.DamagedCheckpointError, match="complete.json does not fit"):
+        checkpoint.load_model(folder)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}"])
 def test_a_description_that_cannot_be_read_is_named(root, text):
     folder = checkpoint.step_folder(root, 3)
     (folder / checkpoint.MANIFEST).write_text(text)
-    with pytest.raises(CheckpointError, match=r"damaged: checkpoint\.json"):
+    with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.load_model(folder)
     with pytest.raises(CheckpointError, match=r"damaged: checkpoint\.json"):
         checkpoint.read_abstract(folder)
@@ -265,12 +273,12 @@ import tests.conftest
 from tests.formats.test_checkpoint import Training
 from llama_jax.formats import checkpoint
 training, root, last = Training(), *sys.argv[1:]
-write = checkpoint._write_json
-def killing(path, value):
-    write(path, value)
-    if path.name == last:
-        os.kill(os.getpid(), signal.SIGKILL)
-checkpoint._write_json = killing
+marker = checkpoint._marker
+def killing(folder):
+    if last == "complete.json":
+        (folder / last).write_bytes(marker(folder))
+    os.kill(os.getpid(), signal.SIGKILL)
+checkpoint._marker = killing
 training.save(root, 5)
 """
 

@@ -183,6 +183,6 @@ def test_every_shipped_config_parses_and_starts_with_its_command(path):
     run = load_run_config(path)
     header = path.read_text().split("\nmodel:")[0]
     assert f"llama-jax train {path.name}" in header
-    for word in ("Hardware:", "Takes", "Result:"):
+    for word in ("# Hardware:", "# Takes:", "# Result:"):
         assert word in header
     assert run.output == f"runs/{path.stem.removesuffix('-cpu')}"

@@ -205,6 +205,7 @@ def test_a_signal_saves_and_stops(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(tmp_path):
     run = config(
         tmp_path,
+        method="full",
         optimizer={"name": "sgd", "learning_rate": 1e30, "max_grad_norm": None},
         schedule={"name": "constant"},
     )
