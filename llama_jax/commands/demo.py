@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 HELP = "load a real Llama, fine-tune it, measure it, export it, generate from the export"
 EXAMPLE = "llama-jax demo --json"
 
-MODEL = "smollm2-135m"
 CONFIG = "smollm2-135m-lora-cpu.yaml"
 MARKER = "demo-run.txt"
 
@@ -49,16 +48,15 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from llama_jax.commands.startup import start_jax
 
     began = time.monotonic()
+    config = _config(args, Path(args.out))
     out = prepare_out(args.out)
-    config = _config(args, out)
     start_jax(cpu_devices=config.mesh.cpu_devices)
-    from llama_jax.formats.atomic import check_target
     from llama_jax.load import load
 
-    check_target(out / "export", overwrite=False)
     progress = Progress()
-    progress.say(f"1/6 loading {MODEL}")
-    model = load(MODEL, dtype="float32")
+    name = config.model.name
+    progress.say(f"1/6 loading {name}")
+    model = load(name, dtype=config.model.dtype)
     progress.say("2/6 scoring it on held-out rows")
     before = score(model, config, progress)
     del model
@@ -71,7 +69,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     after = score(exported, config, progress)
     progress.say("6/6 generating a batch from the export")
     return {
-        "model": MODEL,
+        "model": name,
         "devices": config.mesh.cpu_devices,
         "before": before,
         "after": after,
@@ -146,7 +144,7 @@ def export_merged(tuned: "Model", folder: Path) -> Path:
     from llama_jax.load import save_hf
     from llama_jax.weights.lora import merge_lora
 
-    merged = dataclasses.replace(tuned, params=merge_lora(tuned.params, dtype="float32"))
+    merged = dataclasses.replace(tuned, params=merge_lora(tuned.params))
     save_hf(merged, folder)
     return folder
 
