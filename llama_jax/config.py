@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal, Self
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "full", "dots")
+ATTENTION_KERNELS = ("reference", "splash")
 
 # Sanity ceilings: far above any published model, low enough that a corrupt config is refused
 # before anything is allocated.
@@ -256,7 +257,8 @@ class Compute:
     accumulation_dtype: of the sums inside products.
     remat: what the backward pass recomputes: `none` keeps every activation, `full` keeps only the
       input of each layer, `dots` keeps the results of the weight products.
-    attention: the kernel, a name in `kernels/attention.py`.
+    attention: `reference` is plain JAX and runs anywhere; `splash` is the TPU kernel, for whole
+      sequences (a step of decoding takes the reference).
     moe: `dense` multiplies every token by every expert (reference); `grouped` sorts tokens by
       expert and multiplies each once. Neither drops a token.
     loss_chunk_tokens: tokens whose float32 logits exist at one time in the loss.
@@ -267,9 +269,9 @@ class Compute:
     param_dtype: str | None = None
     accumulation_dtype: str = "float32"
     remat: Literal["none", "full", "dots"] = "none"
-    attention: str = "reference"
+    attention: Literal["reference", "splash"] = "reference"
     moe: Literal["dense", "grouped"] = "grouped"
-    loss_chunk_tokens: int = 512
+    loss_chunk_tokens: int = 256
     rules: LogicalRules = field(default=DEFAULT_RULES)
 
     def __post_init__(self) -> None:
@@ -280,7 +282,7 @@ class Compute:
             "compute", "accumulation_dtype", self.accumulation_dtype, ("float32", "bfloat16")
         )
         _require_choice("compute", "remat", self.remat, REMAT_POLICIES)
-        _require_choice("compute", "attention", self.attention, ("reference",))
+        _require_choice("compute", "attention", self.attention, ATTENTION_KERNELS)
         _require_choice("compute", "moe", self.moe, ("dense", "grouped"))
         _require_int("compute", "loss_chunk_tokens", self.loss_chunk_tokens, low=1, high=2**31 - 1)
         known = [name for name, _ in DEFAULT_RULES]

@@ -137,13 +137,23 @@ def _leaf(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh, rules: LogicalRul
             kept.append(axis if size % parts == 0 else None)
         return named(kept)
 
+    def spread(factor: Any, axes: Sequence[str | None], dim: int) -> NamedSharding:
+        """Of an adapter's factor: its long dimension also takes the mesh axes of `embed`, which
+        only the other factor has; else its moments would lie on every chip whole."""
+        entries = list(partition_spec(axes, rules))
+        names = _mesh_axes(rules, axes[dim])
+        free = [name for name in _mesh_axes(rules, "embed") if name not in names]
+        if factor.shape[dim] % math.prod(mesh.shape[name] for name in [*names, *free]) == 0:
+            entries[dim] = (*names, *free)
+        return NamedSharding(mesh, PartitionSpec(*entries))
+
     if isinstance(leaf, LoraTensor):
         *stack, out_axis, in_axis = axes
         return dataclasses.replace(
             leaf,
             base=_leaf(leaf.base, axes, mesh, rules),
-            lora_a=named([*stack, "rank", in_axis]),
-            lora_b=named([*stack, out_axis, "rank"]),
+            lora_a=spread(leaf.lora_a, [*stack, "rank", in_axis], len(stack) + 1),
+            lora_b=spread(leaf.lora_b, [*stack, out_axis, "rank"], len(stack)),
             scale=named(stack),
         )
     if isinstance(leaf, SavedTensor):

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax import tree
 from llama_jax.config import Compute, ModelConfig
+from llama_jax.kernels import splash
 from llama_jax.mesh.sharding import constrain
 from llama_jax.model import cache as kv
 from llama_jax.model import moe, rope
@@ -31,13 +32,15 @@ Params = tree.Tree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What every layer needs and none owns: rotary angles, the mask, which tokens are real, and,
+    """What every layer needs and none owns: rotary angles, who sees whom (as a mask, and as the
+    segment ids it came from, which kernels take), which tokens are real, and,
     with a cache, the slot where the new keys go."""
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
     mask: jax.Array
     real: Float[Array, "B T"]
+    segment_ids: Int[Array, "B T"] | None
     cursor: Int[Array, ""] | None
 
 
@@ -91,6 +94,12 @@ class Attention(nnx.Module):
         query = rope.rotate(heads(query, "heads"), context.cos, context.sin)
         key = rope.rotate(heads(key, "kv_heads"), context.cos, context.sin)
         value = heads(value, "kv_heads")
+        if layer_cache is None and self.compute.attention == "splash":
+            window = self.config.sliding_window
+            mixed = splash.attend(
+                query, key, value, context.segment_ids, sliding_window=window, rules=rules
+            )
+            return self.o_proj(mixed.reshape(batch, length, -1)), None
         if layer_cache is None:
             keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
         else:
@@ -273,7 +282,9 @@ class Llama(nnx.Module):
         def body(carry: Any, state: Any) -> Any:
             x, keys, values, index = carry
             held = (keys[index], values[index])
-            x, (key, value), stats = nnx.merge(graph, state)(x, context, held)
+            x, written, stats = nnx.merge(graph, state)(x, context, held)
+            assert written is not None
+            key, value = written
             keys = jax.lax.dynamic_update_index_in_dim(keys, key, index, 0)
             values = jax.lax.dynamic_update_index_in_dim(values, value, index, 0)
             return (x, keys, values, index + 1), stats
@@ -303,6 +314,8 @@ def _context(
     places = jnp.arange(length, dtype=jnp.int32)[None]
     if positions is None:
         positions = places if segment_ids is None else restarted_positions(segment_ids)
+    if segment_ids is not None:
+        positions = jnp.where(segment_ids > 0, positions, 0)  # padding is no length
     mask = causal_mask(
         places,
         places,
@@ -311,7 +324,8 @@ def _context(
         key_segments=segment_ids,
     )
     cos, sin = rope.angles(config, jnp.broadcast_to(positions, (batch, length)))
-    return Context(cos=cos, sin=sin, mask=mask, real=_real(tokens, segment_ids), cursor=None)
+    real = _real(tokens, segment_ids)
+    return Context(cos=cos, sin=sin, mask=mask, real=real, segment_ids=segment_ids, cursor=None)
 
 
 def _cached_context(
@@ -326,8 +340,10 @@ def _cached_context(
     mask = causal_mask(
         positions, after.positions[:, :visible], sliding_window=config.sliding_window
     )
-    cos, sin = rope.angles(config, positions)
-    return Context(cos=cos, sin=sin, mask=mask, real=real, cursor=cache.cursor), after
+    # Padding must not count where angles depend on a row's length.
+    cos, sin = rope.angles(config, jnp.minimum(positions, after.lengths[:, None] - 1))
+    context = Context(cos=cos, sin=sin, mask=mask, real=real, segment_ids=None, cursor=cache.cursor)
+    return context, after
 
 
 def _real(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
@@ -363,7 +379,9 @@ def hidden_states(
     look at, static; the caller knows that the rest is empty. None means all.
     """
     model = Llama(config, params, compute=compute)
-    return model.hidden_states(tokens, positions=positions, segment_ids=segment_ids, cache=cache)
+    return model.hidden_states(
+        tokens, positions=positions, segment_ids=segment_ids, cache=cache, visible=visible
+    )
 
 
 def head_weight(config: ModelConfig, params: Params) -> Leaf:

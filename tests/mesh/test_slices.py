@@ -1,0 +1,59 @@
+"""The TPU compiler, on this machine, takes the model; names of slices are checked."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+
+from llama_jax import tree
+from llama_jax.config import Compute
+from llama_jax.mesh.sharding import batch_sharding, make_mesh, shardings
+from llama_jax.mesh.slices import slice_devices
+from llama_jax.model.losses import Batch, next_token_loss
+from llama_jax.weights.table import abstract_params
+from tests.tiny import tiny_config
+
+pytest.importorskip("libtpu", reason="the TPU compiler is on Linux x86-64 only")
+
+
+def test_a_gradient_compiles_for_four_chips_and_keeps_its_sharding():
+    config = tiny_config(
+        hidden_size=512, head_dim=128, intermediate_size=1024, vocab_size=1024, dtype="bfloat16"
+    )
+    mesh = make_mesh({"fsdp": 4}, devices=slice_devices("v5e-4"))
+    params = abstract_params(config)
+    places = shardings(config, params, mesh)
+
+    def placed(array, place: NamedSharding):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+
+    params = jax.tree.map(placed, params, places)
+    ids = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=batch_sharding(mesh))
+    batch = Batch(ids, ids, ids, ids, ids)
+    compute = Compute(dtype="bfloat16", remat="full", attention="splash")
+
+    def gradient(params, batch):
+        return jax.grad(lambda p: next_token_loss(config, p, batch, compute=compute)[0])(params)
+
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(gradient, out_shardings=places).lower(params, batch)
+        compiled = lowered.compile()
+    memory = compiled.memory_analysis()
+    # Each chip holds its quarter of the parameters and little else.
+    quarter = tree.num_bytes(params) / 4
+    assert quarter < memory.argument_size_in_bytes < 1.1 * quarter + 100_000
+    # The layers' weights are gathered one layer at a time, from bfloat16.
+    assert "all-gather" in compiled.as_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v9-4", "slice 'v9-4' is unknown"),
+        ("v5e", "write generation-chips"),
+        ("v5e-5", "no v5e slice of 5 chips here; sizes are 4, 8"),
+    ],
+)
+def test_unknown_slices_are_refused(name, message):
+    with pytest.raises(ValueError, match=message):
+        slice_devices(name)
