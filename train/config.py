@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from llama_jax.config import Compute
+from llama_jax.config import DEFAULT_RULES, Compute
 from llama_jax.weights.lora_config import LoraConfig
 from train.typed import Section, from_dict, json_schema, option, to_dict
 
@@ -265,6 +265,12 @@ class RunConfig(Section):
             raise ValueError(
                 "train.eval_every_steps is set, but there is nothing to evaluate on; set data.eval "
                 "or data.eval_fraction"
+            )
+        missing = {axis for axis, _ in DEFAULT_RULES} - {axis for axis, _ in self.compute.rules}
+        if missing:
+            raise ValueError(
+                f"compute.rules says nothing about {', '.join(sorted(missing))}; give every "
+                f"logical axis its mesh axes, or null"
             )
         if not self.output:
             raise ValueError("output is empty; name the run folder")

@@ -78,8 +78,12 @@ def from_dict(cls: type[Any], values: Any, where: str = "", start: Any = None) -
     for spec in fields:
         path = f"{where}.{spec.name}" if where else spec.name
         if spec.name in values:
-            default = None if spec.default is dataclasses.MISSING else spec.default
-            given[spec.name] = convert(hints[spec.name], values[spec.name], path, default)
+            # A section fills in what is left out by itself, and may do so by what is given.
+            has_start = dataclasses.is_dataclass(spec.default) and not isinstance(
+                spec.default, Section
+            )
+            begin = spec.default if has_start else None
+            given[spec.name] = convert(hints[spec.name], values[spec.name], path, begin)
         elif start is not None:
             given[spec.name] = getattr(start, spec.name)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:

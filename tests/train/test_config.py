@@ -121,6 +121,8 @@ def test_bad_values_are_named(tmp_path, override, message):
         ({"data__eval": ["e"], "data__eval_fraction": 0.1}, "keep one"),
         ({"model__overrides": {"vocab_size": 8}}, "init: random"),
         ({"output": ""}, "output is empty"),
+        ({"compute": {"rules": [["batch", "data"]]}}, "rules says nothing about embed, experts"),
+        ({"compute": {"rules": [["bach", "data"]]}}, "did you mean 'batch'"),
         ({"data__train": []}, "data.train is empty"),
         ({"mesh": {"data": -1}}, "only one may be"),
         ({"mesh": {"tensor": 0}}, "mesh.tensor is 0"),
@@ -146,6 +148,7 @@ def test_a_key_given_twice_is_an_error():
 @pytest.mark.parametrize("name", sorted(OPTIMIZER_DEFAULTS))
 def test_every_optimizer_fills_in_what_it_reads_and_refuses_the_rest(name):
     section = OptimizerSection(name=name)
+    assert config(optimizer={"name": name}).optimizer == section
     reads = OPTIMIZER_DEFAULTS[name]
     for option in ("beta1", "beta2", "epsilon", "momentum", "decay_rate", "weight_decay"):
         assert getattr(section, option) == reads.get(option)

@@ -36,6 +36,9 @@ TINY = {
 }
 
 
+ONE_DEVICE = {"cpu_devices": 1}
+
+
 def rows(count: int = 30) -> list[dict]:
     return [chat_row(f"what is {n}?", f"it is {n * n}") for n in range(count)]
 
@@ -151,8 +154,7 @@ def test_r45_r64_a_resumed_run_equals_the_uninterrupted_one(whole, tmp_path):
 def test_r63_training_goes_on_upon_another_mesh(whole, tmp_path):
     _, expected, _ = whole
     train(config(tmp_path), stop_after=3)
-    one = {"data": 1, "fsdp": 1, "tensor": 1, "cpu_devices": 1}
-    result = train(config(tmp_path, mesh=one))
+    result = train(config(tmp_path, mesh=ONE_DEVICE))
     assert abs(result.final_loss - expected.final_loss) < 1e-5
     assert jax.tree.leaves(result.params)[0].devices() == {jax.devices()[0]}
 
@@ -189,7 +191,7 @@ def test_r65_a_damaged_checkpoint_is_left_out_only_on_request(whole, tmp_path):
 
 
 def test_a_signal_saves_and_stops(tmp_path):
-    run = config(tmp_path, train__steps=50, train__checkpoint_every_steps=None)
+    run = config(tmp_path, train__steps=50, train__checkpoint_every_steps=None, mesh=ONE_DEVICE)
 
     def kill(done, total, note):
         if done == 2:
@@ -208,6 +210,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_state(tmp_path):
         method="full",
         optimizer={"name": "sgd", "learning_rate": 1e30, "max_grad_norm": None},
         schedule={"name": "constant"},
+        mesh=ONE_DEVICE,
     )
     with pytest.raises(TrainingStoppedError, match=r"at step \d the loss is .*is saved in"):
         train(run)
@@ -226,14 +229,16 @@ def test_r41_batches_without_trained_tokens_are_counted(tmp_path, monkeypatch):
         return data
 
     monkeypatch.setattr(loop, "build_data", without_labels)
-    result = train(config(tmp_path, train__steps=3, train__eval_every_steps=None))
+    result = train(config(tmp_path, train__steps=3, train__eval_every_steps=None, mesh=ONE_DEVICE))
     assert result.counters == {"batches_without_trained_tokens": 3}
     assert np.isnan(result.final_loss)
     assert [e["loss"] for e in read_metrics(result.run_dir / "metrics.jsonl")] == [None] * 3
 
 
 def test_qlora_trains_adapters_on_a_quantized_base(tmp_path):
-    run = config(tmp_path, method="qlora", train__steps=2, train__eval_every_steps=None)
+    run = config(
+        tmp_path, method="qlora", train__steps=2, train__eval_every_steps=None, mesh=ONE_DEVICE
+    )
     result = train(run)
     leaves = tree.flatten(result.params)
     leaf = leaves["layers.mlp.up_proj.weight"]
