@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 import llama_jax as lj
 from llama_jax import cli, tree
@@ -31,11 +32,10 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     )
     folder = tmp_path / "model"
     save_hf(folder, config, tiny_params(config), tokenizer=load_tokenizer(TOKENIZER))
-    text = (configs_folder() / demo.CONFIG).read_text()
-    assert "name: smollm2-135m\n" in text
-    text = text.replace("name: smollm2-135m\n", f"name: {folder}\n")
-    text = text.replace("sequence_length: 256", "sequence_length: 320")
-    (tmp_path / demo.CONFIG).write_text(text)
+    values = yaml.safe_load((configs_folder() / demo.CONFIG).read_text())
+    values["model"]["name"] = str(folder)
+    values["train"]["sequence_length"] = 320  # a token a byte
+    (tmp_path / demo.CONFIG).write_text(yaml.safe_dump(values))
     monkeypatch.setattr("llama_jax.commands.train.configs_folder", lambda: tmp_path)
     return folder
 
