@@ -44,9 +44,10 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
         return _product(x, weight.saved, compute)
     if isinstance(weight, LoraTensor):
         base = _product(x, weight.base, compute)
-        low = _plain(x, weight.lora_a.astype(x.dtype), compute).astype(x.dtype)
-        update = _plain(low, weight.lora_b.astype(x.dtype), compute)
-        return base + update * weight.scale.astype(update.dtype)
+        # Scaled where it is narrow: forward and backward touch R numbers a token, not `out`.
+        low = _plain(x, weight.lora_a.astype(x.dtype), compute)
+        low = (low * weight.scale.astype(low.dtype)).astype(x.dtype)
+        return base + _plain(low, weight.lora_b.astype(x.dtype), compute)
     if is_quantized(weight):
         # Weight-only: the products are of activations and rescaled integers, as QLoRA has them.
         return _plain(x, to_array(weight, dtype=x.dtype), compute)

@@ -1,0 +1,57 @@
+"""What every engine is given: the model in each engine's format, the prompts, the result line."""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+START = time.perf_counter()
+TEXT = (
+    "The harbour master wrote down every ship that came in that year, what it carried, where it "
+    "had been, and how long it stayed. Two hundred years later the ledgers tell us which towns "
+    "grew rich and which were passed over, when the winters were hard, and how news travelled "
+    "along the coast. Some pages are missing, some were used to light a stove, and one was folded "
+    "into a paper boat. In what follows I read three of these ledgers side by side and ask what "
+    "each of them leaves out. "
+)
+
+
+def prompts(model: Path, batch: int, length: int) -> list[list[int]]:
+    """`batch` lists of exactly `length` token ids, each another stretch of the same text."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    text = TEXT * (2 + (length + 7 * batch) // 80)
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    return [ids[7 * row : 7 * row + length] for row in range(batch)]
+
+
+def emit(**values: Any) -> None:
+    values["peak_mib"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    print("RESULT " + json.dumps(values), flush=True)
+
+
+def median(values: list[float]) -> float:
+    return sorted(values)[len(values) // 2]
+
+
+def prepare(folder: Path) -> None:
+    """SmolLM2-135M in float32 as a Hugging Face folder and as a GGUF file."""
+    import llama_jax as lj
+    from llama_jax.formats.gguf import save_gguf
+
+    if (folder / "hf").is_dir() and (folder / "model-f32.gguf").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    model = lj.load("smollm2-135m", dtype="float32")
+    if not (folder / "hf").is_dir():
+        lj.save_hf(model, folder / "hf")
+    save_gguf(
+        folder / "model-f32.gguf", model.config, model.params, model.tokenizer, overwrite=True
+    )
+
+
+if __name__ == "__main__":
+    prepare(Path(sys.argv[1]))
