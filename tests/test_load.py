@@ -19,7 +19,7 @@ from llama_jax import load as load_function
 from llama_jax import tree
 from llama_jax.formats import checkpoint, gguf, hf
 from llama_jax.mesh.sharding import make_mesh, shardings
-from llama_jax.weights.tensors import LoraTensor
+from llama_jax.weights.tensors import LoraTensor, to_array
 from tests.reference import reference_logits, reference_model
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
 
@@ -181,6 +181,37 @@ def test_the_tokenizer_of_an_adapter_wins(folder, adapter):
         lj.load(folder, adapter=path)
     with pytest.raises(ValueError, match="nowhere"):
         lj.load(folder, adapter=path.parent / "nowhere")
+
+
+def test_an_adapter_with_more_tokens_is_refused_unless_growth_is_asked_for(folder, tmp_path):
+    rows = CONFIG.vocab_size + 4
+    model = reference_model(CONFIG, PARAMS)
+    model.resize_token_embeddings(rows)
+    settings = peft.LoraConfig(
+        r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"]
+    )
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path / "grown")
+    with pytest.raises(
+        ValueError, match=rf"{rows}.*{CONFIG.vocab_size}|{CONFIG.vocab_size}.*{rows}"
+    ):
+        lj.load(folder, adapter=tmp_path / "grown")
+    grown = lj.load(folder, adapter=tmp_path / "grown", resize=True)
+    assert grown.config.vocab_size == rows
+    old = np.asarray(PARAMS["embed_tokens"]["weight"])
+    new = np.asarray(to_array(grown.params["embed_tokens"]["weight"]))
+    np.testing.assert_array_equal(new[: CONFIG.vocab_size], old)
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    root.mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="has saved no checkpoint yet"):
+        lj.load(tmp_path / "run")
+    for step in (3, 12):
+        folder = checkpoint.step_folder(root, step)
+        checkpoint.save_model(folder, CONFIG, jax.tree.map(lambda x: x * step, PARAMS), None)
+    _same(lj.load(tmp_path / "run").params, jax.tree.map(lambda x: x * 12, PARAMS))
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ EXAMPLE = "llama-jax chat smollm2-135m"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from llama_jax.commands.adapted import add_adapter_arguments
+
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
-    parser.add_argument(
-        "--adapter", metavar="DIR", help="a PEFT adapter folder to put on the model"
-    )
+    add_adapter_arguments(parser)
     add_sampling_arguments(parser, temperature=0.7, top_p=0.95)
 
 
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from infer.chat import chat
     from llama_jax.commands.adapted import load_adapted
 
-    model = load_adapted(args.model, args.adapter)
+    model = load_adapted(args)
     chat(model, params, system=args.system, compute=compute, read=_read)
     return 0
 

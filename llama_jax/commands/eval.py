@@ -27,13 +27,13 @@ Progress = Callable[[int, int, str], None]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from llama_jax.commands.adapted import add_adapter_arguments
+
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument(
         "--data", required=True, nargs="+", metavar="F.jsonl", help="files of text or chat rows"
     )
-    parser.add_argument(
-        "--adapter", metavar="DIR", help="a PEFT adapter folder to put on the model"
-    )
+    add_adapter_arguments(parser)
     parser.add_argument(
         "--sequence-length",
         type=int,
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from llama_jax.commands.adapted import load_adapted
 
     return evaluate(
-        load_adapted(args.model, args.adapter),
+        load_adapted(args),
         rows,
         compute=Compute(dtype=args.dtype),
         sequence_length=args.sequence_length,

@@ -20,6 +20,8 @@ GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from llama_jax.commands.adapted import add_adapter_arguments
+
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("out", metavar="OUT", help="the folder to write, or the file for gguf")
     parser.add_argument("--format", required=True, choices=FORMATS)
@@ -31,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", help="of one file, for hf, such as 2GB (default: 5GB)"
     )
-    parser.add_argument(
-        "--adapter", metavar="DIR", help="a PEFT adapter folder to put on the model"
-    )
+    add_adapter_arguments(parser)
     parser.add_argument(
         "--merge", action="store_true", help="write full matrices for adapted or quantized weights"
     )
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # Before the model is loaded, which may take long.
     check = check_file_target if args.format == "gguf" else check_target
     check(out, overwrite=args.overwrite)
-    files = _write(args, out, load_adapted(args.model, args.adapter))
+    files = _write(args, out, load_adapted(args))
     return {"files": [str(file) for file in files], "bytes": num_bytes(files)}
 
 

@@ -20,6 +20,8 @@ EXAMPLE = 'llama-jax generate smollm2-135m --prompt "The capital of France is" -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from llama_jax.commands.adapted import add_adapter_arguments
+
     parser.add_argument("model", metavar="MODEL")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -29,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chat", action="store_true", help="prompts are messages of a user to the chat model"
     )
-    parser.add_argument(
-        "--adapter", metavar="DIR", help="a PEFT adapter folder to put on the model"
-    )
+    add_adapter_arguments(parser)
     parser.add_argument(
         "--batch-size", type=int, default=32, metavar="N", help="prompts at once (default: 32)"
     )
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from infer.generate import generate
     from llama_jax.commands.adapted import load_adapted
 
-    model = load_adapted(args.model, args.adapter)
+    model = load_adapted(args)
     num_texts = len(prompts) * args.n
     outputs = generate(
         model,
