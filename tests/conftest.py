@@ -5,6 +5,15 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Emulated devices share few cores: on a busy machine one may be late to a collective by more than
+# the 40 seconds after which XLA ends the process.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
+    ]
+).strip()
 
 import jax
 

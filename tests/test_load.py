@@ -208,10 +208,13 @@ def test_a_run_folder_stands_for_its_newest_checkpoint(tmp_path):
     (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="has saved no checkpoint yet"):
         lj.load(tmp_path / "run")
+
+    def times(factor):
+        return jax.tree.map(lambda x: x * factor, PARAMS)
+
     for step in (3, 12):
-        folder = checkpoint.step_folder(root, step)
-        checkpoint.save_model(folder, CONFIG, jax.tree.map(lambda x: x * step, PARAMS), None)
-    _same(lj.load(tmp_path / "run").params, jax.tree.map(lambda x: x * 12, PARAMS))
+        checkpoint.save_model(checkpoint.step_folder(root, step), CONFIG, times(step), None)
+    _same(lj.load(tmp_path / "run").params, times(12))
 
 
 @pytest.mark.parametrize(
