@@ -14,9 +14,14 @@ from infer.completion import Row
 from infer.generate import Generator, generate
 from infer.params import SamplingParams
 from infer.stop import StopMatcher
+from llama_jax import tree
 from llama_jax.config import RopeScaling
+from llama_jax.formats.peft import save_adapter
 from llama_jax.mesh.sharding import make_mesh, shardings
 from llama_jax.model import transformer
+from llama_jax.weights.lora import add_lora
+from llama_jax.weights.lora_config import LoraConfig
+from llama_jax.weights.tensors import LoraTensor
 from tests.infer.scripted import scripted_model, scripted_params, word_tokenizer
 from tests.reference import reference_model
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
@@ -312,6 +317,24 @@ def test_streaming_joins_to_the_text():
 
 
 # Limits
+
+
+def test_an_adapter_for_one_call(tiny, tmp_path):
+    config, params, _ = tiny
+    adapted = add_lora(config, params, LoraConfig(r=4, lora_alpha=64), jax.random.key(0))
+    leaves = tree.flatten(adapted)
+    for path, leaf in leaves.items():
+        if isinstance(leaf, LoraTensor):
+            lora_b = jax.random.normal(jax.random.key(1), leaf.lora_b.shape)
+            leaves[path] = dataclasses.replace(leaf, lora_b=lora_b)
+    adapted = tree.unflatten(leaves)
+    save_adapter(tmp_path / "adapter", config, adapted, base_model_name_or_path="tiny")
+    prompt = prompts_of(9)
+    plain = generate(tiny, prompt, GREEDY)[0].token_ids
+    wanted = generate((config, adapted, None), prompt, GREEDY)[0].token_ids
+    got = generate(tiny, prompt, GREEDY, adapter=tmp_path / "adapter")[0].token_ids
+    assert got == wanted != plain
+    assert generate(tiny, prompt, GREEDY)[0].token_ids == plain
 
 
 def test_context_limits(tiny):  # R94, R95
