@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding
 from llama_jax import tree
 from llama_jax.config import Compute
 from llama_jax.mesh.sharding import batch_sharding, make_mesh, shardings
-from llama_jax.mesh.slices import slice_devices
+from llama_jax.mesh.slices import slice_devices, slice_named
 from llama_jax.model.losses import Batch, next_token_loss
 from llama_jax.weights.table import abstract_params
 from tests.tiny import tiny_config
@@ -46,14 +46,11 @@ def test_a_gradient_compiles_for_four_chips_and_keeps_its_sharding():
     assert "all-gather" in compiled.as_text()
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("v9-4", "slice 'v9-4' is unknown"),
-        ("v5e", "write generation-chips"),
-        ("v5e-5", "no v5e slice of 5 chips here; sizes are 4, 8"),
-    ],
-)
-def test_unknown_slices_are_refused(name, message):
-    with pytest.raises(ValueError, match=message):
-        slice_devices(name)
+@pytest.mark.parametrize("name", ["v4-4", "v5e-1", "v5p-4", "v6e-8", "tpu7x-4", "2xv5e-4"])
+def test_the_compilers_devices_are_those_of_the_slice(name):
+    wanted = slice_named(name)
+    devices = slice_devices(wanted)
+    assert len(devices) == wanted.num_devices
+    assert {device.device_kind for device in devices} == {wanted.generation.device_kind}
+    if wanted.count > 1:
+        assert {device.slice_index for device in devices} == set(range(wanted.count))
