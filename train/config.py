@@ -53,12 +53,77 @@ class ModelSection(Section):
 
 
 @dataclass(frozen=True)
-class DataSection(Section):
-    """Rows, JSON lines each: chat, instruction or text. `package:demo/train.jsonl` is a shipped
-    file, anything else a path."""
+class SourceSection(Section):
+    """One source of rows, where a path alone does not say enough. Exactly one of path, tfds,
+    datasets and array_record names it."""
 
-    train: tuple[str, ...] = option("files of training rows")
-    eval: tuple[str, ...] = option("files of rows to evaluate on", default=())
+    path: str | None = option(
+        "files ending in .jsonl, .json, .csv or .parquet, also compressed: a path, a URL such as "
+        "gs://bucket/rows-*.jsonl, a glob, or package: for a shipped one",
+        default=None,
+    )
+    tfds: str | None = option(
+        "a prepared TFDS data set in ArrayRecord files, such as my_rows or my_rows/config:1.0.0",
+        default=None,
+    )
+    datasets: str | None = option(
+        "a Hugging Face data set: a folder of save_to_disk, or what load_dataset takes",
+        default=None,
+    )
+    array_record: str | None = option(
+        "ArrayRecord files, or a glob, whose records are rows as JSON", default=None
+    )
+    split: str | None = option("of tfds and datasets, such as train or train[:10%]", default=None)
+    config: str | None = option("the configuration of a Hugging Face data set", default=None)
+    data_dir: str | None = option("where tfds or datasets find the data", default=None)
+    columns: dict[str, str] | None = field(
+        default=None,
+        metadata={
+            "doc": "the column that each field of a row is read from, such as {text: article}; "
+            "other columns are left unread. null: columns are named as fields, and there are no "
+            "others"
+        },
+    )
+    weight: float | None = option(
+        "share of the batches' rows, relative to the other sources'; null everywhere: every row "
+        "of every source once an epoch",
+        default=None,
+        above=0.0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        kinds = ("path", "tfds", "datasets", "array_record")
+        given = [kind for kind in kinds if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"a data source names {' and '.join(given) or 'nothing to read'}; give exactly one "
+                f"of {', '.join(kinds)}"
+            )
+        reads = {"tfds": ("split", "data_dir"), "datasets": ("split", "config", "data_dir")}
+        for name in ("split", "config", "data_dir"):
+            if getattr(self, name) is not None and name not in reads.get(given[0], ()):
+                raise ValueError(f"{name} of a data source is set, but {given[0]} does not read it")
+        if self.tfds is not None and self.split is None:
+            raise ValueError(f"the data source tfds {self.tfds} needs a split, for example train")
+        if self.columns is not None and not self.columns:
+            raise ValueError("columns of a data source is empty; name a column, or leave it out")
+
+    def place(self) -> tuple[str, str]:
+        """(kind, name) of what is read."""
+        for kind in ("path", "tfds", "datasets", "array_record"):
+            if (name := getattr(self, kind)) is not None:
+                return kind, name
+        raise AssertionError("a source names something")
+
+
+@dataclass(frozen=True)
+class DataSection(Section):
+    """Rows: chat, instruction, text or preference. A source is a path (or URL, or glob) of files,
+    `package:demo/train.jsonl` for a shipped one, or a mapping that says more."""
+
+    train: tuple[str | SourceSection, ...] = option("sources of training rows")
+    eval: tuple[str | SourceSection, ...] = option("sources of rows to evaluate on", default=())
     eval_fraction: float = option(
         "part of the training rows held out for evaluation instead", default=0.0, low=0.0, below=1.0
     )
@@ -74,11 +139,28 @@ class DataSection(Section):
     )
     packing: bool = option("put several samples into one row, kept apart", default=False)
     shuffle: bool = option("a new order every epoch, decided by train.seed", default=True)
+    prefetch: int = option(
+        "batches made ahead by threads while the devices work; 0: each when it is asked for",
+        default=2,
+        low=0,
+    )
+    num_workers: int = option("threads that make batches ahead", default=1, low=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.train:
-            raise ValueError("data.train is empty; name at least one file of rows")
+            raise ValueError("data.train is empty; name at least one source of rows")
+        weighted = [isinstance(entry, SourceSection) and bool(entry.weight) for entry in self.train]
+        if any(weighted) and not all(weighted):
+            raise ValueError(
+                f"data.train[{weighted.index(False)}] has no weight, but other sources have; give "
+                f"all of them one, or none"
+            )
+        for number, entry in enumerate(self.eval):
+            if isinstance(entry, SourceSection) and entry.weight is not None:
+                raise ValueError(
+                    f"data.eval[{number}].weight means nothing: every evaluation row is scored once"
+                )
         if self.eval and self.eval_fraction:
             raise ValueError(
                 "data.eval and data.eval_fraction both say what to evaluate on; keep one"

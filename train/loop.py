@@ -15,9 +15,10 @@ from llama_jax import tree
 from llama_jax.config import ModelConfig
 from llama_jax.formats import checkpoint
 from train.config import RunConfig
-from train.data.build import RunData, build_data, read_run_rows
+from train.data.build import RunData, build_data
 from train.data.pipeline import TrainingBatches, evaluation_batches
 from train.data.report import colored, spans
+from train.data.row_set import read_run_rows
 from train.interrupt import stop_on_signals
 from train.metrics import Clock, MetricsWriter, Progress, progress_note, read_metrics
 from train.report import write_report

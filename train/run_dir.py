@@ -14,6 +14,8 @@ _FREE = {
     "mesh",
     "compute.loss_chunk_tokens",
     "compute.remat",
+    "data.num_workers",
+    "data.prefetch",
     "train.eval_every_steps",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",

@@ -13,7 +13,7 @@ from llama_jax.load import load, load_abstract
 from llama_jax.presets import presets
 from llama_jax.weights.table import abstract_params
 from train.config import ModelSection, RunConfig
-from train.data.sources import PACKAGE_PREFIX, package_path
+from train.data.files import PACKAGE_PREFIX, package_path
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,10 @@ def convert(hint: Any, value: Any, where: str, start: Any = None) -> Any:
 def _convert_union(arguments: tuple[Any, ...], value: Any, where: str, start: Any) -> Any:
     if value is None and type(None) in arguments:
         return None
+    if isinstance(value, Mapping):
+        # Of a mapping only a section can be meant: its own complaint is the one to hear.
+        sections = tuple(choice for choice in arguments if dataclasses.is_dataclass(choice))
+        arguments = sections or arguments
     problems = []
     for choice in arguments:
         if choice is type(None):
@@ -140,7 +144,8 @@ def _convert_union(arguments: tuple[Any, ...], value: Any, where: str, start: An
 
 def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if len(arguments) == 2 and arguments[1] is Ellipsis:
-        if isinstance(value, Mapping):
+        choices = (arguments[0], *get_args(arguments[0]))
+        if isinstance(value, Mapping) and not any(map(dataclasses.is_dataclass, choices)):
             raise ValueError(f"{where} is {value!r}; it must be a list")
         items = list(value) if isinstance(value, list | tuple) else [value]
         return tuple(convert(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))

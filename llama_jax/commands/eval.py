@@ -14,7 +14,7 @@ from llama_jax.commands.sampling import DTYPES
 if TYPE_CHECKING:
     from llama_jax.config import Compute
     from llama_jax.load import Model
-    from train.data.sources import Row
+    from train.data.rows import Row
 
 HELP = "loss, perplexity and exact match of a file of rows"
 EXAMPLE = "llama-jax eval smollm2-135m --data llama_jax/demo/heldout.jsonl --json"
@@ -94,6 +94,12 @@ def evaluate(
     from train.data.render import render_rows
     from train.data.report import DataReport
 
+    for row in rows:
+        if row.kind == "preference":
+            raise ValueError(
+                f"{row.where}: a preference row has two answers; eval scores text, chat and "
+                f"instruction rows"
+            )
     if model.tokenizer is None:
         raise ValueError("the model brings no tokenizer, so rows cannot be turned into tokens")
     context = model.config.max_position_embeddings

@@ -27,9 +27,11 @@ def chat_with_labels(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     template: str | ChatTemplate | None = None,
+    last_turn_only: bool = False,
     **variables: Any,
 ) -> tuple[list[int], list[int]]:
-    """(ids, loss_mask): 1 on every assistant turn and its terminator, 0 elsewhere.
+    """(ids, loss_mask): 1 on every assistant turn and its terminator, 0 elsewhere; with
+    `last_turn_only` 1 on the last turn alone.
 
     The ids are those serving would see, with one begin token. A token that starts before the
     assistant's text and runs into it belongs to the prompt and is not trained.
@@ -37,6 +39,8 @@ def chat_with_labels(
     rendered, spans = render_training(
         tokenizer, messages, tools=tools, template=template, **variables
     )
+    if last_turn_only:
+        spans = spans[-1:]
     ids, ranges = rendered.encode(tokenizer)
     mask = [int(any(start <= at < end for start, end in spans)) for at, _ in ranges]
     with_bos = with_begin(tokenizer, ids)

@@ -8,7 +8,7 @@ import numpy as np
 from llama_jax.formats.tokenizer import Tokenizer, load_tokenizer
 from llama_jax.model.losses import Batch
 from tests.tiny import tiny_tokens
-from train.data.sources import package_path
+from train.data.files import package_path
 
 TOKENIZER = "package:demo/tokenizer"
 

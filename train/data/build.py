@@ -1,15 +1,15 @@
-"""The data of a run: files to samples to rows, with the report of what was made of them."""
+"""The data of a run: sources to samples to rows, with the report of what was made of them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from train.config import RunConfig
-from train.data.pipeline import RowPlan, TrainingBatches, plan_rows, split_rows
+from train.data.pipeline import RowPlan, TrainingBatches, plan_rows
 from train.data.render import render_rows
-from train.data.report import DataReport
-from train.data.samples import Samples
-from train.data.sources import Row, read_rows
+from train.data.report import DataReport, SourceCount
+from train.data.row_set import RowSet
+from train.data.samples import Sample, Samples
 
 
 @dataclass(frozen=True)
@@ -21,62 +21,80 @@ class RunData:
     eval: RowPlan | None
     eval_report: DataReport | None
 
-    def batches(self, run: RunConfig) -> TrainingBatches:
+    def batches(
+        self, run: RunConfig, *, process_index: int = 0, process_count: int = 1
+    ) -> TrainingBatches:
         return TrainingBatches(
             self.train,
             batch_size=run.train.batch_size,
             shuffle=run.data.shuffle,
             seed=run.train.seed,
+            process_index=process_index,
+            process_count=process_count,
+            prefetch=run.data.prefetch,
+            num_workers=run.data.num_workers,
         )
 
 
-def read_run_rows(run: RunConfig) -> tuple[list[Row], list[Row]]:
-    """(training, evaluation) rows, checked; needs neither a tokenizer nor JAX.
-
-    Raises ValueError for a bad row, naming file and line.
-    """
-    rows, held_out = list(read_rows(run.data.train)), list(read_rows(run.data.eval))
-    if run.data.eval_fraction:
-        return split_rows(rows, run.data.eval_fraction, run.train.seed)
-    return rows, held_out
-
-
-def build_data(
-    run: RunConfig, rows: Iterable[Row], held_out: Sequence[Row], tokenizer: Any
-) -> RunData:
+def build_data(run: RunConfig, rows: RowSet, held_out: RowSet, tokenizer: Any) -> RunData:
     """Rows to samples. Raises ValueError when nothing is left to train on."""
     plan, report = _plan(run, rows, tokenizer, "data.train")
-    if not held_out:
+    if not len(held_out):
         return RunData(plan, report, None, None)
     eval_plan, eval_report = _plan(run, held_out, tokenizer, "the evaluation rows")
     return RunData(plan, report, eval_plan, eval_report)
 
 
-def _plan(
-    run: RunConfig, rows: Iterable[Row], tokenizer: Any, name: str
-) -> tuple[RowPlan, DataReport]:
+def _plan(run: RunConfig, rows: RowSet, tokenizer: Any, name: str) -> tuple[RowPlan, DataReport]:
     report = DataReport()
-    samples = Samples(
-        render_rows(
-            rows,
+    samples = Samples(_render(run, rows, tokenizer, report))
+    if not len(samples):
+        raise ValueError(_nothing_left(name, report.rows, report))
+    weighted = any(count.weight is not None for count in report.sources.values())
+    if weighted:
+        for source, count in report.sources.items():
+            if not count.samples:
+                raise ValueError(_nothing_left(f"{name}, {source}", count.rows, report))
+    plan = plan_rows(
+        samples,
+        sequence_length=run.train.sequence_length,
+        packing=run.data.packing,
+        pad_token_id=tokenizer.pad_token_id,
+        parts=[(n, c.samples, c.weight or 0.0) for n, c in report.sources.items()]
+        if weighted
+        else None,
+        rows_per_item=2 if run.method == "dpo" else 1,
+    )
+    report.arranged(len(plan.groups), run.train.sequence_length)
+    if weighted:
+        for share in plan.shares:
+            report.sources[share.name].sequences = share.count * plan.rows_per_item
+    return plan, report
+
+
+def _render(run: RunConfig, rows: RowSet, tokenizer: Any, report: DataReport) -> Iterator[Sample]:
+    """The samples of all sources in order; the report hears what each gave."""
+    for source, name in enumerate(rows.names()):
+        rows_before, samples, tokens = report.rows, report.samples, report.tokens
+        yield from render_rows(
+            rows.read(source),
             tokenizer,
             run.data,
             sequence_length=run.train.sequence_length,
             train_all=run.method == "pretrain",
             report=report,
         )
-    )
-    if not len(samples):
-        reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
-        raise ValueError(
-            f"{name}: none of {report.rows} rows is left ({reasons}); see "
-            f"train.sequence_length, data.long_rows and data.long_texts"
+        report.sources[name] = SourceCount(
+            rows=report.rows - rows_before,
+            samples=report.samples - samples,
+            tokens=report.tokens - tokens,
+            weight=rows.weight(source),
         )
-    plan = plan_rows(
-        samples,
-        sequence_length=run.train.sequence_length,
-        packing=run.data.packing,
-        pad_token_id=tokenizer.pad_token_id,
+
+
+def _nothing_left(name: str, rows: int, report: DataReport) -> str:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
+    return (
+        f"{name}: none of {rows} rows is left ({reasons}); see train.sequence_length, "
+        f"data.long_rows and data.long_texts"
     )
-    report.packed_rows = len(plan.groups)
-    return plan, report

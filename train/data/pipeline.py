@@ -1,100 +1,232 @@
-"""The order of rows: a Grain pipeline whose place can be saved and found again."""
+"""The order of rows: a Grain pipeline whose place can be saved and found again.
 
+Everything that decides which rows a batch holds is arithmetic on the batch's number: the mixture
+says which source an item is from, a shuffle keyed by seed and epoch says which of the source's
+rows it is. So a place is one number, the same in every process, and reading ahead cannot lose it.
+"""
+
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import grain
 import numpy as np
 
 from llama_jax.model.losses import Batch
-from train.data.packing import first_fit
+from train.data.mixture import Mixture
+from train.data.packing import Groups, pack
 from train.data.samples import Samples, make_row, stack_rows
+
+# Grain wants a length; no run comes near it.
+_ENDLESS = 2**48
+
+
+@dataclass(frozen=True)
+class Share:
+    """Part of a plan's rows that batches draw from by itself: a source, or all of them together.
+
+    first and count: its items; weight: its share of the items of batches, relative to the others'.
+    """
+
+    name: str
+    first: int
+    count: int
+    weight: float
 
 
 @dataclass(frozen=True)
 class RowPlan:
-    """Which samples lie in which row; every row is made of whole samples."""
+    """Which samples lie in which row; every row is made of whole samples.
+
+    rows_per_item: how many rows in succession go together into a batch: one, or two for pairs.
+    """
 
     samples: Samples
-    groups: Sequence[Sequence[int]]
+    groups: Groups
+    shares: tuple[Share, ...]
     sequence_length: int
     pad_token_id: int
+    rows_per_item: int = 1
+
+    @property
+    def num_items(self) -> int:
+        return len(self.groups) // self.rows_per_item
+
+    def item_rows(self, item: int) -> range:
+        return range(item * self.rows_per_item, (item + 1) * self.rows_per_item)
 
     def row(self, number: int) -> Batch:
         members = [self.samples[i] for i in self.groups[number]]
         return make_row(members, self.sequence_length, pad_token_id=self.pad_token_id)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything batches are made of, order apart."""
+        digest = hashlib.sha256(self.samples.fingerprint.encode())
+        for array in (self.groups.members, self.groups.ends):
+            digest.update(np.ascontiguousarray(array, np.int64).tobytes())
+        shares = [(share.first, share.count, share.weight) for share in self.shares]
+        shape = (self.sequence_length, self.pad_token_id, self.rows_per_item)
+        digest.update(repr((shares, shape)).encode())
+        return digest.hexdigest()
+
 
 def plan_rows(
-    samples: Samples, *, sequence_length: int, packing: bool, pad_token_id: int
+    samples: Samples,
+    *,
+    sequence_length: int,
+    packing: bool,
+    pad_token_id: int,
+    parts: Sequence[tuple[str, int, float]] | None = None,
+    rows_per_item: int = 1,
 ) -> RowPlan:
-    """One sample a row, or with `packing` as many as fit."""
-    if packing:
-        groups = first_fit(samples.lengths.tolist(), sequence_length)
-    else:
-        groups = [[number] for number in range(len(samples))]
-    return RowPlan(samples, groups, sequence_length, pad_token_id)
+    """One sample a row, or with `packing` as many as fit.
+
+    parts: (name, number of samples, weight) of the sources whose shares of batches are set by
+    weight; their samples share no row. None: all samples are one lot.
+    """
+    groups, shares, first, row = [], [], 0, 0
+    for name, count, weight in parts or [("all", len(samples), 1.0)]:
+        if packing:
+            lengths = samples.lengths[first : first + count]
+            groups.append(pack(lengths, sequence_length, first=first))
+        else:
+            groups.append(Groups.one_each(first, first + count))
+        rows = len(groups[-1])
+        shares.append(Share(name, row // rows_per_item, rows // rows_per_item, weight))
+        first, row = first + count, row + rows
+    return RowPlan(
+        samples,
+        Groups.joined(groups),
+        tuple(shares),
+        sequence_length,
+        pad_token_id,
+        rows_per_item,
+    )
 
 
 class TrainingBatches:
-    """Endless batches [B, T]; `samples` are the numbers of the samples in the latest one.
+    """Endless batches of `batch_size` items; `samples` are the numbers of the samples in the
+    latest one.
 
-    Every epoch has each row once, in an order decided by the seed and the epoch alone; a batch may
-    hold the end of one epoch and the start of the next, so that no row is left over. `get_state`
-    says where the iterator stands and `set_state` puts another one there.
+    Every epoch of a share has each of its items once, in an order decided by the seed and the
+    epoch alone; a batch may hold the end of one epoch and the start of the next, so that no row is
+    left over. `get_state` says where the iterator stands and `set_state` puts another one there.
+
+    With several processes each gets its rows of the same global batch: process p of P has rows
+    [p * B / P, (p + 1) * B / P), while `samples` and the state are those of the whole batch.
+
+    prefetch: batches that threads make ahead; the state is that of the batch last handed out.
     """
 
     samples: list[int]
 
-    def __init__(self, plan: RowPlan, *, batch_size: int, shuffle: bool, seed: int):
-        if not plan.groups:
-            raise ValueError("there are no rows to make batches of")
-        self._plan = plan
-        self.samples = []
+    def __init__(
+        self,
+        plan: RowPlan,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+        prefetch: int = 0,
+        num_workers: int = 1,
+    ):
+        empty = [share.name for share in plan.shares if not share.count]
+        if not plan.num_items or empty:
+            raise ValueError(f"there are no rows to make batches of{_named(empty)}")
+        self._plan, self._batch_size = plan, batch_size
+        self._part = process_part(batch_size, process_index, process_count)
+        self._mixture = Mixture([share.weight for share in plan.shares])
         # Only numbers flow through Grain: a row is made when its batch is.
-        rows = grain.MapDataset.range(len(plan.groups)).seed(seed)
-        if shuffle:
-            rows = rows.shuffle()
-        batches = rows.repeat().batch(batch_size, drop_remainder=True)
-        # Made in this thread: rows cost little, and nothing is read ahead of the saved state.
-        reading = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-        self._iterator = iter(batches.to_iter_dataset(reading))
+        self._orders = []
+        for number, share in enumerate(plan.shares):
+            order = grain.MapDataset.range(share.first, share.first + share.count)
+            order = order.seed((seed + number) % 2**32)
+            self._orders.append((order.shuffle() if shuffle else order).repeat())
+        self._reading = grain.ReadOptions(
+            num_threads=num_workers if prefetch else 0, prefetch_buffer_size=prefetch
+        )
+        self._start_at(0)
+
+    def _start_at(self, batch: int) -> None:
+        self._done = batch
+        self.samples = []
+        made = grain.MapDataset.range(batch, _ENDLESS).map(self._make)
+        self._iterator = iter(made.to_iter_dataset(self._reading))
+
+    def _items(self, batch: int) -> list[int]:
+        items = []
+        for number in range(batch * self._batch_size, (batch + 1) * self._batch_size):
+            share, place = self._mixture.locate(number)
+            items.append(int(self._orders[share][place]))
+        return items
+
+    def _make(self, batch: Any) -> tuple[list[int], Batch]:
+        items = self._items(int(batch))
+        rows = [row for item in items for row in self._plan.item_rows(item)]
+        samples = [sample for row in rows for sample in self._plan.groups[row]]
+        mine = [row for item in items[self._part] for row in self._plan.item_rows(item)]
+        return samples, stack_rows([self._plan.row(row) for row in mine])
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        numbers = [int(number) for number in next(self._iterator)]
-        self.samples = [sample for number in numbers for sample in self._plan.groups[number]]
-        return stack_rows([self._plan.row(number) for number in numbers])
+        self.samples, batch = next(self._iterator)
+        self._done += 1
+        return batch
+
+    def progress(self) -> dict[str, dict[str, float]]:
+        """Of each share: items handed out, and how many times its rows that is."""
+        counts = self._mixture.counts(self._done * self._batch_size)
+        return {
+            share.name: {"items": count, "epochs": count / share.count}
+            for share, count in zip(self._plan.shares, counts, strict=True)
+        }
 
     def get_state(self) -> dict[str, Any]:
-        return self._iterator.get_state()
+        return {"batches": self._done, "fingerprint": self._plan.fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._iterator.set_state(state)
+        """Raises ValueError for a state of other data, in which the same place means nothing."""
+        if state["fingerprint"] != self._plan.fingerprint:
+            raise ValueError(
+                "the training data is not that of the run to go on with: its rows, their order, "
+                "the tokenizer or the way they are arranged changed. Bring the data back, or "
+                "start a new run in another output folder"
+            )
+        self._start_at(state["batches"])
 
 
-def evaluation_batches(plan: RowPlan, *, batch_size: int) -> Iterator[Batch]:
-    """Every row once, in order; the last batch is filled up with rows of padding."""
-    empty = make_row([], plan.sequence_length, pad_token_id=plan.pad_token_id)
-    for start in range(0, len(plan.groups), batch_size):
-        numbers = range(start, min(start + batch_size, len(plan.groups)))
-        rows = [plan.row(number) for number in numbers]
-        yield stack_rows(rows + [empty] * (batch_size - len(rows)))
+def _named(names: Sequence[str]) -> str:
+    return f" in {', '.join(names)}" if names else ""
 
 
-def split_rows(rows: Sequence[Any], fraction: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """(training, evaluation) rows: a random part of the given size, the order kept.
-
-    Both parts get at least one row. Raises ValueError when there are not enough for that.
-    """
-    if len(rows) < 2:
+def process_part(batch_size: int, process_index: int, process_count: int) -> slice:
+    """The items of a global batch that belong to one process, next to each other."""
+    if batch_size % process_count:
         raise ValueError(
-            f"data.eval_fraction needs at least two rows to split, but there are {len(rows)}"
+            f"a batch of {batch_size} cannot be dealt out evenly to {process_count} processes; "
+            f"make train.batch_size a multiple of their number"
         )
-    count = min(max(round(len(rows) * fraction), 1), len(rows) - 1)
-    held_out = set(np.random.default_rng(seed).permutation(len(rows))[:count].tolist())
-    train = [row for number, row in enumerate(rows) if number not in held_out]
-    return train, [row for number, row in enumerate(rows) if number in held_out]
+    size = batch_size // process_count
+    return slice(process_index * size, (process_index + 1) * size)
+
+
+def evaluation_batches(
+    plan: RowPlan, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every item once, in order; the last batch is filled up with rows of padding."""
+    empty = make_row([], plan.sequence_length, pad_token_id=plan.pad_token_id)
+    part = process_part(batch_size, process_index, process_count)
+    for start in range(0, plan.num_items, batch_size):
+        rows = [
+            plan.row(row) if item < plan.num_items else empty
+            for item in range(start, start + batch_size)[part]
+            for row in plan.item_rows(item)
+        ]
+        yield stack_rows(rows)

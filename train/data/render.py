@@ -8,11 +8,10 @@ import numpy as np
 from llama_jax.formats.chat_labels import chat_with_labels
 from train.config import DataSection
 from train.data.report import DataReport
-from train.data.samples import Sample
-from train.data.sources import Row
+from train.data.rows import Row
+from train.data.samples import Sample, make_sample
 
-# For models without a chat template. Prompt and answer are tokenized apart, so that the answer's
-# tokens do not depend on the prompt.
+# For models without a chat template.
 PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"
 PROMPT_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
 
@@ -27,13 +26,18 @@ def render_rows(
     report: DataReport,
 ) -> Iterator[Sample]:
     """The samples of the rows, each of at most `sequence_length` tokens and with something to
-    learn. What is left out or cut is counted in `report`, and raises ValueError when
-    `section.long_rows` or `long_texts` say refuse.
+    learn; of a preference row two, chosen and rejected, or none.
+
+    What is left out or cut is counted in `report`, and raises ValueError when `section.long_rows`
+    or `long_texts` say refuse.
 
     train_all: every token is trained, not only answers.
     """
     for row in rows:
         report.rows += 1
+        if row.kind == "preference":
+            yield from _fit_pair(render_pair(row, tokenizer), row, section, sequence_length, report)
+            continue
         sample = render(row, tokenizer)
         if train_all:
             sample = Sample(sample.ids, np.ones_like(sample.mask))
@@ -59,11 +63,11 @@ def render(row: Row, tokenizer: Any) -> Sample:
     values = row.values
     try:
         if row.kind == "chat":
-            return _sample(*chat_with_labels(tokenizer, values["messages"]))
+            return make_sample(*chat_with_labels(tokenizer, values["messages"]))
         if row.kind == "instruction":
             return _render_instruction(values, tokenizer)
         ids = _ended(tokenizer.wrap(tokenizer.encode_plain(values["text"])), tokenizer)
-        return _sample(ids, [1] * len(ids))
+        return make_sample(ids, [1] * len(ids))
     except ValueError as error:
         raise ValueError(f"{row.where}: {error}") from error
 
@@ -76,12 +80,48 @@ def _render_instruction(values: dict[str, str], tokenizer: Any) -> Sample:
             {"role": "user", "content": question},
             {"role": "assistant", "content": values["output"]},
         ]
-        return _sample(*chat_with_labels(tokenizer, messages))
+        return make_sample(*chat_with_labels(tokenizer, messages))
     form = PROMPT_WITH_INPUT if extra else PROMPT
     text = form.format(instruction=values["instruction"], input=extra)
     prompt = _begun(tokenizer.encode_plain(text), tokenizer)
-    answer = _ended(tokenizer.encode_plain(values["output"]), tokenizer)
-    return _sample(prompt + answer, [0] * len(prompt) + [1] * len(answer))
+    return _prompt_and_answer(prompt, values["output"], tokenizer)
+
+
+def render_pair(row: Row, tokenizer: Any) -> tuple[Sample, Sample]:
+    """A preference row as its prompt with the chosen answer and with the rejected one; of both the
+    answer with its end is trained.
+
+    Where there is a template, the prompt is its turns before the answer (a string is a user's
+    turn); else the prompt stands as it is before the answer.
+    """
+    prompt = row.values["prompt"]
+    try:
+        if isinstance(prompt, list) or tokenizer.chat_templates:
+            turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            chosen, rejected = (
+                make_sample(
+                    *chat_with_labels(
+                        tokenizer,
+                        [*turns, {"role": "assistant", "content": row.values[key]}],
+                        last_turn_only=True,
+                    )
+                )
+                for key in ("chosen", "rejected")
+            )
+            return chosen, rejected
+        start = _begun(tokenizer.encode_plain(prompt), tokenizer)
+        chosen, rejected = (
+            _prompt_and_answer(start, row.values[key], tokenizer) for key in ("chosen", "rejected")
+        )
+        return chosen, rejected
+    except ValueError as error:
+        raise ValueError(f"{row.where}: {error}") from error
+
+
+def _prompt_and_answer(prompt: list[int], answer: str, tokenizer: Any) -> Sample:
+    """Tokenized apart, so that the answer's tokens do not depend on the prompt."""
+    ids = _ended(tokenizer.encode_plain(answer), tokenizer)
+    return make_sample(prompt + ids, [0] * len(prompt) + [1] * len(ids))
 
 
 def _begun(ids: list[int], tokenizer: Any) -> list[int]:
@@ -97,10 +137,6 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
             "tokenizer whose configuration names eos_token"
         )
     return ids if ids and ids[-1] in ends else [*ids, ends[0]]
-
-
-def _sample(ids: Any, mask: Any) -> Sample:
-    return Sample(np.asarray(ids, np.int32), np.asarray(mask, np.uint8))
 
 
 def _fit(
@@ -125,3 +161,30 @@ def _fit(
         for start in range(0, size - 1, sequence_length - 1):
             part = slice(start, start + sequence_length)
             yield Sample(sample.ids[part], sample.mask[part])
+
+
+def _fit_pair(
+    pair: tuple[Sample, Sample],
+    row: Row,
+    section: DataSection,
+    sequence_length: int,
+    report: DataReport,
+) -> Iterator[Sample]:
+    """Both samples, or neither: one alone says nothing about a preference."""
+    longest = max(pair, key=lambda sample: len(sample.ids))
+    fitted = [longest]
+    if len(longest.ids) > sequence_length:
+        fitted = list(_fit(longest, row, section.long_rows, sequence_length, report))
+    if not fitted:
+        return
+    chosen, rejected = (
+        Sample(sample.ids[:sequence_length], sample.mask[:sequence_length]) for sample in pair
+    )
+    if np.array_equal(chosen.ids, rejected.ids):
+        report.drop("chosen equals rejected")
+    elif not (chosen.mask[1:].any() and rejected.mask[1:].any()):
+        report.drop("no answer left after cutting")
+    else:
+        for sample in (chosen, rejected):
+            report.add(sample)
+            yield sample

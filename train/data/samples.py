@@ -1,5 +1,7 @@
 """Samples: token ids with a 0/1 mask of the trained ones, held compactly."""
 
+import hashlib
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,17 +20,25 @@ class Sample:
 
 
 class Samples(Sequence[Sample]):
-    """Many samples end to end in three arrays: a Python object a token would not fit."""
+    """Many samples end to end in three arrays, five bytes a token: objects would not fit.
+
+    fingerprint: a hash of all of them, in their order.
+    """
 
     def __init__(self, samples: Iterable[Sample]):
-        ids, masks, ends = [], [], [0]
+        ids, masks, ends = array("i"), bytearray(), array("q", [0])
+        digest = hashlib.sha256()
         for sample in samples:
-            ids.append(sample.ids)
-            masks.append(sample.mask)
-            ends.append(ends[-1] + len(sample.ids))
-        self._ids = np.concatenate([np.zeros(0, np.int32), *ids]).astype(np.int32)
-        self._masks = np.concatenate([np.zeros(0, np.uint8), *masks]).astype(np.uint8)
-        self._ends = np.asarray(ends, np.int64)
+            for part in (sample.ids.astype("<i4").tobytes(), sample.mask.tobytes()):
+                digest.update(len(part).to_bytes(8, "little"))
+                digest.update(part)
+            ids.frombytes(sample.ids.tobytes())
+            masks += sample.mask.tobytes()
+            ends.append(len(ids))
+        self._ids = np.frombuffer(ids, np.int32)
+        self._masks = np.frombuffer(masks, np.uint8)
+        self._ends = np.frombuffer(ends, np.int64)
+        self.fingerprint = digest.hexdigest()
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -45,6 +55,10 @@ class Samples(Sequence[Sample]):
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self._ends)
+
+
+def make_sample(ids: Sequence[int], mask: Sequence[int]) -> Sample:
+    return Sample(np.asarray(ids, np.int32), np.asarray(mask, np.uint8))
 
 
 def make_row(samples: Sequence[Sample], length: int, *, pad_token_id: int) -> Batch:

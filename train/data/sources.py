@@ -1,129 +1,64 @@
-"""Rows from JSON lines files, each checked and named by file and line."""
+"""Where rows come from: the sources a run config names, read one after another."""
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-PACKAGE_PREFIX = "package:"
+from train.config import SourceSection
+from train.data.files import Values, read_files
+from train.data.records import read_array_record, read_datasets, read_tfds
+from train.data.rows import Row, check_row
 
-Kind = Literal["chat", "instruction", "text"]
-ROLES = ("system", "user", "assistant")
-
-# The key that tells the kind of a row, and the keys it may have beside it.
-_KINDS: dict[str, tuple[Kind, tuple[str, ...]]] = {
-    "messages": ("chat", ()),
-    "instruction": ("instruction", ("input", "output")),
-    "text": ("text", ()),
-}
+Entry = str | SourceSection
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of a file: its kind, its values, and where it came from."""
+def read_rows(entries: Iterable[Entry]) -> Iterator[Row]:
+    """The checked rows of the sources in order.
 
-    kind: Kind
-    values: dict[str, Any]
-    where: str
-
-
-def resolve(name: str) -> Path:
-    """The path of a data file; `package:demo/train.jsonl` is one that the package ships.
-
-    Raises FileNotFoundError for a file that is not there.
+    Raises ValueError naming source and row, FileNotFoundError for a file that is not there.
     """
-    path = package_path(name) if name.startswith(PACKAGE_PREFIX) else Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"the data file {name} does not exist")
-    return path
+    for entry in entries:
+        yield from read_source(entry)
 
 
-def package_path(name: str) -> Path:
-    """`package:demo/train.jsonl` -> where the package has it."""
-    return Path(str(resources.files("llama_jax"))) / name.removeprefix(PACKAGE_PREFIX)
+def read_source(entry: Entry) -> Iterator[Row]:
+    """The checked rows of one source: a path, or a section that says more."""
+    section = SourceSection(path=entry) if isinstance(entry, str) else entry
+    for where, values in _values(section):
+        if section.columns is not None:
+            values = _renamed(values, section.columns, where)
+        yield check_row(values, where)
 
 
-def read_rows(names: Sequence[str]) -> Iterator[Row]:
-    """The rows of the files in order. Blank lines are skipped, anything else must be a row.
-
-    Raises ValueError naming file and line.
-    """
-    for name in names:
-        found = False
-        # Split at line feeds alone: JSON strings may hold other line separators as they are.
-        with resolve(name).open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    found = True
-                    yield parse_row(line, f"{name}, line {number}")
-        if not found:
-            raise ValueError(f"the data file {name} holds no rows")
+def source_name(entry: Entry) -> str:
+    """How reports call a source."""
+    if isinstance(entry, str):
+        return entry
+    kind, name = entry.place()
+    shown = name if kind == "path" else f"{kind} {name}"
+    return shown if entry.split is None else f"{shown}[{entry.split}]"
 
 
-def parse_row(line: str | bytes, where: str) -> Row:
-    """A checked row; ValueError says what is wrong and shows an example of what is right."""
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where}: not a JSON object: {error}") from error
+def _values(section: SourceSection) -> Iterator[Values]:
+    kind, name = section.place()
+    if kind == "path":
+        return read_files(name)
+    if kind == "array_record":
+        return read_array_record(name)
+    if kind == "tfds":
+        assert section.split is not None
+        return read_tfds(name, split=section.split, data_dir=section.data_dir)
+    return read_datasets(
+        name, split=section.split, config=section.config, data_dir=section.data_dir
+    )
+
+
+def _renamed(values: Any, columns: Mapping[str, str], where: str) -> Any:
+    """The row's fields from the columns named for them; the other columns are left unread."""
     if not isinstance(values, dict):
-        raise ValueError(f"{where}: a row is a JSON object, not {type(values).__name__}")
-    kinds = [key for key in _KINDS if key in values]
-    if len(kinds) != 1:
-        found = (
-            f"both {' and '.join(kinds)}" if kinds else f"the keys {', '.join(values) or '(none)'}"
-        )
+        return values  # check_row says what it should have been
+    missing = [column for column in columns.values() if column not in values]
+    if missing:
         raise ValueError(
-            f"{where}: the row has {found}; it must have exactly one of messages (chat), "
-            f"instruction (with output), text"
+            f"{where}: columns names {missing[0]!r}, but the row has {', '.join(values)}"
         )
-    kind, others = _KINDS[kinds[0]]
-    unknown = [key for key in values if key != kinds[0] and key not in others]
-    if unknown:
-        raise ValueError(
-            f"{where}: a {kind} row has no key {unknown[0]!r}; it may have "
-            f"{', '.join([kinds[0], *others])}"
-        )
-    if kind == "chat":
-        _check_messages(values["messages"], where)
-    else:
-        _check_texts(kind, values, where)
-    return Row(kind, values, where)
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: messages must be a list with at least one message")
-    for number, message in enumerate(messages):
-        place = f"{where}: messages[{number}]"
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise ValueError(
-                f'{place} must be {{"role": …, "content": …}} and nothing else, not '
-                f"{json.dumps(message, ensure_ascii=False)[:80]}"
-            )
-        if message["role"] not in ROLES:
-            raise ValueError(f"{place}.role is {message['role']!r}; allowed are {', '.join(ROLES)}")
-        _check_string(message["content"], f"{place}.content")
-    if all(message["role"] != "assistant" for message in messages):
-        raise ValueError(f"{where}: messages hold no assistant turn, so there is nothing to learn")
-
-
-def _check_texts(kind: Kind, values: dict[str, Any], where: str) -> None:
-    if kind == "instruction" and "output" not in values:
-        raise ValueError(f"{where}: an instruction row needs the key output")
-    for key, value in values.items():
-        _check_string(value, f"{where}: {key}")
-    needed = "output" if kind == "instruction" else "text"
-    if not values[needed]:
-        raise ValueError(f"{where}: {needed} is empty, so there is nothing to learn")
-
-
-def _check_string(value: Any, what: str) -> None:
-    if not isinstance(value, str):
-        raise ValueError(f"{what} must be a string, not {json.dumps(value)[:80]}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} holds half a surrogate pair, which is no character") from error
+    return {field: values[column] for field, column in columns.items()}

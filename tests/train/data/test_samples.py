@@ -8,7 +8,7 @@ from llama_jax.config import Compute
 from llama_jax.model.losses import next_token_loss
 from llama_jax.model.transformer import forward
 from tests.tiny import FAMILIES, tiny_params
-from train.data.packing import first_fit
+from train.data.packing import first_fit, pack
 from train.data.samples import Sample, Samples, make_row, stack_rows
 
 
@@ -104,9 +104,9 @@ def test_samples_are_held_end_to_end():
 
 
 def test_first_fit_is_first_fit():
-    assert first_fit([5, 7, 5, 2, 4, 2, 5, 1, 6], 10) == [[0, 2], [1, 3, 7], [4, 5], [6], [8]]
-    assert first_fit([], 10) == []
-    assert first_fit([10, 10], 10) == [[0], [1]]
+    assert first_fit([5, 7, 5, 2, 4, 2, 5, 1, 6], 10).tolist() == [0, 1, 0, 1, 2, 2, 3, 1, 4]
+    assert first_fit([], 10).tolist() == []
+    assert first_fit([10, 10], 10).tolist() == [0, 1]
     with pytest.raises(ValueError, match="sample 1 has 11 tokens"):
         first_fit([1, 11], 10)
 
@@ -114,12 +114,50 @@ def test_first_fit_is_first_fit():
 def test_first_fit_equals_the_plain_search():
     lengths = np.random.default_rng(0).integers(1, 33, 300).tolist()
     groups, room = [], []
-    for number, length in enumerate(lengths):
+    for length in lengths:
         fitting = [group for group, free in enumerate(room) if free >= length]
         if not fitting:
-            groups.append([])
             room.append(32)
-        group = fitting[0] if fitting else len(groups) - 1
-        groups[group].append(number)
+        group = fitting[0] if fitting else len(room) - 1
+        groups.append(group)
         room[group] -= length
-    assert first_fit(lengths, 32) == groups
+    assert first_fit(lengths, 32).tolist() == groups
+
+
+def test_packing_puts_the_longest_first_and_keeps_the_order_of_numbers():
+    groups = pack(np.asarray([2, 3, 9, 8, 1, 5]), 10, first=100)
+    # 9+1 and 8+2 and 5+3: row by row in the order of their first samples.
+    assert list(groups) == [[100, 103], [101, 105], [102, 104]]
+    assert len(pack(np.zeros(0, np.int64), 10)) == 0
+    with pytest.raises(IndexError):
+        groups[3]
+
+
+@pytest.mark.parametrize("shape", ["uniform", "lognormal", "short"])
+def test_mixed_lengths_fill_rows_to_97_percent(shape):
+    rng = np.random.default_rng(0)
+    lengths = {
+        "uniform": rng.integers(1, 2049, 2000),
+        "lognormal": np.clip(rng.lognormal(5.5, 1.0, 2000).astype(int), 4, 2048),
+        "short": np.clip(rng.lognormal(4.3, 0.6, 500).astype(int), 4, 2048),
+    }[shape]
+    groups = pack(lengths, 2048)
+    assert sorted(groups.members.tolist()) == list(range(len(lengths)))
+    filled = [int(lengths[group].sum()) for group in groups]
+    assert max(filled) <= 2048
+    assert lengths.sum() / (2048 * len(groups)) >= 0.97
+
+
+def test_the_fingerprint_is_of_ids_masks_and_borders():
+    def of(*samples):
+        return Samples(samples).fingerprint
+
+    one = of(sample([1, 2, 3]), sample([4]))
+    assert one == of(sample([1, 2, 3]), sample([4]))
+    others = {
+        of(sample([1, 2]), sample([3, 4])),
+        of(sample([4]), sample([1, 2, 3])),
+        of(sample([1, 2, 3], [0, 1, 1]), sample([4])),
+        of(sample([1, 2, 4]), sample([4])),
+    }
+    assert len(others) == 4 and one not in others

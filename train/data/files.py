@@ -1,0 +1,173 @@
+"""Files of rows, local or remote: JSON lines, JSON arrays, CSV, Parquet, also compressed."""
+
+import csv
+import gzip
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import fsspec
+
+from train.data.rows import OPTIONAL_KEYS, parse_json
+
+PACKAGE_PREFIX = "package:"
+# Values of one row as the file has them, and where they stand.
+Values = tuple[str, Any]
+Reader = Callable[[BinaryIO, str], Iterator[Values]]
+
+_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}
+
+
+def package_path(name: str) -> Path:
+    """`package:demo/train.jsonl` -> where the package has it."""
+    return Path(str(resources.files("llama_jax"))) / name.removeprefix(PACKAGE_PREFIX)
+
+
+def find_files(name: str) -> tuple[Any, list[str]]:
+    """(file system, paths in it) of a path, a URL, a glob, or a shipped `package:` file.
+
+    A path that exists is taken as it is, whatever signs are in it; the files of a glob come in the
+    order of their names. Raises FileNotFoundError where there is no such file, ValueError for a
+    folder and for a protocol that is unknown here.
+    """
+    place = str(package_path(name)) if name.startswith(PACKAGE_PREFIX) else name
+    try:
+        files, path = fsspec.url_to_fs(str(Path(place).expanduser()) if _is_local(place) else place)
+    except ImportError as error:
+        raise ValueError(
+            f"{name}: {error}. The extra brings what gs:// needs: pip install 'llama-jax[data]'"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if files.isfile(path):
+        return files, [path]
+    if files.isdir(path):
+        raise ValueError(
+            f"{name} is a folder; name its files, for example {name.rstrip('/')}/*.jsonl"
+        )
+    found = sorted(p for p in files.glob(path) if files.isfile(p)) if set("*?[") & set(path) else []
+    if not found:
+        raise FileNotFoundError(f"the data file {name} does not exist")
+    return files, found
+
+
+def _is_local(name: str) -> bool:
+    return "://" not in name
+
+
+def read_files(name: str) -> Iterator[Values]:
+    """The rows of all files that `name` stands for, unchecked, each with its file and number.
+
+    Raises ValueError for a file without rows, of an unknown ending, or that cannot be read.
+    """
+    files, paths = find_files(name)
+    for path in paths:
+        # What the user wrote, where it names one file.
+        shown = name if len(paths) == 1 and not set("*?[") & set(name) else path
+        found = False
+        for values in _read_file(files, path, shown):
+            found = True
+            yield values
+        if not found:
+            raise ValueError(f"the data file {shown} holds no rows")
+
+
+def _read_file(files: Any, path: str, shown: str) -> Iterator[Values]:
+    read, compression = _reader(path, shown)
+    try:
+        with files.open(path, "rb", compression=compression) as file:
+            yield from read(file, shown)
+    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{shown} is damaged or not what its ending says: {error}") from error
+
+
+def _reader(
+    path: str, shown: str
+) -> tuple[Callable[[BinaryIO, str], Iterator[Values]], str | None]:
+    """What reads a file, told by its ending, and how it is compressed."""
+    name = PurePosixPath(path)
+    compression = _COMPRESSIONS.get(name.suffix.lower())
+    ending = (name.with_suffix("") if compression else name).suffix.lower()
+    if ending not in _READERS:
+        raise ValueError(
+            f"the data file {shown} ends in {ending or 'nothing'!r}; files of rows end in "
+            f"{', '.join(_READERS)}, and may be compressed as {', '.join(_COMPRESSIONS)}"
+        )
+    return _READERS[ending], compression
+
+
+def _read_lines(file: BinaryIO, shown: str) -> Iterator[Values]:
+    """A JSON object a line. Blank lines are skipped but counted."""
+    # Split at line feeds alone: JSON strings may hold other line separators as they are.
+    for number, line in enumerate(file, start=1):
+        if line.strip():
+            where = f"{shown}, line {number}"
+            yield where, parse_json(line, where)
+
+
+def _read_json(file: BinaryIO, shown: str) -> Iterator[Values]:
+    """An array of rows, or lines of JSON, which many tools write under the same ending."""
+    text = file.read()
+    if not text.lstrip().startswith(b"["):
+        yield from _read_lines(io.BytesIO(text), shown)
+        return
+    for number, values in enumerate(parse_json(text, shown), start=1):
+        yield f"{shown}, row {number}", values
+
+
+def _read_csv(file: BinaryIO, shown: str) -> Iterator[Values]:
+    """Rows under a header of column names; a cell of `messages` holds JSON."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    limit = csv.field_size_limit(sys.maxsize)  # the module's own is 128 KiB, short for a text
+    where = shown
+    try:
+        for number, cells in enumerate(csv.DictReader(text, strict=True), start=1):
+            where = f"{shown}, row {number}"
+            if None in cells or None in cells.values():
+                raise ValueError(f"{where}: the row has not as many cells as the header has names")
+            messages = cells.get("messages")
+            parsed = {} if messages is None else {"messages": parse_json(messages, where)}
+            yield where, {**cells, **parsed}
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{where}: not CSV in UTF-8: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
+        text.detach()  # the file is its opener's to close
+
+
+def _read_parquet(file: BinaryIO, shown: str) -> Iterator[Values]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise ValueError(
+            f"{shown}: Parquet files need pyarrow: pip install 'llama-jax[data]'"
+        ) from error
+    number = 0
+    try:
+        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+            for values in batch.to_pylist():
+                number += 1
+                yield f"{shown}, row {number}", without_nulls(values)
+    except ArrowException as error:
+        raise ValueError(f"{shown} is not a readable Parquet file: {error}") from error
+
+
+def without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """Columns hold null where a row lacks an optional key; any other null is left to be named."""
+    return {
+        key: value for key, value in values.items() if value is not None or key not in OPTIONAL_KEYS
+    }
+
+
+_READERS: dict[str, Reader] = {
+    ".jsonl": _read_lines,
+    ".ndjson": _read_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
