@@ -26,6 +26,7 @@ COMMANDS = (
     "export",
     "convert",
     "quantize",
+    "launch",
     "doctor",
 )
 

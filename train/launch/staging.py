@@ -1,0 +1,88 @@
+"""The folder that is copied to every worker: config, script, package, environment, local files."""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.launch.gcloud import Runner
+from train.launch.package import Package, build_wheel
+from train.launch.places import Placed
+from train.launch.secrets import HIDDEN, Environment, Redactor
+from train.launch.workers import SCRIPT, job_variables, script
+
+# The extra that brings the TPU runtime, and the one that brings the demo's model.
+_TPU, _DEMO, _DEMO_MODEL = "tpu", "demo", "smollm2-135m"
+
+
+@dataclass(frozen=True)
+class Cargo:
+    """What a job needs on its workers. package: None for the checkout, yet to be built."""
+
+    placed: Placed
+    environment: Environment
+    package: Package | None
+
+    @property
+    def config_text(self) -> str:
+        return json.dumps(self.placed.config, indent=2) + "\n"
+
+    @property
+    def config_id(self) -> str:
+        """Tells runs apart: which config is training on a machine."""
+        return hashlib.sha256(self.config_text.encode()).hexdigest()[:16]
+
+    @property
+    def extras(self) -> str:
+        name = self.placed.config["model"]["name"]
+        return f"{_TPU},{_DEMO}" if name == _DEMO_MODEL else _TPU
+
+    def texts(self, package: str, project: str) -> dict[str, str]:
+        """The small files by name; none holds a secret."""
+        return {
+            "config.json": self.config_text,
+            "job.env": job_variables(
+                self.placed, package=package, extras=self.extras, config_id=self.config_id
+            ),
+            "environment.sh": self.environment.script(project),
+            SCRIPT: script(),
+        }
+
+
+def stage(cargo: Cargo, folder: Path, *, project: str, runner: Runner, redact: Redactor) -> None:
+    """Fills `folder`, which only its owner may read. A dry run shows what would be in it."""
+    if runner.is_dry:
+        runner.run(["mkdir", "-p", "-m", "700", str(folder)])
+    else:
+        folder.mkdir(mode=0o700, parents=True)
+    package = cargo.package
+    if package is None:
+        runner.note("a wheel of this checkout")
+        package = build_wheel(runner, folder, redact)
+    elif package.wheel is not None:
+        _copy(runner, package.wheel, folder / package.wheel.name)
+    for name, text in cargo.texts(package.requirement, project).items():
+        runner.show_file(str(folder / name), text)
+        if not runner.is_dry:
+            (folder / name).write_text(text, encoding="utf-8")
+    if cargo.environment.forwarded:
+        secret = folder / "forwarded.sh"
+        names = "".join(f"export {name}={HIDDEN}\n" for name in cargo.environment.forwarded)
+        runner.show_file(str(secret), names)
+        if not runner.is_dry:
+            secret.touch(mode=0o600)
+            secret.write_text(cargo.environment.forwarded_script(), encoding="utf-8")
+    for name, source in cargo.placed.copies.items():
+        _copy(runner, source, folder / name)
+
+
+def _copy(runner: Runner, source: Path, target: Path) -> None:
+    if runner.is_dry:
+        runner.run(["cp", "-r", str(source), str(target)])
+        return
+    target.parent.mkdir(exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target)
+    else:
+        shutil.copy(source, target)
