@@ -21,9 +21,9 @@ from train.launch.workers import Workers, WorkerState, check_same_config
 FOLLOW_SECONDS = 60
 # Workers that do not answer while Cloud says that all is well: how often that is borne.
 _SILENCES = 10
-# A process that SIGTERM ended, which is what a machine about to go sends. Negative as well: the
-# same, seen by a parent that is not a shell.
-_SIGTERM_CODES = (143, -15)
+# Exit codes of a process that wants to go on: it saved after SIGTERM, which a machine about to go
+# sends (train.interrupt.EXIT_CODE, not imported because that brings JAX), or SIGTERM ended it.
+RESUME_CODES = (75, 143)
 
 
 class Health(Enum):
@@ -70,7 +70,7 @@ class TpuVmJob:
     keep: bool
     detach: bool
     poll_seconds: float = 30.0
-    resume_codes: tuple[int, ...] = _SIGTERM_CODES
+    resume_codes: tuple[int, ...] = RESUME_CODES
     _exit_code: int | None = field(default=None, init=False)
 
     @property
@@ -248,4 +248,3 @@ class TpuVmJob:
             self.runner.note("the machines, given back")
             queued.delete(self.runner, self.target, self.redact)
         return Outcome(ending.value, attempt, not self.keep, self._exit_code)
-

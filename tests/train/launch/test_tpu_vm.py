@@ -9,13 +9,14 @@ import pytest
 from llama_jax.commands.train import find_config
 from llama_jax.mesh.slices import slice_named
 from train.config import load_run_config
+from train.interrupt import EXIT_CODE
 from train.launch.gcloud import CommandError, Shell
 from train.launch.package import read_package
 from train.launch.places import place
 from train.launch.plan import Machines, Target
 from train.launch.secrets import Redactor, read_environment
 from train.launch.staging import Cargo
-from train.launch.tpu_vm import TpuVmJob
+from train.launch.tpu_vm import RESUME_CODES, TpuVmJob
 
 from .cloud import Cloud
 
@@ -149,8 +150,9 @@ def test_training_that_fails_is_reported_with_its_code_and_not_repeated(cloud, j
 
 
 def test_a_worker_that_saved_on_a_signal_is_started_again_on_machines_that_stay(cloud, job):
+    assert EXIT_CODE in RESUME_CODES
     there = cloud(hosts=1)
-    there.training('[ -f "$FAKE_CLOUD/once" ] && exit 0; touch "$FAKE_CLOUD/once"; kill -TERM $$')
+    there.training('[ -f "$FAKE_CLOUD/once" ] && exit 0; touch "$FAKE_CLOUD/once"; exit 75')
     outcome = job(slice_name="v5e-4").run()
     assert (outcome.state, outcome.attempts) == ("done", 2)
     assert len(there.calls("create")) == 1
