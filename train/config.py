@@ -128,8 +128,8 @@ class DataSection(Section):
         "part of the training rows held out for evaluation instead", default=0.0, low=0.0, below=1.0
     )
     long_rows: Literal["drop", "cut", "refuse"] = option(
-        "chat and instruction rows beyond sequence_length: leave out and count, cut off the end "
-        "(and leave out where no answer is left), or stop",
+        "chat, instruction and preference rows beyond sequence_length: leave out and count, cut "
+        "off the end (and leave out where no answer is left), or stop",
         default="drop",
     )
     long_texts: Literal["split", "drop", "cut", "refuse"] = option(
@@ -298,8 +298,25 @@ class TrainSection(Section):
         default=None,
     )
     eval_every_steps: int | None = option("null: only at the end", default=None, low=1)
+    sample_prompts: tuple[str, ...] = option(
+        "at each evaluation the model goes on with these texts, greedily; what it says is in "
+        "generations.jsonl and the report",
+        default=(),
+    )
+    sample_max_tokens: int = option("the longest such continuation", default=64, low=1)
     checkpoint_every_steps: int | None = option("null: only at the end", default=None, low=1)
     keep_checkpoints: int = option("the latest ones to keep", default=2, low=1)
+    keep_best: int = option(
+        "besides the latest, the checkpoints to keep whose evaluation loss was lowest",
+        default=0,
+        low=0,
+    )
+    grace_seconds: float | None = option(
+        "after SIGTERM the process saves and ends with exit code 75, at the latest this long "
+        "afterwards; a spot TPU VM leaves 30 seconds. null: it takes as long as it takes",
+        default=25.0,
+        above=0.0,
+    )
     resume_older: bool = option(
         "when the latest checkpoint is damaged, go on from the latest good one", default=False
     )
@@ -319,16 +336,71 @@ class QuantizationSection(Section):
 
 
 @dataclass(frozen=True)
+class DpoSection(Section):
+    """Direct preference optimization: chosen answers are to become likelier than rejected ones, as
+    seen from a reference model."""
+
+    beta: float = option(
+        "how strongly the model is held to the reference; rewards are beta times log-ratios",
+        default=0.1,
+        above=0.0,
+    )
+    loss: Literal["sigmoid", "ipo", "hinge"] = option(
+        "sigmoid: DPO's own; ipo: squared distance of the mean log-ratio of a token from "
+        "1 / (2 beta); hinge: SLiC's margin",
+        default="sigmoid",
+    )
+    label_smoothing: float = option(
+        "part of the pairs taken to be labelled the wrong way round; of sigmoid only",
+        default=0.0,
+        low=0.0,
+        below=0.5,
+    )
+    reference: Literal["adapter_off", "cached"] | None = option(
+        "adapter_off: the model without its adapters, at every step; cached: the model before the "
+        "first step, once for all rows. null: adapter_off with a section lora, else cached",
+        default=None,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.label_smoothing and self.loss != "sigmoid":
+            raise ValueError(
+                f"dpo.label_smoothing is {self.label_smoothing}, but loss {self.loss} does not "
+                f"read it; set it to 0 or choose sigmoid"
+            )
+
+
+@dataclass(frozen=True)
+class WandbSection(Section):
+    """The run in Weights & Biases too. Its key is read from the environment or from `wandb login`,
+    never from a config."""
+
+    project: str = option("the project there")
+    entity: str | None = option("the team; null: your own", default=None)
+    name: str | None = option("of the run; null: that of the run folder", default=None)
+    mode: Literal["online", "offline"] = option(
+        "offline: kept in the run folder until `wandb sync`", default="online"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.project.strip():
+            raise ValueError("wandb.project is empty; name a project")
+
+
+@dataclass(frozen=True)
 class RunConfig(Section):
     """A whole run; the sections are the top-level keys of the YAML file."""
 
     model: ModelSection
     data: DataSection
     train: TrainSection
-    method: Literal["pretrain", "full", "lora", "qlora"] = option(
+    method: Literal["pretrain", "full", "lora", "qlora", "dpo"] = option(
         "pretrain: every token of every row counts, all weights train; full: only answers of chat "
         "and instruction rows count, all weights train; lora: adapters train; qlora: adapters "
-        "train on a quantized base"
+        "train on a quantized base; dpo: preference rows, with a section lora adapters train, on a "
+        "quantized base with a section quantization, without either all weights do"
     )
     output: str = option("the run folder; an existing one of the same config is resumed")
     optimizer: OptimizerSection = OptimizerSection()
@@ -337,16 +409,27 @@ class RunConfig(Section):
     compute: Compute = field(default=Compute(param_dtype="float32"))
     lora: LoraConfig | None = None
     quantization: QuantizationSection | None = None
+    dpo: DpoSection | None = None
+    wandb: WandbSection | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_method_sections()
         self._check_lengths()
         has_eval = bool(self.data.eval or self.data.eval_fraction)
-        if self.train.eval_every_steps is not None and not has_eval:
+        if self.train.eval_every_steps is not None and not (
+            has_eval or self.train.sample_prompts
+        ):
             raise ValueError(
                 "train.eval_every_steps is set, but there is nothing to evaluate on; set data.eval "
-                "or data.eval_fraction"
+                "or data.eval_fraction, or train.sample_prompts"
+            )
+        if not all(self.train.sample_prompts):
+            raise ValueError("train.sample_prompts holds an empty prompt; remove it")
+        if self.train.keep_best and not has_eval:
+            raise ValueError(
+                "train.keep_best is set, but there is nothing to evaluate on; set data.eval or "
+                "data.eval_fraction"
             )
         missing = {axis for axis, _ in DEFAULT_RULES} - {axis for axis, _ in self.compute.rules}
         if missing:
@@ -358,18 +441,42 @@ class RunConfig(Section):
             raise ValueError("output is empty; name the run folder")
 
     def _check_method_sections(self) -> None:
-        uses = {
-            "lora": ("lora",),
-            "qlora": ("lora", "quantization"),
-        }.get(self.method, ())
-        for name, default in (("lora", LoraConfig()), ("quantization", QuantizationSection())):
-            if name in uses and getattr(self, name) is None:
+        uses = {"lora": ("lora",), "qlora": ("lora", "quantization"), "dpo": ("dpo",)}
+        may_use = {"dpo": ("lora", "quantization")}
+        for name, default in (
+            ("lora", LoraConfig()),
+            ("quantization", QuantizationSection()),
+            ("dpo", DpoSection()),
+        ):
+            given = getattr(self, name) is not None
+            if name in uses.get(self.method, ()) and not given:
                 object.__setattr__(self, name, default)
-            elif name not in uses and getattr(self, name) is not None:
+            elif given and name not in uses.get(self.method, ()) + may_use.get(self.method, ()):
                 raise ValueError(
                     f"section {name} is set, but method {self.method} does not read it; remove the "
                     f"section or choose another method"
                 )
+        if self.dpo is not None:
+            self._check_dpo(self.dpo)
+
+    def _check_dpo(self, dpo: DpoSection) -> None:
+        if self.quantization is not None and self.lora is None:
+            raise ValueError(
+                "section quantization is set, but quantized weights cannot be trained; add a "
+                "section lora, whose adapters can"
+            )
+        if dpo.reference is None:
+            chosen = "cached" if self.lora is None else "adapter_off"
+            object.__setattr__(self, "dpo", dpo.replace(reference=chosen))
+        elif dpo.reference == "adapter_off" and self.lora is None:
+            raise ValueError(
+                "dpo.reference is adapter_off, but without a section lora there is no adapter to "
+                "switch off; add one, or choose cached"
+            )
+        if self.data.packing:
+            raise ValueError(
+                "data.packing is true, but method dpo compares whole sequences; set it to false"
+            )
 
     def _check_lengths(self) -> None:
         train, schedule = self.train, self.schedule

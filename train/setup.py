@@ -16,12 +16,14 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax import tree
 from llama_jax.config import Compute, ModelConfig
 from llama_jax.mesh.sharding import batch_sharding, check_batch, make_mesh, replicated, shardings
-from llama_jax.model.losses import Batch
+from llama_jax.model.losses import Batch, next_token_loss
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.quantize import quantize
 from llama_jax.weights.select import trainable_mask
 from llama_jax.weights.table import abstract_params, init_params
 from train.config import MeshSection, RunConfig
+from train.data.preference import PreferenceBatch
+from train.dpo import make_dpo_loss
 from train.optim import Optimizer, make_optimizer, make_schedule
 from train.state import TrainState, init_state, state_shardings
 from train.step import make_eval_step, make_train_step
@@ -63,19 +65,27 @@ class Setup:
         return self.run.compute
 
     @property
+    def rows_per_item(self) -> int:
+        """Rows of a batch that make one of `train.batch_size`: two where pairs are compared."""
+        return rows_per_item(self.run)
+
+    @property
     def micro_batch_size(self) -> int:
         return self.run.train.batch_size // self.run.train.gradient_accumulation_steps
 
-    def batch_struct(self, rows: int) -> Batch:
-        """Shape structs of a batch [rows, T]."""
+    def batch_struct(self, items: int) -> Batch:
+        """Shape structs of a batch of so many items, [items * rows_per_item, T]."""
         place = batch_sharding(self.mesh, self.compute.rules)
-        shape = (rows, self.run.train.sequence_length)
+        shape = (items * self.rows_per_item, self.run.train.sequence_length)
 
         def struct(dtype: Any) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
         ids = struct(jnp.int32)
-        return Batch(ids, ids, struct(jnp.float32), ids, ids)
+        batch = Batch(ids, ids, struct(jnp.float32), ids, ids)
+        if self.run.dpo is not None and self.run.dpo.reference == "cached":
+            return PreferenceBatch(**vars(batch), reference=struct(jnp.float32))
+        return batch
 
     def place(self, batch: Batch) -> Batch:
         return jax.device_put(batch, batch_sharding(self.mesh, self.compute.rules))
@@ -98,7 +108,8 @@ def make_setup(run: RunConfig, config: ModelConfig, base: tree.Tree, mesh: Mesh)
     Raises ValueError for whatever does not fit the model or the mesh.
     """
     compute, rules = run.compute, run.compute.rules
-    check_batch(run.train.batch_size // run.train.gradient_accumulation_steps, mesh, rules)
+    items = run.train.batch_size // run.train.gradient_accumulation_steps
+    check_batch(items * rows_per_item(run), mesh, rules)
     params = _abstract_params(run, config, base)
     mask = trained_mask(run, config, params)
     schedule = make_schedule(
@@ -112,11 +123,14 @@ def make_setup(run: RunConfig, config: ModelConfig, base: tree.Tree, mesh: Mesh)
     state = jax.eval_shape(first_state, params)
     places = state_shardings(config, state, mesh, rules)
     batch_place = batch_sharding(mesh, rules)
+    loss = next_token_loss if run.dpo is None else make_dpo_loss(run.dpo)
     step = make_train_step(
         config,
         compute,
         optimizer=optimizer,
         mask=mask,
+        loss=loss,
+        rows_per_item=rows_per_item(run),
         accumulation_steps=run.train.gradient_accumulation_steps,
     )
     return Setup(
@@ -133,7 +147,7 @@ def make_setup(run: RunConfig, config: ModelConfig, base: tree.Tree, mesh: Mesh)
             out_shardings=(places, replicated(mesh)),
         ),
         eval_step=jax.jit(
-            make_eval_step(config, compute),
+            make_eval_step(config, compute, loss=loss),
             in_shardings=(places.params, batch_place),
             out_shardings=replicated(mesh),
         ),
@@ -144,18 +158,21 @@ def _placed(array: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
 
 
+def rows_per_item(run: RunConfig) -> int:
+    return 1 if run.dpo is None else 2
+
+
 def run_key(run: RunConfig, use: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(run.train.seed), use)
 
 
 def trained_mask(run: RunConfig, config: ModelConfig, params: tree.Tree) -> tree.Tree:
-    adapts = run.method in ("lora", "qlora")
-    patterns = run.train.trainable
-    return trainable_mask(config, params, patterns, method="lora" if adapts else "full")
+    method = "full" if run.lora is None else "lora"
+    return trainable_mask(config, params, run.train.trainable, method=method)
 
 
 def _abstract_params(run: RunConfig, config: ModelConfig, base: tree.Tree) -> tree.Tree:
-    if run.method == "qlora":
+    if run.quantization is not None:
         base = jax.eval_shape(lambda params: _quantized(run, config, params), base)
     return jax.eval_shape(_finisher(run, config), base)
 
@@ -200,7 +217,7 @@ def init_random(setup: Setup) -> tree.Tree:
 def make_state(setup: Setup, base: tree.Tree) -> TrainState:
     """The state before the first step. `base` is used up."""
     run, config = setup.run, setup.config
-    if run.method == "qlora":
+    if run.quantization is not None:
         base = _quantized(run, config, base)
     places = jax.tree.map(lambda struct: struct.sharding, setup.abstract)
 

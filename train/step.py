@@ -1,7 +1,7 @@
 """The training step: one pure function, made once from a loss, that knows no files or clocks."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,24 @@ from train.optim import Optimizer
 from train.state import TrainState
 
 Metrics = dict[str, jax.Array]
-Loss = Callable[..., tuple[jax.Array, jax.Array, Any]]
 Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+
+
+class LossSums(NamedTuple):
+    """What a loss gives: sums over a batch, so that micro-batches and devices add up.
+
+    loss: to be divided by weight, the number of tokens (or pairs) that count; stats: the router's
+    sums, None without experts; means: more sums to be divided by weight, by name.
+    """
+
+    loss: jax.Array
+    weight: jax.Array
+    stats: Any
+    means: dict[str, jax.Array] = {}  # noqa: RUF012 - never written to
+
+
+# loss(config, params, batch, *, compute) -> LossSums, or a tuple of its first three.
+Loss = Callable[..., tuple[Any, ...]]
 
 
 def make_train_step(
@@ -27,32 +43,37 @@ def make_train_step(
     mask: tree.Tree,
     loss: Loss = next_token_loss,
     accumulation_steps: int = 1,
+    rows_per_item: int = 1,
 ) -> Step:
     """`step(state, batch) -> (state, metrics)` over arrays [B, T].
 
     Only what `mask` selects is differentiated. With `accumulation_steps` the batch is taken in that
     many parts, whose sums of loss and gradient are added before the one division by the number of
-    counted tokens: the result is that of the whole batch at once.
+    counted tokens: the result is that of the whole batch at once. Rows that belong together
+    (`rows_per_item` in succession) stay so.
 
     The update is left out, and parameters, moments and update count stay as they are, when no token
     counts or when the loss or its gradient is not finite.
 
-    Metrics: loss (token mean of the cross entropy; NaN when no token counts), aux_loss (with
-    experts), grad_norm (trained arrays, before clipping), learning_rate, trained_tokens, tokens
-    (padding left out), updated (0 or 1).
+    Metrics: loss (mean over what counts, tokens or pairs; NaN when nothing does) and the loss's
+    other means, aux_loss (with experts), grad_norm (trained arrays, before clipping),
+    learning_rate, trained_tokens, tokens (padding left out), updated (0 or 1).
     """
     gradient = _make_gradient(config, compute, loss)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         trained, frozen = tree.partition(state.params, mask)
         sums, gradients = _accumulate(
-            lambda part: gradient(trained, frozen, part), batch, accumulation_steps, compute
+            lambda part: gradient(trained, frozen, part),
+            batch,
+            (accumulation_steps, rows_per_item),
+            compute,
         )
-        weight = jnp.maximum(sums["trained_tokens"], 1.0)
+        weight = jnp.maximum(sums["weight"], 1.0)
         gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
         updated, opt_state, metrics = optimizer.update(gradients, state.opt_state, trained)
         healthy = jnp.isfinite(sums["loss"]) & jnp.isfinite(metrics["grad_norm"])
-        apply = (sums["trained_tokens"] > 0) & healthy
+        apply = (sums["weight"] > 0) & healthy
 
         def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(apply, new, old)
@@ -64,9 +85,9 @@ def make_train_step(
             rng=state.rng,
         )
         # 0/0 is what a mean over nothing is: no number that could be averaged into others.
-        for name in ("loss", "aux_loss"):
-            if name in sums:
-                metrics[name] = sums[name] / sums["trained_tokens"]
+        for name in sums:
+            if name not in ("weight", "trained_tokens"):
+                metrics[name] = sums[name] / sums["weight"]
         metrics["trained_tokens"] = sums["trained_tokens"]
         metrics["tokens"] = (batch.segment_ids > 0).sum()
         metrics["updated"] = apply.astype(jnp.int32)
@@ -80,14 +101,14 @@ def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
 
     def total(trained: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[jax.Array, Metrics]:
         params = tree.combine(trained, frozen)
-        loss_sum, weight, stats = loss(config, params, batch, compute=compute)
-        sums = {"loss": loss_sum, "trained_tokens": weight}
-        if stats is None or config.moe is None:
-            return loss_sum, sums
+        parts = LossSums(*loss(config, params, batch, compute=compute))
+        sums = _named_sums(parts, batch)
+        if parts.stats is None or config.moe is None:
+            return parts.loss, sums
         # As in transformers: cross entropy + coefficient * balancing loss of the batch. Weighed by
         # tokens, so that micro-batches add up.
-        sums["aux_loss"] = balancing_loss(stats) * weight
-        return loss_sum + config.moe.router_aux_loss_coef * sums["aux_loss"], sums
+        sums["aux_loss"] = balancing_loss(parts.stats) * parts.weight
+        return parts.loss + config.moe.router_aux_loss_coef * sums["aux_loss"], sums
 
     def gradient(trained: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[Metrics, tree.Tree]:
         (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(trained, frozen, batch)
@@ -96,16 +117,26 @@ def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
     return gradient
 
 
+def _named_sums(parts: LossSums, batch: Batch) -> Metrics:
+    tokens = batch.loss_mask.astype(jnp.float32).sum()
+    return {"loss": parts.loss, **parts.means, "weight": parts.weight, "trained_tokens": tokens}
+
+
 def _accumulate(
-    gradient: Callable[[Batch], Any], batch: Batch, parts: int, compute: Compute
+    gradient: Callable[[Batch], Any], batch: Batch, deal: tuple[int, int], compute: Compute
 ) -> tuple[Metrics, tree.Tree]:
-    """The sums over `parts` micro-batches, in float32, with one of them in memory at a time."""
+    """The sums over micro-batches, in float32, with one of them in memory at a time.
+
+    deal: (number of micro-batches, number of rows in succession that stay together).
+    """
+    parts, together = deal
     if parts == 1:
         return gradient(batch)
 
     def split(array: jax.Array) -> jax.Array:
-        # Micro-batch m takes rows m, m + parts, …: every device keeps the rows it has.
-        apart = array.reshape(array.shape[0] // parts, parts, *array.shape[1:]).swapaxes(0, 1)
+        # Micro-batch m takes items m, m + parts, …: every device keeps the rows it has.
+        apart = array.reshape(-1, parts, together, *array.shape[1:]).swapaxes(0, 1)
+        apart = apart.reshape(parts, -1, *array.shape[1:])
         return constrain(apart, (None, "batch", "length"), compute.rules)
 
     def body(carry: Any, part: Batch) -> tuple[Any, None]:
@@ -123,10 +154,10 @@ def _accumulate(
 def make_eval_step(
     config: ModelConfig, compute: Compute, *, loss: Loss = next_token_loss
 ) -> Callable[[tree.Tree, Batch], Metrics]:
-    """`eval_step(params, batch) -> {loss, trained_tokens}`, sums over the batch."""
+    """`eval_step(params, batch)` -> sums over the batch: loss and the loss's other means, to be
+    divided by weight, and trained_tokens."""
 
     def eval_step(params: tree.Tree, batch: Batch) -> Metrics:
-        loss_sum, weight, _ = loss(config, params, batch, compute=compute)
-        return {"loss": loss_sum, "trained_tokens": weight}
+        return _named_sums(LossSums(*loss(config, params, batch, compute=compute)), batch)
 
     return eval_step

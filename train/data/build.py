@@ -63,7 +63,7 @@ def _plan(run: RunConfig, rows: RowSet, tokenizer: Any, name: str) -> tuple[RowP
         parts=[(n, c.samples, c.weight or 0.0) for n, c in report.sources.items()]
         if weighted
         else None,
-        rows_per_item=2 if run.method == "dpo" else 1,
+        rows_per_item=1 if run.dpo is None else 2,
     )
     report.arranged(len(plan.groups), run.train.sequence_length)
     if weighted:

@@ -17,6 +17,7 @@ import numpy as np
 from llama_jax.model.losses import Batch
 from train.data.mixture import Mixture
 from train.data.packing import Groups, pack
+from train.data.preference import with_reference
 from train.data.samples import Samples, make_row, stack_rows
 
 # Grain wants a length; no run comes near it.
@@ -41,6 +42,8 @@ class RowPlan:
     """Which samples lie in which row; every row is made of whole samples.
 
     rows_per_item: how many rows in succession go together into a batch: one, or two for pairs.
+    reference: [samples] float32, log-probabilities that the batches of pairs carry; None: they
+    carry none. It needs one sample a row.
     """
 
     samples: Samples
@@ -49,6 +52,7 @@ class RowPlan:
     sequence_length: int
     pad_token_id: int
     rows_per_item: int = 1
+    reference: np.ndarray | None = None
 
     @property
     def num_items(self) -> int:
@@ -61,9 +65,22 @@ class RowPlan:
         members = [self.samples[i] for i in self.groups[number]]
         return make_row(members, self.sequence_length, pad_token_id=self.pad_token_id)
 
+    def batch(self, rows: Sequence[int], size: int) -> Batch:
+        """The rows [size, T], filled up with rows of padding."""
+        made = [self.row(number) for number in rows]
+        if len(made) < size:
+            empty = make_row([], self.sequence_length, pad_token_id=self.pad_token_id)
+            made += [empty] * (size - len(made))
+        batch = stack_rows(made)
+        if self.reference is None:
+            return batch
+        values = np.zeros(size, np.float32)
+        values[: len(rows)] = [self.reference[self.groups[number][0]] for number in rows]
+        return with_reference(batch, values)
+
     @cached_property
     def fingerprint(self) -> str:
-        """Of everything batches are made of, order apart."""
+        """Of the samples and how they are arranged into rows."""
         digest = hashlib.sha256(self.samples.fingerprint.encode())
         for array in (self.groups.members, self.groups.ends):
             digest.update(np.ascontiguousarray(array, np.int64).tobytes())
@@ -170,7 +187,7 @@ class TrainingBatches:
         rows = [row for item in items for row in self._plan.item_rows(item)]
         samples = [sample for row in rows for sample in self._plan.groups[row]]
         mine = [row for item in items[self._part] for row in self._plan.item_rows(item)]
-        return samples, stack_rows([self._plan.row(row) for row in mine])
+        return samples, self._plan.batch(mine, len(mine))
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -179,6 +196,12 @@ class TrainingBatches:
         self.samples, batch = next(self._iterator)
         self._done += 1
         return batch
+
+    def set_plan(self, plan: RowPlan) -> None:
+        """Goes on, at the same place, with a plan of the same rows that carries more."""
+        assert plan.fingerprint == self._plan.fingerprint
+        self._plan = plan
+        self._start_at(self._done)
 
     def progress(self) -> dict[str, dict[str, float]]:
         """Of each share: items handed out, and how many times its rows that is."""
@@ -221,12 +244,8 @@ def evaluation_batches(
     plan: RowPlan, *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
     """Every item once, in order; the last batch is filled up with rows of padding."""
-    empty = make_row([], plan.sequence_length, pad_token_id=plan.pad_token_id)
     part = process_part(batch_size, process_index, process_count)
+    size = (part.stop - part.start) * plan.rows_per_item
     for start in range(0, plan.num_items, batch_size):
-        rows = [
-            plan.row(row) if item < plan.num_items else empty
-            for item in range(start, start + batch_size)[part]
-            for row in plan.item_rows(item)
-        ]
-        yield stack_rows(rows)
+        items = [item for item in range(start, start + batch_size)[part] if item < plan.num_items]
+        yield plan.batch([row for item in items for row in plan.item_rows(item)], size)
