@@ -3,9 +3,12 @@
 import html
 import json
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from train.goodput import CAUSES
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 220, 56
 
@@ -16,8 +19,15 @@ _CURVES = (
     ("Gradient norm", ("grad_norm",)),
     ("Learning rate", ("learning_rate",)),
     ("Tokens per second", ("tokens_per_second",)),
+    ("Model FLOPs utilization", ("mfu",)),
+    ("Seconds a step", ("step_seconds",)),
 )
 _COLORS = ("#1f6feb", "#d1242f")
+# One for each cause of time, steps first.
+_CAUSE_COLORS = (
+    "#1a7f37", "#bf8700", "#8250df", "#0969da", "#57606a", "#8c959f", "#cf222e", "#bc4c00",
+    "#d0d7de",
+)  # fmt: skip
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 720px; margin: 2em auto; padding: 0 1em;
@@ -38,10 +48,15 @@ def write_report(
     sample: Sequence[tuple[str, bool]],
     counters: Mapping[str, int],
     parameters: tuple[int, int],
+    goodput: Mapping[str, Any] | None = None,
+    machine: Mapping[str, Any] | None = None,
+    generations: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Curves, data counts, one sample with its trained text marked, and the resolved config.
+    """Curves, where the time went, data counts, one sample with its trained text marked, what the
+    model said, what it ran on, and the resolved config.
 
-    sample: runs of (text, trained). parameters: (trained, all).
+    sample: runs of (text, trained). parameters: (trained, all). goodput: `Goodput.summary()`.
+    machine: name -> what is there. generations: entries of generations.jsonl.
     """
     trained, total = parameters
     facts = {
@@ -49,6 +64,7 @@ def write_report(
         "method": config["method"],
         "parameters": f"{total:,}, of which {trained:,} are trained",
         "steps": f"{metrics[-1]['step'] if metrics else 0} of {config['train']['steps']}",
+        **_totals(metrics),
         **{name.replace("_", " "): value for name, value in counters.items()},
     }
     charts = [chart(title, metrics, names) for title, names in _CURVES]
@@ -59,15 +75,80 @@ def write_report(
         f"<h1>{_escape(config['output'])}</h1>",
         _table(facts),
         *charts,
+        _time(goodput) if goodput is not None else "",
         *(f"<h2>Data: {_escape(name)}</h2>{_table(counts)}" for name, counts in data.items()),
         "<h2>A sample</h2><p>Marked text is trained.</p>",
         f"<pre>{_marked(sample)}</pre>",
+        _said(generations),
+        f"<h2>Machine</h2>{_table(machine)}" if machine is not None else "",
         f"<h2>Config</h2><pre>{_escape(json.dumps(config, indent=2))}</pre>",
         "</body></html>",
     ]
     temporary = path.with_suffix(".html.tmp")
     temporary.write_text("\n".join(part for part in parts if part), encoding="utf-8")
     temporary.replace(path)
+
+
+def _totals(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of the whole run: tokens, the last losses, the middle one of the speeds."""
+
+    def numbers(name: str) -> list[float]:
+        return [entry[name] for entry in metrics if _is_number(entry.get(name))]
+
+    facts = {}
+    if tokens := numbers("tokens"):
+        facts["tokens"] = f"{sum(tokens):,.0f}"
+    for name, title in (("loss", "loss at the end"), ("eval_loss", "evaluation loss at the end")):
+        if values := numbers(name):
+            facts[title] = f"{values[-1]:.4f}"
+    if speeds := numbers("tokens_per_second"):
+        facts["tokens per second"] = f"{statistics.median(speeds):,.0f}, the median"
+    if shares := numbers("mfu"):
+        facts["model FLOPs utilization"] = f"{statistics.median(shares):.1%}, the median"
+    return facts
+
+
+def _time(goodput: Mapping[str, Any]) -> str:
+    """A bar of the wall time by cause, and the same as a table."""
+    wall = goodput["wall_seconds"]
+    colors = dict(zip(CAUSES, _CAUSE_COLORS, strict=True))
+    spent = {name: value for name, value in goodput["seconds"].items() if value > 0}
+    parts, left, facts = [], 0.0, {}
+    for name, seconds in spent.items():
+        width = _WIDTH * seconds / wall
+        parts.append(
+            f"<rect x='{left:.2f}' y='0' width='{width:.2f}' height='24' fill='{colors[name]}'>"
+            f"<title>{_escape(CAUSES[name])}</title></rect>"
+        )
+        left += width
+        mark = f"<span style='color:{colors[name]}'>■</span>"
+        facts[name] = (
+            f"<tr><td>{mark} {_escape(CAUSES[name])}</td><td>{seconds:,.1f} s</td>"
+            f"<td>{seconds / wall:.1%}</td></tr>"
+        )
+    return (
+        f"<h2>Time</h2><p>{goodput['goodput']:.1%} of {wall:,.1f} seconds went into steps; since "
+        f"the loop began, {goodput['loop_goodput']:.1%}. This process only: earlier ones of a run "
+        f"that was resumed are not in it.</p><svg viewBox='0 0 {_WIDTH} 24' role='img' "
+        f"aria-label='Time'>{''.join(parts)}</svg><table>{''.join(facts.values())}</table>"
+    )
+
+
+def _said(generations: Sequence[Mapping[str, Any]]) -> str:
+    """The prompts and what the model made of them, the latest step open."""
+    steps = sorted({entry["step"] for entry in generations}, reverse=True)
+    blocks = []
+    for step in steps:
+        texts = "".join(
+            f"<pre>{_escape(entry['prompt'])}<mark>{_escape(entry['text'])}</mark></pre>"
+            for entry in generations
+            if entry["step"] == step
+        )
+        is_open = " open" if step == steps[0] else ""
+        blocks.append(f"<details{is_open}><summary>step {step}</summary>{texts}</details>")
+    if not blocks:
+        return ""
+    return f"<h2>Generations</h2><p>Marked text is the model's.</p>{''.join(blocks)}"
 
 
 def _escape(text: Any) -> str:

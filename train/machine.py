@@ -1,0 +1,31 @@
+"""What a run ran on, for its report: devices, processes, versions."""
+
+import platform
+from collections import Counter
+from importlib import metadata
+
+import jax
+from jax.sharding import Mesh
+
+from llama_jax import __version__
+
+_PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "qwix")
+
+
+def describe(mesh: Mesh) -> dict[str, str]:
+    """Name -> what is there; packages that are not installed are left out."""
+    kinds = Counter(device.device_kind for device in mesh.devices.flat)
+    axes = " × ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    facts = {
+        "devices": ", ".join(f"{count} × {kind}" for kind, count in kinds.items()),
+        "mesh": axes or "one device",
+        "processes": str(jax.process_count()),
+        "llama-jax": __version__,
+        "Python": platform.python_version(),
+    }
+    for name in _PACKAGES:
+        try:
+            facts[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return facts
