@@ -167,6 +167,25 @@ def _leaf(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh, rules: LogicalRul
     return named(axes[: len(leaf.shape)])
 
 
+def gathered(
+    leaf: Any, axes: Sequence[str | None], dtype: Any, rules: LogicalRules = DEFAULT_RULES
+) -> Any:
+    """A weight in `dtype`, whole along `embed` and dealt out along its other axes, on the mesh in
+    force. Of an adapted weight the base and both factors; quantized ones stay as they are."""
+    axes = [None if axis == "embed" else axis for axis in axes]
+    *stack, out_axis, in_axis = axes if len(axes) > 1 else (*axes, None)
+    if isinstance(leaf, LoraTensor):
+        return dataclasses.replace(
+            leaf,
+            base=gathered(leaf.base, axes, dtype, rules),
+            lora_a=gathered(leaf.lora_a, [*stack, "rank", in_axis], dtype, rules),
+            lora_b=gathered(leaf.lora_b, [*stack, out_axis, "rank"], dtype, rules),
+        )
+    if isinstance(leaf, PackedTensor | QArray):
+        return leaf
+    return constrain(leaf.astype(dtype), axes, rules)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -183,6 +202,27 @@ def batch_parts(batch: int, rules: LogicalRules = DEFAULT_RULES) -> int:
         return 1
     parts = math.prod(mesh.shape[name] for name in _mesh_axes(rules, "batch"))
     return parts if batch % parts == 0 else 1
+
+
+def loss_rules(vocab_size: int, rules: LogicalRules = DEFAULT_RULES) -> LogicalRules:
+    """`rules` with two more axes, `loss_batch` and `loss_vocab`, for the logits of the loss.
+
+    The head's rows are dealt over every mesh axis its weight is spread on, as far as they divide
+    the vocabulary, and tokens over the rest of the batch axes: each device then multiplies many
+    tokens by a few rows, and neither the head nor its gradient ever exists whole on any of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    taken: list[str] = []
+    if not mesh.empty:
+        for name in dict.fromkeys((*_mesh_axes(rules, "vocab"), *_mesh_axes(rules, "embed"))):
+            if vocab_size % math.prod(mesh.shape[each] for each in [*taken, name]) == 0:
+                taken.append(name)
+    rest = tuple(
+        name
+        for name in (*_mesh_axes(rules, "batch"), *_mesh_axes(rules, "length"))
+        if name not in taken
+    )
+    return (*rules, ("loss_batch", rest), ("loss_vocab", tuple(taken)))
 
 
 def check_batch(batch: int, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> None:

@@ -1,5 +1,6 @@
 """Next-token cross entropy that never holds the float32 logits of the whole batch."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from functools import partial
@@ -9,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llama_jax.config import Compute, ModelConfig
-from llama_jax.mesh.sharding import batch_parts, constrain
+from llama_jax.config import Compute, LogicalRules, ModelConfig
+from llama_jax.mesh.sharding import batch_parts, constrain, loss_rules
 from llama_jax.model import transformer
 from llama_jax.model.moe import RouterStats
 from llama_jax.weights.dot import dot
-from llama_jax.weights.tensors import Leaf
+from llama_jax.weights.tensors import Leaf, LoraTensor, SavedTensor, is_quantized
 
 
 @jax.tree_util.register_dataclass
@@ -67,27 +68,50 @@ def cross_entropy(
 
     The positions are taken in chunks of about `compute.loss_chunk_tokens` per device. When a
     gradient is wanted it is computed with the loss, chunk by chunk, so that the largest product of
-    the model runs once forward, and not again in the backward pass.
+    the model runs once forward, and not again in the backward pass. On a mesh the vocabulary is
+    divided, not the tokens of a chunk: see `mesh.sharding.loss_rules`.
     """
     batch, length = targets.shape
     tokens = batch * length // batch_parts(batch, compute.rules)
     num_chunks = min(length, math.ceil(tokens / compute.loss_chunk_tokens))
     size = math.ceil(length / num_chunks)
     padding = [(0, 0), (0, size * num_chunks - length)]
+    rules = loss_rules(head.shape[0], compute.rules)
 
     def chunked(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [*padding, *[(0, 0)] * (x.ndim - 2)])
         return x.reshape(batch, num_chunks, size, *x.shape[2:]).swapaxes(0, 1)
 
-    return _chunked_loss(compute, chunked(hidden), head, chunked(targets), chunked(mask))
+    head = _dealt(head, rules)
+    return _chunked_loss(compute, rules, chunked(hidden), head, chunked(targets), chunked(mask))
+
+
+def _dealt(head: Leaf, rules: LogicalRules) -> Leaf:
+    """The head with its rows where `loss_rules` wants them; quantized ones stay where they are."""
+    if isinstance(head, LoraTensor):
+        return dataclasses.replace(
+            head,
+            base=_dealt(head.base, rules),
+            lora_b=constrain(head.lora_b, ("loss_vocab", None), rules),
+        )
+    if isinstance(head, SavedTensor):
+        return dataclasses.replace(head, saved=_dealt(head.saved, rules))
+    return head if is_quantized(head) else constrain(head, ("loss_vocab", None), rules)
 
 
 def _chunk_loss(
-    compute: Compute, hidden: jax.Array, head: Leaf, targets: jax.Array, mask: jax.Array
+    compute: Compute,
+    rules: LogicalRules,
+    hidden: jax.Array,
+    head: Leaf,
+    targets: jax.Array,
+    mask: jax.Array,
 ) -> jax.Array:
     """The loss of one chunk [B, t, D]."""
+    hidden = constrain(hidden, ("loss_batch", None, None), rules)
+    targets, mask = (constrain(x, ("loss_batch", None), rules) for x in (targets, mask))
     logits = dot(hidden, head, compute=compute, keep_accumulator=True).astype(jnp.float32)
-    logits = constrain(logits, ("batch", None, "vocab"), compute.rules)
+    logits = constrain(logits, ("loss_batch", None, "loss_vocab"), rules)
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     total = jnp.log(jnp.exp(logits - top).sum(axis=-1)) + top[..., 0]
     # Selected by comparison, not by index: this stays local when the vocabulary is sharded.
@@ -96,20 +120,27 @@ def _chunk_loss(
     return jnp.sum((total - chosen) * mask)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked_loss(
-    compute: Compute, hidden: jax.Array, head: Leaf, targets: jax.Array, mask: jax.Array
+    compute: Compute,
+    rules: LogicalRules,
+    hidden: jax.Array,
+    head: Leaf,
+    targets: jax.Array,
+    mask: jax.Array,
 ) -> jax.Array:
     """Sum over chunks; hidden [chunks, B, t, D], targets and mask [chunks, B, t]."""
 
     def body(total: jax.Array, chunk: Any) -> Any:
         h, t, m = chunk
-        return total + _chunk_loss(compute, h, head, t, m), None
+        return total + _chunk_loss(compute, rules, h, head, t, m), None
 
     return jax.lax.scan(body, jnp.float32(0), (hidden, targets, mask))[0]
 
 
-def _forward(compute: Compute, hidden: Any, head: Any, targets: Any, mask: Any) -> Any:
+def _forward(
+    compute: Compute, rules: LogicalRules, hidden: Any, head: Any, targets: Any, mask: Any
+) -> Any:
     """Loss and its gradients together; leaves of the head that are frozen get none."""
     leaves, structure = jax.tree.flatten(head, is_leaf=lambda x: hasattr(x, "perturbed"))
     frozen = [None if leaf.perturbed else leaf.value for leaf in leaves]
@@ -117,7 +148,7 @@ def _forward(compute: Compute, hidden: Any, head: Any, targets: Any, mask: Any) 
 
     def loss(h: jax.Array, trained: list[Any], t: jax.Array, m: jax.Array) -> jax.Array:
         merged = [f if v is None else v for v, f in zip(trained, frozen, strict=True)]
-        return _chunk_loss(compute, h, jax.tree.unflatten(structure, merged), t, m)
+        return _chunk_loss(compute, rules, h, jax.tree.unflatten(structure, merged), t, m)
 
     def body(carry: Any, chunk: Any) -> Any:
         total, sums = carry
@@ -134,8 +165,8 @@ def _forward(compute: Compute, hidden: Any, head: Any, targets: Any, mask: Any) 
     return total, (dhidden, jax.tree.unflatten(structure, sums))
 
 
-def _backward(compute: Compute, saved: Any, gradient: jax.Array) -> Any:
-    del compute
+def _backward(compute: Compute, rules: LogicalRules, saved: Any, gradient: jax.Array) -> Any:
+    del compute, rules
     dhidden, dhead = jax.tree.map(lambda d: d * gradient.astype(d.dtype), saved)
     return dhidden, dhead, None, None
 
