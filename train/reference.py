@@ -74,7 +74,7 @@ def reference_log_probs(setup: Setup, plan: RowPlan, params: tree.Tree) -> np.nd
     places = jax.tree.map(lambda struct: struct.sharding, setup.abstract.params)
     rows = batch_sharding(setup.mesh, compute.rules)
     of_rows = jax.jit(of_rows, in_shardings=(places, rows), out_shardings=replicated(setup.mesh))
-    share = setup.share(setup.micro_batch_size)
+    share = setup.share(setup.micro_batch_size * setup.rows_per_item)
     found = [
         np.asarray(of_rows(params, setup.place(batch, share)))
         for batch in evaluation_batches(
