@@ -3,13 +3,17 @@
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
+
+from jax.sharding import Mesh
 
 from llama_jax import tree
+from llama_jax.config import ModelConfig
+from train.config import RunConfig
 
-# sample(params) -> the continuation of each of the run's prompts. Made by the command, because
-# training knows nothing of inference.
-Sampler = Callable[[tree.Tree], Sequence[str]]
+# sample(run, (model config, params, tokenizer), mesh) -> the continuation of each of the run's
+# prompts. Brought by the command, because training knows nothing of inference.
+Sampler = Callable[[RunConfig, tuple[ModelConfig, tree.Tree, Any], Mesh], Sequence[str]]
 
 
 class GenerationsLog:
@@ -30,12 +34,6 @@ class GenerationsLog:
         with self._path.open("a", encoding="utf-8") as file:
             for prompt, text in zip(prompts, texts, strict=True):
                 file.write(_line({"step": step, "prompt": prompt, "text": text}))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        """Nothing is kept open."""
 
 
 def _line(entry: dict[str, Any]) -> str:

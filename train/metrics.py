@@ -10,10 +10,13 @@ from typing import Any, Self
 
 import tensorboardX
 
+from llama_jax.mesh.slices import peak_flops
+from train.setup import Setup
+
 logger = logging.getLogger(__name__)
 
-# update(steps done, steps in all, a note): what the command line shows of a running loop.
-Progress = Callable[[int, int, str], None]
+# update(steps done, steps in all, the step's entry): what the command line shows of a running loop.
+Progress = Callable[[int, int, Mapping[str, Any]], None]
 
 
 class MetricsWriter:
@@ -76,27 +79,37 @@ def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Clock:
-    """Times steps; what lies between `lap` and `restart` is not counted."""
+    """Times steps; what lies between `lap` and `restart` is not counted.
 
-    def __init__(self) -> None:
+    step_flops: of one step, over all devices; peak_flops: what all devices could do in a second.
+    With both, the model FLOPs utilization is told.
+    """
+
+    def __init__(self, *, step_flops: float | None = None, peak_flops: float | None = None) -> None:
+        self._step_flops, self._peak_flops = step_flops, peak_flops
         self.restart()
 
     def restart(self) -> None:
         self._start = time.perf_counter()
 
     def lap(self, tokens: float) -> dict[str, float]:
-        """The time since the last restart, and the tokens it took."""
+        """The time since the last restart, the tokens it took, and what of the peak that is."""
         seconds = time.perf_counter() - self._start
-        return {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+        entry = {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
+        if self._step_flops is not None and self._peak_flops is not None:
+            entry["mfu"] = self._step_flops / seconds / self._peak_flops
+        return entry
 
 
-def progress_note(entry: Mapping[str, Any]) -> str:
-    loss = entry["loss"]
-    shown = "none" if not math.isfinite(loss) else f"{loss:.4f}"
-    note = (
-        f"loss {shown}, learning rate {entry['learning_rate']:.2e}, gradient norm "
-        f"{entry['grad_norm']:.2f}, {entry['tokens_per_second']:.0f} tokens/s"
-    )
-    if "eval_loss" in entry:
-        note += f", evaluation loss {entry['eval_loss']:.4f}"
-    return note
+def make_clock(setup: Setup) -> Clock:
+    """A clock for the run's steps on its devices; without MFU where their peak is not known."""
+    kinds = {device.device_kind for device in setup.mesh.devices.flat}
+    peak = peak_flops(kinds.pop()) if len(kinds) == 1 else None
+    if peak is None:
+        return Clock()
+    return Clock(step_flops=step_flops(setup), peak_flops=peak * setup.mesh.size)
+
+
+def step_flops(setup: Setup) -> float | None:
+    """Floating-point operations of one step that the mathematics needs; None where not counted."""
+    return None

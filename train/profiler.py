@@ -52,10 +52,11 @@ class Profiler:
     _tracing: bool = field(default=False, init=False)
 
     def before(self, step: int, running: Any) -> None:
-        """To be called before a step is dispatched. running: arrays of the step before, which is
-        waited for so that the trace begins with this one."""
+        """To be called before a step is dispatched. running: the step before, if its numbers are
+        not read yet; it is waited for, so that the trace begins with this one."""
         if self.steps is not None and step == self.steps.first:
-            jax.block_until_ready(running)
+            if running is not None:
+                jax.block_until_ready(running.metrics)
             jax.profiler.start_trace(str(self.folder))
             self._tracing = True
 

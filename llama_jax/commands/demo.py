@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     before = score(model, config, progress)
     del model
     progress.say(f"3/6 fine-tuning it with LoRA on {config.mesh.cpu_devices} emulated devices")
-    tuned = fine_tune(config, progress)
+    tuned = fine_tune(config)
     progress.say("4/6 merging the adapter and exporting a Hugging Face folder")
     export = export_merged(tuned, out / "export")
     progress.say("5/6 scoring the export on the same rows")
@@ -128,12 +128,13 @@ def score(model: "Model", config: "RunConfig", progress: "Progress") -> dict[str
     }
 
 
-def fine_tune(config: "RunConfig", progress: "Progress") -> "Model":
+def fine_tune(config: "RunConfig") -> "Model":
     """The model with its trained adapter, as it lies on the mesh."""
+    from llama_jax.commands.steps import Steps
     from llama_jax.load import Model
     from train.loop import train
 
-    result = train(config, progress=progress.update)
+    result = train(config, progress=Steps().update)
     return Model(result.config, result.params, result.tokenizer)
 
 

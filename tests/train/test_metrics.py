@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.metrics import Clock, MetricsWriter, progress_note, read_metrics
+from train.metrics import Clock, MetricsWriter, read_metrics
 from train.report import chart
 
 
@@ -39,14 +39,17 @@ def test_the_clock_counts_from_its_last_restart(monkeypatch):
     assert clock.lap(10.0) == {"step_seconds": 2.0, "tokens_per_second": 5.0}
 
 
-def test_the_note_says_when_there_is_no_loss():
-    entry = {
-        "loss": float("nan"),
-        "learning_rate": 1e-3,
-        "grad_norm": 0.0,
-        "tokens_per_second": 9.0,
-    }
-    assert progress_note(entry).startswith("loss none, learning rate 1.00e-03")
+def test_with_flops_and_a_peak_the_clock_tells_the_utilization(monkeypatch):
+    times = iter([0.0, 2.0, 2.0])
+    monkeypatch.setattr("train.metrics.time.perf_counter", lambda: next(times))
+    clock = Clock(step_flops=6e12, peak_flops=4 * 1e12)
+    assert clock.lap(10.0)["mfu"] == 0.75
+
+
+def test_no_utilization_where_the_peak_is_not_known(monkeypatch):
+    times = iter([0.0, 2.0])
+    monkeypatch.setattr("train.metrics.time.perf_counter", lambda: next(times))
+    assert "mfu" not in Clock(step_flops=6e12).lap(10.0)
 
 
 def test_a_chart_has_a_curve_for_each_number_and_is_empty_without_any():
