@@ -1,7 +1,8 @@
 """The command `llama-jax`: parses, then calls.
 
-Exit codes: 0 done, 1 failed at run time, 2 wrong input or configuration. With `--json`
-standard output holds exactly one JSON value, everything else goes to standard error.
+Exit codes: 0 done, 1 failed at run time, 2 wrong input or configuration, 75 training was stopped by
+SIGTERM and goes on when started again. With `--json` standard output holds exactly one JSON value,
+everything else goes to standard error.
 """
 
 import argparse
@@ -90,10 +91,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         _complain(args.command, str(error))
         return WRONG_INPUT
     except (RuntimeError, OSError, MemoryError) as error:
-        if args.traceback:
+        # Some errors bring the code that whoever started the command waits for.
+        code = getattr(error, "exit_code", FAILED)
+        if args.traceback and code == FAILED:
             raise
         _complain(args.command, f"{error or type(error).__name__}")
-        return FAILED
+        return code
 
 
 def _run(args: argparse.Namespace) -> int:

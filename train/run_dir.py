@@ -17,10 +17,18 @@ _FREE = {
     "data.num_workers",
     "data.prefetch",
     "train.eval_every_steps",
+    "train.sample_prompts",
+    "train.sample_max_tokens",
+    "wandb",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
+    "train.keep_best",
+    "train.grace_seconds",
     "train.resume_older",
 }
+
+# What is there before the config: all that a run has left which was ended while it began.
+_BEFORE = (".lock", "config.json.tmp")
 
 
 @dataclass(frozen=True)
@@ -36,6 +44,22 @@ class RunDir:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def stopped(self) -> Path:
+        return self.path / "stopped.json"
+
+    @property
+    def goodput(self) -> Path:
+        return self.path / "goodput.json"
+
+    @property
+    def generations(self) -> Path:
+        return self.path / "generations.jsonl"
 
     @property
     def checkpoints(self) -> Path:
@@ -54,7 +78,7 @@ def open_run_dir(run: RunConfig) -> RunDir:
     folder = RunDir(Path(run.output))
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"output {folder.path} is a file; name a folder")
-    if not folder.path.is_dir() or not any(folder.path.iterdir()):
+    if not folder.path.is_dir() or all(path.name in _BEFORE for path in folder.path.iterdir()):
         return folder
     if not folder.config.is_file():
         raise ValueError(

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llama_jax import tree
 from llama_jax.config import Compute, ModelConfig
+from llama_jax.mesh.distributed import WHOLE, Share, place_rows, row_share
 from llama_jax.mesh.sharding import batch_sharding, check_batch, make_mesh, replicated, shardings
 from llama_jax.model.losses import Batch, next_token_loss
 from llama_jax.weights.lora import add_lora
@@ -87,8 +88,14 @@ class Setup:
             return PreferenceBatch(**vars(batch), reference=struct(jnp.float32))
         return batch
 
-    def place(self, batch: Batch) -> Batch:
-        return jax.device_put(batch, batch_sharding(self.mesh, self.compute.rules))
+    def share(self, rows: int) -> Share:
+        """The part of a batch [rows, T] that this process brings."""
+        place = batch_sharding(self.mesh, self.compute.rules)
+        return row_share(place, (rows, self.run.train.sequence_length))
+
+    def place(self, batch: Batch, share: Share = WHOLE) -> Batch:
+        """The global batch, of which this process has `share`."""
+        return place_rows(batch, batch_sharding(self.mesh, self.compute.rules), share)
 
     def num_parameters(self) -> tuple[int, int]:
         """(trained, all) values of the parameters, scales included."""

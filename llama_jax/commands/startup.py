@@ -9,6 +9,10 @@ import os
 import platform
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama_jax.mesh.processes import Processes
 
 CACHE_VARIABLE = "LLAMA_JAX_CACHE_DIR"
 CACHE_OFF = "off"
@@ -47,20 +51,35 @@ def _processor() -> str:
     return f"{platform.machine()}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def start_jax(*, cpu_devices: int | None = None) -> None:
-    """Imports JAX with the compilation cache on and, if asked, `cpu_devices` emulated devices.
+def start_jax(*, cpu_devices: int | None = None, processes: "Processes | None" = None) -> None:
+    """Imports JAX with the compilation cache on, meets the other processes if there are any, and
+    emulates devices if asked: `cpu_devices` of them, over all processes.
 
-    Raises ValueError for a count below 1, RuntimeError when JAX already runs with another one.
+    Raises ValueError for a count below 1 or one that the processes cannot share evenly,
+    RuntimeError when JAX already runs with another one or the processes do not meet.
     """
     if cpu_devices is not None and cpu_devices < 1:
         raise ValueError(f"at least 1 CPU device must be emulated, not {cpu_devices}")
+    count = 1 if processes is None or processes.count is None else processes.count
+    if cpu_devices is not None and cpu_devices % count:
+        raise ValueError(
+            f"mesh.cpu_devices is {cpu_devices}, which {count} processes cannot share evenly"
+        )
     if cpu_devices is not None:
         # Emulation means the CPU, whatever else the machine has.
         os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
     if cpu_devices is not None:
-        _emulate(cpu_devices)
+        _emulate(cpu_devices // count)
+    if processes is not None:
+        from llama_jax.mesh.distributed import join
+
+        # What carries collectives between the CPU devices of several processes.
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        join(processes)
+    if cpu_devices is not None:
+        _check_emulated(cpu_devices)
     folder = cache_dir()
     if folder is None or "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -70,6 +89,7 @@ def start_jax(*, cpu_devices: int | None = None) -> None:
 
 
 def _emulate(cpu_devices: int) -> None:
+    """Settles how many devices this process will have; wakes nothing up."""
     import jax
 
     _wait_for_each_other()
@@ -77,6 +97,11 @@ def _emulate(cpu_devices: int) -> None:
         with contextlib.suppress(RuntimeError):  # JAX runs already: see what it runs with
             jax.config.update("jax_platforms", "cpu")
             jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+def _check_emulated(cpu_devices: int) -> None:
+    import jax
+
     running = jax.device_count()
     if running != cpu_devices:
         raise RuntimeError(

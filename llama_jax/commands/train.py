@@ -1,9 +1,15 @@
 """Trains as a run config says; the same command again goes on where it stopped.
 
 CONFIG.yaml is a file, or the name of a shipped one. Fields are changed with key=value, whose keys
-have dots: train.steps=20 output=runs/a."""
+have dots: train.steps=20 output=runs/a.
+
+On SIGTERM the state is saved within train.grace_seconds and the exit code is 75: start the command
+again and it goes on. Killed in any other way it goes on from the latest complete checkpoint, without
+anything to clean up. Several processes need an output folder that all of them see."""
 
 import argparse
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="check, build and lower the step; read no weights and write nothing",
     )
+    parser.add_argument(
+        "--profile",
+        metavar="STEPS",
+        help="trace so many steps, or those from FIRST-LAST, into the run folder",
+    )
+    group = parser.add_argument_group(
+        "several processes",
+        "found by themselves on TPU slices; elsewhere give all three, or the environment variables "
+        "LLAMA_JAX_COORDINATOR_ADDRESS, LLAMA_JAX_PROCESS_COUNT and LLAMA_JAX_PROCESS_ID. A count "
+        "of 1 runs on this machine alone",
+    )
+    group.add_argument(
+        "--coordinator-address", metavar="HOST:PORT", help="where process 0 can be reached"
+    )
+    group.add_argument("--process-count", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
 
 
 def configs_folder() -> Path:
@@ -49,17 +71,38 @@ def find_config(name: str) -> Path:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from llama_jax.commands.report import Progress
+    from llama_jax.commands.samples import sample
     from llama_jax.commands.startup import start_jax
+    from llama_jax.commands.steps import Steps
+    from llama_jax.mesh.processes import read_processes
     from train.config import load_run_config
 
     config = load_run_config(find_config(args.config), args.overrides)
-    start_jax(cpu_devices=config.mesh.cpu_devices)
+    emulated = config.mesh.cpu_devices
+    processes = read_processes(
+        address=args.coordinator_address,
+        count=args.process_count,
+        process_id=args.process_id,
+        environment=os.environ,
+        cpu=emulated is not None,
+    )
+    start_jax(cpu_devices=emulated, processes=processes)
+    from llama_jax.mesh.distributed import is_main
     from train.loop import dry_run, train
+    from train.profiler import read_steps
 
+    profile = read_steps(args.profile) if args.profile is not None else None
+    if not is_main():
+        for ours in ("llama_jax", "train"):
+            logging.getLogger(ours).setLevel(logging.WARNING)
     if args.dry_run:
         return {"dry_run": True, **dry_run(config)}
-    result = train(config, progress=Progress().update)
+    result = train(
+        config,
+        progress=Steps().update if is_main() else None,
+        sampler=sample if config.train.sample_prompts else None,
+        profile=profile,
+    )
     return {
         "run_dir": str(result.run_dir),
         "steps": result.steps,
@@ -70,6 +113,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def show(report: dict[str, Any], args: argparse.Namespace) -> None:
     from llama_jax.commands.report import print_table, to_size
+    from llama_jax.mesh.distributed import is_main
 
     if args.dry_run:
         data = report["data"]
@@ -82,6 +126,8 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
             ("trained tokens", f"{data['trained_tokens']} of {data['tokens']}"),
         ]
         print_table(f"{args.config} builds and lowers", ("", "value"), rows)
+        return
+    if not is_main():
         return
     print(  # noqa: T201
         f"{report['steps']} steps, loss {report['final_loss']:.4f}; "

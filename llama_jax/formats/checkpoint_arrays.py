@@ -1,0 +1,81 @@
+"""Groups of arrays in folders, written while the program goes on. The only file that knows orbax.
+
+Every process writes the parts of arrays that lie on its devices, once each; process 0 joins them.
+"""
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from etils import epath  # the kind of path that orbax wants
+
+from llama_jax.formats.checkpoint_files import CheckpointError
+
+
+class ArrayWriter:
+    """The arrays of one group on their way into a folder that exists.
+
+    Making one returns as soon as everything is copied to the host: the arrays may change or be
+    given away then. `wait` returns when this process has written its parts, `finish` makes the
+    folder readable, in one process and when all have written.
+    """
+
+    def __init__(self, folder: Path, arrays: Mapping[str, Any]):
+        self._folder = epath.Path(folder.absolute())
+        self._handler = ocp.PyTreeCheckpointHandler()
+        args = ocp.args.PyTreeSave(dict(arrays))
+
+        def copy() -> Any:
+            return asyncio.run(self._handler.async_save(self._folder, args=args))
+
+        # In a thread of its own: in a notebook this one has a running event loop.
+        with ThreadPoolExecutor(1) as pool:
+            self._writing = pool.submit(copy).result() or []
+
+    def wait(self) -> None:
+        for part in self._writing:
+            part.result()
+
+    def finish(self) -> None:
+        self._handler.finalize(self._folder)
+
+    def close(self) -> None:
+        self._handler.close()
+
+
+def owned_files(names: list[str], process: int, count: int) -> Iterator[str]:
+    """Those files of a saved folder that process `process` of `count` has written or, where
+    process 0 did, may as well look after."""
+    for name in names:
+        owner = next((part for part in name.split("/") if part.startswith("ocdbt.process_")), None)
+        number = int(owner.removeprefix("ocdbt.process_")) if owner else 0
+        if (number if number < count else 0) == process:
+            yield name
+
+
+def read_group(
+    folder: Path, manifest: Mapping[str, Any], group: str, wanted: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arrays of a group, each straight to the place its shape struct names; a process reads
+    what its devices hold."""
+    if not wanted:
+        return {}
+    for path, struct in wanted.items():
+        entry = manifest["groups"][group][path]
+        if tuple(entry["shape"]) != struct.shape or entry["dtype"] != str(struct.dtype):
+            raise CheckpointError(
+                f"{folder}: {path} is {entry['dtype']} {tuple(entry['shape'])}, but this run needs "
+                f"{struct.dtype} {struct.shape}"
+            )
+    how = {
+        path: ocp.ArrayRestoreArgs(
+            sharding=struct.sharding, dtype=struct.dtype, global_shape=struct.shape
+        )
+        for path, struct in wanted.items()
+    }
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        args = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=how)
+        return reader.restore((folder / group).absolute(), args=args)
