@@ -19,39 +19,10 @@ from typing import Any
 
 import numpy as np
 
-WORDS = [
-    "harbour",
-    "master",
-    "wrote",
-    "down",
-    "every",
-    "ship",
-    "that",
-    "came",
-    "in",
-    "that",
-    "year",
-    "what",
-    "it",
-    "carried",
-    "where",
-    "had",
-    "been",
-    "and",
-    "how",
-    "long",
-    "stayed",
-    "ledgers",
-    "tell",
-    "us",
-    "which",
-    "towns",
-    "grew",
-    "rich",
-    "were",
-    "passed",
-    "over",
-]
+TEXT = (
+    "harbour master wrote down every ship that came in that year what it carried where had been "
+    "and how long stayed ledgers tell us which towns grew rich were passed over"
+)
 
 
 def main() -> None:
@@ -91,11 +62,11 @@ def load_tokenizer() -> tuple[str, Any]:
 
 def write_rows(path: Path, count: int) -> Path:
     """Half texts, half chats, of lognormal lengths about 60 words."""
-    rng = np.random.default_rng(0)
+    rng, words = np.random.default_rng(0), TEXT.split()
     with path.open("w", encoding="utf-8") as file:
         for number in range(count):
             size = int(np.clip(rng.lognormal(4.1, 0.9), 3, 1200))
-            text = " ".join(rng.choice(WORDS, size))
+            text = " ".join(rng.choice(words, size))
             row: dict[str, Any] = {"text": text}
             if number % 2:
                 half = len(text) // 2

@@ -145,6 +145,11 @@ class DataSection(Section):
         low=0,
     )
     num_workers: int = option("threads that make batches ahead", default=1, low=1)
+    cache: str | None = option(
+        "a local folder that keeps the tokenized rows, so that they need not fit in memory and the "
+        "next start need not make them again; sources that changed are noticed. null: in memory",
+        default=None,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -417,9 +422,7 @@ class RunConfig(Section):
         self._check_method_sections()
         self._check_lengths()
         has_eval = bool(self.data.eval or self.data.eval_fraction)
-        if self.train.eval_every_steps is not None and not (
-            has_eval or self.train.sample_prompts
-        ):
+        if self.train.eval_every_steps is not None and not (has_eval or self.train.sample_prompts):
             raise ValueError(
                 "train.eval_every_steps is set, but there is nothing to evaluate on; set data.eval "
                 "or data.eval_fraction, or train.sample_prompts"

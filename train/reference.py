@@ -112,7 +112,7 @@ def _read(path: Path, wanted: str) -> dict[str, np.ndarray]:
     return stored
 
 
-def _write(path: Path, wanted: str, stored: dict[str, np.ndarray]) -> None:
+def _write(path: Path, wanted: str, stored: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp.npz")
     np.savez(temporary, fingerprint=np.str_(wanted), **stored)

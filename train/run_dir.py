@@ -14,6 +14,7 @@ _FREE = {
     "mesh",
     "compute.loss_chunk_tokens",
     "compute.remat",
+    "data.cache",
     "data.num_workers",
     "data.prefetch",
     "train.eval_every_steps",

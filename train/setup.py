@@ -174,8 +174,8 @@ def run_key(run: RunConfig, use: int) -> jax.Array:
 
 
 def trained_mask(run: RunConfig, config: ModelConfig, params: tree.Tree) -> tree.Tree:
-    method = "full" if run.lora is None else "lora"
-    return trainable_mask(config, params, run.train.trainable, method=method)
+    patterns = run.train.trainable
+    return trainable_mask(config, params, patterns, method="full" if run.lora is None else "lora")
 
 
 def _abstract_params(run: RunConfig, config: ModelConfig, base: tree.Tree) -> tree.Tree:

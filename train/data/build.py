@@ -1,10 +1,13 @@
 """The data of a run: sources to samples to rows, with the report of what was made of them."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from train.config import RunConfig
+from train.data.cache import SampleCache
 from train.data.pipeline import RowPlan, TrainingBatches, plan_rows
 from train.data.render import render_rows
 from train.data.report import DataReport, SourceCount
@@ -37,17 +40,50 @@ class RunData:
 
 
 def build_data(run: RunConfig, rows: RowSet, held_out: RowSet, tokenizer: Any) -> RunData:
-    """Rows to samples. Raises ValueError when nothing is left to train on."""
-    plan, report = _plan(run, rows, tokenizer, "data.train")
-    if not len(held_out):
+    """Rows to samples, or those that `data.cache` has. Raises ValueError when nothing is left to
+    train on."""
+    made = _cached(run, rows, held_out, tokenizer)
+    plan, report = _plan(run, *made["train"], tokenizer, "data.train")
+    if "eval" not in made:
         return RunData(plan, report, None, None)
-    eval_plan, eval_report = _plan(run, held_out, tokenizer, "the evaluation rows")
+    eval_plan, eval_report = _plan(run, *made["eval"], tokenizer, "the evaluation rows")
     return RunData(plan, report, eval_plan, eval_report)
 
 
-def _plan(run: RunConfig, rows: RowSet, tokenizer: Any, name: str) -> tuple[RowPlan, DataReport]:
-    report = DataReport()
-    samples = Samples(_render(run, rows, tokenizer, report))
+Made = dict[str, tuple[Samples, DataReport]]
+
+
+def _cached(run: RunConfig, rows: RowSet, held_out: RowSet, tokenizer: Any) -> Made:
+    if run.data.cache is None:
+        return _make(run, rows, held_out, tokenizer, None)
+    cache = SampleCache(run)
+    if not cache.exists():
+        folder = cache.new()
+        try:
+            made = _make(run, rows, held_out, tokenizer, folder)
+            cache.keep(folder, tokenizer, {name: report for name, (_, report) in made.items()})
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)  # gone already where it was kept
+    return cache.load(tokenizer)
+
+
+def _make(
+    run: RunConfig, rows: RowSet, held_out: RowSet, tokenizer: Any, folder: Path | None
+) -> Made:
+    """Samples in memory, or in files under `folder`."""
+    made = {}
+    for name, part in (("train", rows), ("eval", held_out)):
+        if name == "train" or len(part):
+            report = DataReport()
+            samples = _render(run, part, tokenizer, report)
+            held = Samples(samples) if folder is None else Samples.stored(samples, folder / name)
+            made[name] = (held, report)
+    return made
+
+
+def _plan(
+    run: RunConfig, samples: Samples, report: DataReport, tokenizer: Any, name: str
+) -> tuple[RowPlan, DataReport]:
     if not len(samples):
         raise ValueError(_nothing_left(name, report.rows, report))
     weighted = any(count.weight is not None for count in report.sources.values())

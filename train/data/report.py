@@ -63,6 +63,14 @@ class DataReport:
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "dropped": dict(self.dropped), "fill": round(self.fill, 4)}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "DataReport":
+        """That of which `to_dict` gave the values."""
+        values = {key: value for key, value in values.items() if key != "fill"}
+        values["dropped"] = Counter(values["dropped"])
+        values["sources"] = {n: SourceCount(**count) for n, count in values["sources"].items()}
+        return cls(**values)
+
     def lines(self, name: str) -> list[str]:
         """For a person, one fact a line."""
         share = self.trained_tokens / max(self.tokens, 1)

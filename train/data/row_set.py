@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from train.config import RunConfig, SourceSection
+from train.data.cache import SampleCache
 from train.data.rows import Row
 from train.data.sources import Entry, read_source, source_name
 
@@ -57,8 +58,11 @@ class RowSet:
 def read_run_rows(run: RunConfig) -> tuple[RowSet, RowSet]:
     """(training, evaluation) rows, checked; needs neither a tokenizer nor JAX.
 
-    Raises ValueError for a bad row, or one the method does not train on, naming where it stands.
+    None are read where `data.cache` has what they were made into. Raises ValueError for a bad row,
+    or one the method does not train on, naming where it stands.
     """
+    if run.data.cache is not None and SampleCache(run).exists():
+        return RowSet((), ()), RowSet((), ())
     train, held_out = _check(run, run.data.train), _check(run, run.data.eval)
     if not run.data.eval_fraction:
         return train, held_out

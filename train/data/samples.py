@@ -1,14 +1,18 @@
 """Samples: token ids with a 0/1 mask of the trained ones, held compactly."""
 
 import hashlib
+import io
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from llama_jax.model.losses import Batch
+
+_IDS, _MASKS, _ENDS, _FINGERPRINT = "ids.bin", "masks.bin", "ends.npy", "fingerprint"
 
 
 @dataclass(frozen=True)
@@ -26,19 +30,41 @@ class Samples(Sequence[Sample]):
     """
 
     def __init__(self, samples: Iterable[Sample]):
-        ids, masks, ends = array("i"), bytearray(), array("q", [0])
-        digest = hashlib.sha256()
-        for sample in samples:
-            for part in (sample.ids.astype("<i4").tobytes(), sample.mask.tobytes()):
-                digest.update(len(part).to_bytes(8, "little"))
-                digest.update(part)
-            ids.frombytes(sample.ids.tobytes())
-            masks += sample.mask.tobytes()
-            ends.append(len(ids))
-        self._ids = np.frombuffer(ids, np.int32)
-        self._masks = np.frombuffer(masks, np.uint8)
-        self._ends = np.frombuffer(ends, np.int64)
-        self.fingerprint = digest.hexdigest()
+        ids, masks = io.BytesIO(), io.BytesIO()
+        self._ends, self.fingerprint = _write(samples, ids, masks)
+        self._ids = np.frombuffer(ids.getbuffer(), np.int32)
+        self._masks = np.frombuffer(masks.getbuffer(), np.uint8)
+
+    @classmethod
+    def stored(cls, samples: Iterable[Sample], folder: Path) -> "Samples":
+        """Written to files in `folder` one by one, then read from there: never all in memory."""
+        folder.mkdir(parents=True)
+        with (folder / _IDS).open("wb") as ids, (folder / _MASKS).open("wb") as masks:
+            ends, fingerprint = _write(samples, ids, masks)
+        np.save(folder / _ENDS, ends)
+        (folder / _FINGERPRINT).write_text(fingerprint, encoding="ascii")
+        return cls.load(folder)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Samples":
+        """Those that `stored` wrote; read when they are asked for.
+
+        Raises ValueError for files of other sizes than they must have.
+        """
+        self = cls.__new__(cls)
+        self._ends = np.load(folder / _ENDS)
+        self.fingerprint = (folder / _FINGERPRINT).read_text(encoding="ascii")
+        tokens = int(self._ends[-1])
+        for name, dtype in ((_IDS, np.dtype(np.int32)), (_MASKS, np.dtype(np.uint8))):
+            found = (folder / name).stat().st_size
+            if found != tokens * dtype.itemsize:
+                raise ValueError(
+                    f"{folder / name} has {found} bytes, but {tokens * dtype.itemsize} belong "
+                    f"there; delete {folder.parent} and start again"
+                )
+        self._ids = _mapped(folder / _IDS, np.int32, tokens)
+        self._masks = _mapped(folder / _MASKS, np.uint8, tokens)
+        return self
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -55,6 +81,24 @@ class Samples(Sequence[Sample]):
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self._ends)
+
+
+def _write(samples: Iterable[Sample], ids: BinaryIO, masks: BinaryIO) -> tuple[np.ndarray, str]:
+    """Where each sample ends, and the hash of all."""
+    ends, digest = array("q", [0]), hashlib.sha256()
+    for sample in samples:
+        parts = (sample.ids.astype(np.int32).tobytes(), sample.mask.astype(np.uint8).tobytes())
+        for part, file in zip(parts, (ids, masks), strict=True):
+            digest.update(len(part).to_bytes(8, "little"))
+            digest.update(part)
+            file.write(part)
+        ends.append(ends[-1] + len(sample.ids))
+    return np.frombuffer(ends, np.int64), digest.hexdigest()
+
+
+def _mapped(path: Path, dtype: Any, count: int) -> np.ndarray:
+    # An empty file cannot be mapped.
+    return np.memmap(path, dtype, mode="r", shape=(count,)) if count else np.zeros(0, dtype)
 
 
 def make_sample(ids: Sequence[int], mask: Sequence[int]) -> Sample:
