@@ -209,7 +209,7 @@ def _job(args: argparse.Namespace, machines: Any, cargo: Any, runner: Any) -> An
         cargo=cargo,
         runner=runner,
         redact=Redactor(list(cargo.environment.forwarded.values())),
-        show=lambda line: sys.stdout.write(f"{line}\n"),
+        show=_print,
         clock=time.monotonic,
         sleep=(lambda seconds: None) if args.dry_run else time.sleep,
         retries=args.retries,
@@ -263,21 +263,22 @@ def _act(args: argparse.Namespace) -> dict[str, Any]:
     from train.launch.workers import Workers
 
     target, redact = _target(args), Redactor()
-    runner = DryRun([]) if args.dry_run else Shell(_say)
-    workers = Workers(runner, target, redact, time.sleep)
     report: dict[str, Any] = {"name": target.name}
     if args.dry_run:
-        # What each action runs, one command each.
+        written = DryRun([])
+        workers = Workers(written, target, redact, time.sleep)
         if args.delete:
-            queued.delete(runner, target, redact)
+            queued.delete(written, target, redact)
         elif args.stop:
             workers.stop(_STOP_SECONDS)
         elif args.logs:
-            workers.log(1, _LOG_SECONDS)
+            workers.log(1, _LOG_SECONDS, _print)
         else:
-            runner.run(queued.describe_command(target))
+            written.run(queued.describe_command(target))
             workers.states()
-        return report | {"dry_run": True, "commands": runner.lines, "files": {}}
+        return report | {"dry_run": True, "commands": written.lines, "files": {}}
+    runner = Shell(_say)
+    workers = Workers(runner, target, redact, time.sleep)
     if args.delete:
         return report | {"deleted": queued.delete(runner, target, redact)}
     found = queued.find(runner, target, redact)
@@ -287,7 +288,7 @@ def _act(args: argparse.Namespace) -> dict[str, Any]:
     if args.stop:
         workers.stop(_STOP_SECONDS)
     if args.logs:
-        return report | {"log": workers.log(1, _LOG_SECONDS)}
+        return report | {"log_lines": workers.log(1, _LOG_SECONDS, _print)}
     states = [
         {"host": each.host, "state": each.state, "exit_code": each.exit_code}
         for each in workers.states()
@@ -365,9 +366,7 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
         done = "applied" if report["applied"] else "start it with: kubectl apply -f"
         _print(f"{done} {report['manifest']}")
         return
-    if "log" in report:
-        for line in report["log"]:
-            _print(line)
+    if "log_lines" in report:
         return
     if "topology" in report:
         _print(f"{report['name']}: {report['state']} after {report['attempts']} starts; machines "
@@ -384,3 +383,4 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
 
 def _print(text: str) -> None:
     sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()

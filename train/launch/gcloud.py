@@ -1,8 +1,12 @@
 """Commands of other programs: run, timed, and what their failures mean to a user."""
 
+import contextlib
+import os
 import re
 import shlex
+import signal
 import subprocess
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -36,7 +40,14 @@ class Runner(Protocol):
 
     is_dry: bool
 
-    def run(self, command: Sequence[str], *, timeout: float | None = None) -> Answer: ...
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        timeout: float | None = None,
+        on_line: Callable[[str], None] | None = None,
+    ) -> Answer:
+        """on_line: called with each line of standard output as it comes."""
 
     def note(self, text: str) -> None:
         """Says what the next commands are for."""
@@ -59,36 +70,83 @@ class Shell:
     def show_file(self, name: str, text: str) -> None:
         """The file is there to be looked at."""
 
-    def run(self, command: Sequence[str], *, timeout: float | None = None) -> Answer:
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        timeout: float | None = None,
+        on_line: Callable[[str], None] | None = None,
+    ) -> Answer:
         try:
-            done = subprocess.run(
+            process = subprocess.Popen(
                 list(command),
-                capture_output=True,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
                 text=True,
                 errors="replace",
-                stdin=subprocess.DEVNULL,
-                check=False,
-                timeout=timeout,
+                # gcloud starts ssh: all of them are stopped together, and by nobody else.
+                start_new_session=True,
             )
         except FileNotFoundError as error:
             raise CommandError(
                 f"{command[0]} is not installed, or not on PATH; {_HOW_TO_INSTALL[command[0]]}",
                 "missing",
             ) from error
-        except subprocess.TimeoutExpired as error:
-            # Text here is bytes, whatever was asked for.
-            return Answer(None, _text(error.stdout), _text(error.stderr))
-        return Answer(done.returncode, done.stdout, done.stderr)
+        return _watch(process, timeout, on_line)
+
+
+def _watch(
+    process: "subprocess.Popen[str]",
+    timeout: float | None,
+    on_line: Callable[[str], None] | None,
+) -> Answer:
+    """Reads a process to its end; stops it when its time is over or reading is interrupted."""
+    lines: list[str] = []
+    complaints: list[str] = []
+    assert process.stdout is not None and process.stderr is not None
+    errors = process.stderr
+    # Both streams are read at once: one that nobody reads would stop the process when it is full.
+    reader = threading.Thread(target=lambda: complaints.extend(errors), daemon=True)
+    late = threading.Event()
+
+    def stop() -> None:
+        late.set()
+        _kill(process)
+
+    timer = threading.Timer(timeout, stop) if timeout is not None else None
+    try:
+        reader.start()
+        if timer is not None:
+            timer.start()
+        for line in process.stdout:
+            lines.append(line)
+            if on_line is not None:
+                on_line(line.rstrip("\n"))
+        process.wait()
+        reader.join()
+    finally:
+        if timer is not None:
+            timer.cancel()
+        _kill(process)
+        process.wait()
+        reader.join()
+        process.stdout.close()
+        errors.close()
+    code = None if late.is_set() else process.returncode
+    return Answer(code, "".join(lines), "".join(complaints))
+
+
+def _kill(process: "subprocess.Popen[str]") -> None:
+    """The process and what it started. Nothing where all have ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 _HOW_TO_INSTALL = {
     "gcloud": "see https://cloud.google.com/sdk/docs/install, then run `gcloud auth login`",
     "kubectl": "run `gcloud components install kubectl gke-gcloud-auth-plugin`",
 }
-
-
-def _text(output: bytes | str | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
 # What gcloud says, what that is, and what to do. The first that matches counts: a disabled API is
@@ -189,8 +247,14 @@ class DryRun:
     def note(self, text: str) -> None:
         self.lines += [f"# {line}" for line in text.splitlines()]
 
-    def run(self, command: Sequence[str], *, timeout: float | None = None) -> Answer:
-        del timeout
+    def run(
+        self,
+        command: Sequence[str],
+        *,
+        timeout: float | None = None,
+        on_line: Callable[[str], None] | None = None,
+    ) -> Answer:
+        del timeout, on_line
         self.lines.append(shlex.join(command))
         for words, answers in self._answers:
             if all(word in command for word in words):

@@ -201,10 +201,7 @@ class TpuVmJob:
         workers, first, silences = self.workers, 1, 0
         self.runner.note("the log of the first worker")
         while True:
-            lines = workers.log(first, FOLLOW_SECONDS)
-            first += len(lines)
-            for line in lines:
-                self.show(line)
+            first += workers.log(first, FOLLOW_SECONDS, self.show)
             ending, answered = self._judge(workers.states())
             if ending is None and answered:
                 silences = 0

@@ -152,7 +152,7 @@ follow() {
   [ -f "$job/train.log" ] || return 0
   watched="$(cat "$job/pid" 2>/dev/null || echo 1)"
   # Ends with the job, or when the time is over and the one who follows looks around.
-  timeout "$2" tail -n "+$1" -F --pid="$watched" "$job/train.log" 2>/dev/null |
+  timeout "$2" tail -n "+$1" -s 0.3 -F --pid="$watched" "$job/train.log" 2>/dev/null |
     sed -u 's/^/| /' || true
 }
 

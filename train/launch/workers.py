@@ -138,18 +138,22 @@ class Workers:
         answer = self.runner.run(line, timeout=_SSH_SECONDS)
         return parse_states(answer.stdout)
 
-    def log(self, first: int, seconds: int) -> list[str]:
-        """Lines of the first worker's log from `first`, counted from 1; returns after `seconds`,
-        or when training ends."""
+    def log(self, first: int, seconds: int, show: Callable[[str], None]) -> int:
+        """Shows the first worker's log from line `first`, counted from 1, as it grows; returns
+        after `seconds`, or when training ends, how many lines there were."""
+        shown = 0
+
+        def on_line(text: str) -> None:
+            nonlocal shown
+            if text.startswith(LOG_MARK):
+                shown += 1
+                show(self.redact(text.removeprefix(LOG_MARK)))
+
         line = ssh_command(
             self.target, self._script("follow", str(first), str(seconds)), worker="0"
         )
-        answer = self.runner.run(line, timeout=seconds + _SSH_SECONDS)
-        return [
-            self.redact(text.removeprefix(LOG_MARK))
-            for text in answer.stdout.splitlines()
-            if text.startswith(LOG_MARK)
-        ]
+        self.runner.run(line, timeout=seconds + _SSH_SECONDS, on_line=on_line)
+        return shown
 
 
 def parse_states(text: str) -> list[WorkerState]:

@@ -240,8 +240,32 @@ def test_the_checkout_becomes_a_wheel_that_carries_the_script(tmp_path):
 
 def test_a_program_that_is_missing_or_takes_too_long():
     shell = Shell(lambda text: None)
-    assert shell.run(["sh", "-c", "echo a; sleep 9"], timeout=0.5) == Answer(None, "a\n", "")
+    # What was started is stopped with it, as the ssh of gcloud has to be.
+    late = ["sh", "-c", "echo a; sleep 9; echo b"]
+    assert shell.run(late, timeout=0.5) == Answer(None, "a\n", "")
     assert shell.run(["sh", "-c", "echo b >&2; exit 3"]) == Answer(3, "", "b\n")
+
+
+def test_lines_are_told_as_they_come_and_neither_stream_blocks(tmp_path):
+    shell, seen = Shell(lambda text: None), []
+    go = tmp_path / "go"
+
+    def on_line(text):
+        seen.append(text)
+        go.touch()
+
+    wait = f"echo one; while [ ! -f {go} ]; do sleep 0.05; done; echo two"
+    answer = shell.run(["sh", "-c", wait], timeout=20.0, on_line=on_line)
+    assert (answer.returncode, seen) == (0, ["one", "two"])
+    much = "head -c 1000000 /dev/zero | tr '\\0' x >&2; head -c 1000000 /dev/zero | tr '\\0' y"
+    answer = shell.run(["sh", "-c", much], timeout=20.0)
+    assert (len(answer.stdout), len(answer.stderr)) == (1000000, 1000000)
+    with pytest.raises(KeyboardInterrupt):
+        shell.run(["sh", "-c", "echo a; exec sleep 9"], on_line=_interrupt)
+
+
+def _interrupt(text):
+    raise KeyboardInterrupt
 
 
 def test_gcloud_that_is_not_installed(monkeypatch, tmp_path):
