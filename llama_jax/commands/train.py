@@ -4,8 +4,8 @@ CONFIG.yaml is a file, or the name of a shipped one. Fields are changed with key
 have dots: train.steps=20 output=runs/a.
 
 On SIGTERM the state is saved within train.grace_seconds and the exit code is 75: start the command
-again and it goes on. Killed in any other way it goes on from the latest complete checkpoint, without
-anything to clean up. Several processes need an output folder that all of them see."""
+again and it goes on. Killed in any other way it goes on from the latest complete checkpoint, with
+nothing to clean up. Several processes need an output folder that all of them see."""
 
 import argparse
 import logging

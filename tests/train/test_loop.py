@@ -108,7 +108,7 @@ def test_the_run_folder_holds_what_it_should(whole):
     assert checkpoint.list_steps(folder / "checkpoints") == [3, 6]
     assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
     assert [(done, total) for done, total, _ in seen] == [(n, STEPS) for n in range(1, STEPS + 1)]
-    assert "evaluation loss" in seen[2][2] and "tokens/s" in seen[0][2]
+    assert "eval_loss" in seen[2][2] and "tokens_per_second" in seen[0][2]
 
 
 def test_the_report_stands_alone_and_shows_the_run(whole):
