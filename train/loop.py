@@ -23,6 +23,7 @@ from llama_jax import tree
 from llama_jax.config import ModelConfig
 from llama_jax.formats.checkpoint_saver import Saver
 from llama_jax.mesh.distributed import Share, barrier, is_main, run_on_main
+from train.attempts import Attempts
 from train.config import RunConfig
 from train.data.build import RunData, build_data
 from train.data.pipeline import TrainingBatches, evaluation_batches
@@ -221,7 +222,7 @@ def _steps(
     run, setup, goodput = job.setup.run.train, job.setup, job.goodput
     first = number = int(state.step)
     with contextlib.ExitStack() as stack:
-        report = _Reporter(job, _open_records(job, state, stack), progress)
+        report = _Reporter(job, _open_records(job, state, stack), progress, done=first)
         if first >= run.steps:
             logger.info("all %d steps are done already", run.steps)
             report.page()
@@ -336,8 +337,11 @@ def _open_records(job: _Job, state: TrainState, stack: contextlib.ExitStack) -> 
 class _Reporter:
     """Reads the numbers of steps, and says what is to be said of them where that is done."""
 
-    def __init__(self, job: _Job, records: Records | None, progress: Progress | None):
+    def __init__(self, job: _Job, records: Records | None, progress: Progress | None, *, done: int):
         self._job, self._records, self._progress = job, records, progress
+        self._last_step = done
+        if records is not None:
+            self._attempts = Attempts(job.folder.goodput, first_step=done)
         self.clock = make_clock(job.setup)
         self.stop = _Stop()
 
@@ -353,6 +357,7 @@ class _Reporter:
         return entry
 
     def step(self, step: _Step, entry: dict[str, Any]) -> None:
+        self._last_step = step.number
         with self._job.goodput.cause("report"):
             if self._records is not None:
                 self._records.write(entry, step.samples)
@@ -373,10 +378,9 @@ class _Reporter:
         with self._job.goodput.cause("report"):
             if self._records is None:
                 return
-            _write_report(self._job)
-            summary = self._job.goodput.summary()
-            _write_json(self._job.folder.goodput, summary)
-            self._records.summarize(summary)
+            goodput = self._attempts.write(self._job.goodput.summary(), self._last_step)
+            self._records.summarize(goodput)
+            _write_report(self._job, goodput)
 
     def stopped(self, saved: Path | None) -> None:
         """stopped.json, where training stops before its last step."""
@@ -475,7 +479,7 @@ def _sample(job: _Job, state: TrainState) -> Sequence[str] | None:
         return job.sampler(setup.run, (setup.config, state.params, job.start.tokenizer), setup.mesh)
 
 
-def _write_report(job: _Job) -> None:
+def _write_report(job: _Job, goodput: dict[str, Any]) -> None:
     sample = job.data.train.samples[0]
     write_report(
         job.folder.report,
@@ -489,7 +493,7 @@ def _write_report(job: _Job) -> None:
         sample=spans(sample, job.start.tokenizer),
         counters=dict(job.counters),
         parameters=job.setup.num_parameters(),
-        goodput=job.goodput.summary(),
+        goodput=goodput,
         machine=describe(job.setup.mesh),
         generations=read_generations(job.folder.generations),
     )

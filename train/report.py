@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from train.goodput import CAUSES
+from train.attempts import RUN_CAUSES
 
 _WIDTH, _HEIGHT, _MARGIN = 640, 220, 56
 
@@ -26,7 +26,7 @@ _COLORS = ("#1f6feb", "#d1242f")
 # One for each cause of time, steps first.
 _CAUSE_COLORS = (
     "#1a7f37", "#bf8700", "#8250df", "#0969da", "#57606a", "#8c959f", "#cf222e", "#bc4c00",
-    "#d0d7de",
+    "#d0d7de", "#fd8c73", "#24292f",
 )  # fmt: skip
 
 _STYLE = """
@@ -55,7 +55,7 @@ def write_report(
     """Curves, where the time went, data counts, one sample with its trained text marked, what the
     model said, what it ran on, and the resolved config.
 
-    sample: runs of (text, trained). parameters: (trained, all). goodput: `Goodput.summary()`.
+    sample: runs of (text, trained). parameters: (trained, all). goodput: what goodput.json holds.
     machine: name -> what is there. generations: entries of generations.jsonl.
     """
     trained, total = parameters
@@ -111,26 +111,26 @@ def _totals(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _time(goodput: Mapping[str, Any]) -> str:
     """A bar of the wall time by cause, and the same as a table."""
     wall = goodput["wall_seconds"]
-    colors = dict(zip(CAUSES, _CAUSE_COLORS, strict=True))
+    colors = dict(zip(RUN_CAUSES, _CAUSE_COLORS, strict=True))
     spent = {name: value for name, value in goodput["seconds"].items() if value > 0}
-    parts, left, facts = [], 0.0, {}
+    parts, left, rows = [], 0.0, []
     for name, seconds in spent.items():
         width = _WIDTH * seconds / wall
         parts.append(
             f"<rect x='{left:.2f}' y='0' width='{width:.2f}' height='24' fill='{colors[name]}'>"
-            f"<title>{_escape(CAUSES[name])}</title></rect>"
+            f"<title>{_escape(RUN_CAUSES[name])}</title></rect>"
         )
         left += width
         mark = f"<span style='color:{colors[name]}'>■</span>"
-        facts[name] = (
-            f"<tr><td>{mark} {_escape(CAUSES[name])}</td><td>{seconds:,.1f} s</td>"
+        rows.append(
+            f"<tr><td>{mark} {_escape(RUN_CAUSES[name])}</td><td>{seconds:,.1f} s</td>"
             f"<td>{seconds / wall:.1%}</td></tr>"
         )
     return (
         f"<h2>Time</h2><p>{goodput['goodput']:.1%} of {wall:,.1f} seconds went into steps; since "
-        f"the loop began, {goodput['loop_goodput']:.1%}. This process only: earlier ones of a run "
-        f"that was resumed are not in it.</p><svg viewBox='0 0 {_WIDTH} 24' role='img' "
-        f"aria-label='Time'>{''.join(parts)}</svg><table>{''.join(facts.values())}</table>"
+        f"the loop began, {goodput['loop_goodput']:.1%}. Starts of the run: "
+        f"{len(goodput['attempts'])}.</p><svg viewBox='0 0 {_WIDTH} 24' role='img' "
+        f"aria-label='Time'>{''.join(parts)}</svg><table>{''.join(rows)}</table>"
     )
 
 

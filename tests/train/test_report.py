@@ -2,7 +2,7 @@
 
 import re
 
-from train.goodput import CAUSES
+from train.attempts import RUN_CAUSES
 from train.report import write_report
 
 CONFIG = {"output": "runs/<a>", "model": {"name": "m"}, "method": "lora", "train": {"steps": 4}}
@@ -29,7 +29,8 @@ def goodput(**seconds):
         "wall_seconds": wall,
         "goodput": seconds.get("step", 0) / wall,
         "loop_goodput": 0.9,
-        "seconds": {**dict.fromkeys(CAUSES, 0.0), **seconds},
+        "seconds": {**dict.fromkeys(RUN_CAUSES, 0.0), **seconds},
+        "attempts": [{}, {}],
     }
 
 
@@ -61,6 +62,7 @@ def test_time_is_a_bar_of_its_causes(tmp_path):
     widths = [float(width) for width in re.findall(r"width='([\d.]+)'", bar)]
     assert widths == [384.0, 64.0, 192.0] and sum(widths) == 640
     assert "compiling</td><td>30.0 s</td><td>30.0%</td>" in page
+    assert "Starts of the run: 2." in page
     assert "waiting for the next batch" not in page, "a cause that took no time"
 
 
