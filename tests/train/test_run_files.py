@@ -1,0 +1,72 @@
+"""Small files of a run folder: the samples of each step, and the lock."""
+
+import errno
+import fcntl
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.train.command import ROOT
+from tests.train.test_loop import config
+from train.lock import locked
+from train.run_dir import open_run_dir
+from train.samples_log import SamplesLog, read_samples
+
+
+def test_samples_are_kept_up_to_the_step_that_training_goes_on_from(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    assert read_samples(path) == []
+    with SamplesLog(path, resume_step=0) as log:
+        for step in (1, 2, 3):
+            log.write(step, [step, 10 + step])
+            assert read_samples(path)[-1] == {"step": step, "samples": [step, 10 + step]}
+    with path.open("a") as file:
+        file.write('{"step": 4, "sam')  # cut off by a crash
+    assert [entry["step"] for entry in read_samples(path)] == [1, 2, 3]
+    with SamplesLog(path, resume_step=2) as log:
+        log.write(3, [7])
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [
+        {"step": 1, "samples": [1, 11]},
+        {"step": 2, "samples": [2, 12]},
+        {"step": 3, "samples": [7]},
+    ]
+
+
+def test_a_folder_is_for_one_process_at_a_time(tmp_path):
+    script = "import sys; from pathlib import Path; from train.lock import locked\n"
+    script += "with locked(Path(sys.argv[1])): pass"
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    options = {"check": False, "capture_output": True, "text": True, "cwd": ROOT}
+    with locked(tmp_path / "run"):
+        other = subprocess.run(command, **options)
+        assert other.returncode == 1
+        assert "is in use by another process, which trains there" in other.stderr
+    assert subprocess.run(command, **options).returncode == 0
+
+
+@pytest.mark.parametrize("code", [errno.ENOTSUP, errno.EACCES])
+def test_a_file_system_without_locks_is_only_warned_of(tmp_path, monkeypatch, caplog, code):
+    def fail(*args):
+        raise OSError(code, "no")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    if code == errno.EACCES:
+        with pytest.raises(OSError, match="no"), locked(tmp_path):
+            pass
+    else:
+        with locked(tmp_path):
+            assert "knows no locks" in caplog.text
+
+
+def test_a_folder_that_a_run_was_killed_in_before_it_began_is_a_new_one(tmp_path):
+    run = config(tmp_path)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in (".lock", "config.json.tmp"):
+        (folder / name).write_text("")
+        assert open_run_dir(run).path == folder
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(ValueError, match="not empty and holds no run"):
+        open_run_dir(run)
