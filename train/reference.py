@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from llama_jax import tree
+from llama_jax.mesh.distributed import run_on_main
 from llama_jax.mesh.sharding import batch_sharding, replicated
 from llama_jax.model.log_probs import sequence_log_probs
 from llama_jax.model.losses import Batch
@@ -38,7 +39,8 @@ def attach_reference(setup: Setup, data: RunData, folder: Path, state: TrainStat
     the first step, when the reference is gone.
     """
     path, wanted = folder / FILE, fingerprint(setup, data)
-    if path.is_file():
+    # One process decides: all must take the same way.
+    if run_on_main("look for the reference", path.is_file):
         stored = _read(path, wanted)
     elif int(state.step):
         raise ValueError(
@@ -53,8 +55,7 @@ def attach_reference(setup: Setup, data: RunData, folder: Path, state: TrainStat
             for name, plan in plans.items()
             if plan is not None
         }
-        if jax.process_index() == 0:
-            _write(path, wanted, stored)
+        run_on_main("write the reference", lambda: _write(path, wanted, stored))
     return dataclasses.replace(
         data,
         train=dataclasses.replace(data.train, reference=stored["train"]),
