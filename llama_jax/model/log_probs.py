@@ -8,11 +8,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llama_jax.config import Compute, ModelConfig
-from llama_jax.mesh.sharding import batch_parts, constrain
+from llama_jax.mesh.sharding import batch_parts, loss_rules
 from llama_jax.model import transformer
-from llama_jax.model.losses import Batch
+from llama_jax.model.losses import Batch, dealt_head, token_losses
 from llama_jax.model.moe import RouterStats
-from llama_jax.weights.dot import dot
 
 
 def sequence_log_probs(
@@ -33,6 +32,8 @@ def sequence_log_probs(
         segment_ids=batch.segment_ids,
     )
     head = transformer.head_weight(config, params)
+    rules = loss_rules(head.shape[0], compute.rules)
+    head = dealt_head(head, rules)
     rows, length = batch.targets.shape
     tokens = rows * length // batch_parts(rows, compute.rules)
     num_chunks = min(length, math.ceil(tokens / compute.loss_chunk_tokens))
@@ -46,13 +47,8 @@ def sequence_log_probs(
     @jax.checkpoint
     def body(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
         hidden, targets, mask = chunk
-        logits = dot(hidden, head, compute=compute, keep_accumulator=True).astype(jnp.float32)
-        logits = constrain(logits, ("batch", None, "vocab"), compute.rules)
-        # Selected by comparison, not by index: this stays local when the vocabulary is sharded.
-        is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
-        chosen = jnp.where(is_target, logits, 0.0).sum(axis=-1)
-        found = chosen - jax.nn.logsumexp(logits, axis=-1)
-        return total + (found * mask).sum(axis=-1), None
+        losses = token_losses(compute, rules, hidden, head, targets)
+        return total - (losses * mask).sum(axis=-1), None
 
     mask = batch.loss_mask.astype(jnp.float32)
     chunks = (chunked(hidden), chunked(batch.targets), chunked(mask))

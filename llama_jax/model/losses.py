@@ -82,20 +82,20 @@ def cross_entropy(
         x = jnp.pad(x, [*padding, *[(0, 0)] * (x.ndim - 2)])
         return x.reshape(batch, num_chunks, size, *x.shape[2:]).swapaxes(0, 1)
 
-    head = _dealt(head, rules)
+    head = dealt_head(head, rules)
     return _chunked_loss(compute, rules, chunked(hidden), head, chunked(targets), chunked(mask))
 
 
-def _dealt(head: Leaf, rules: LogicalRules) -> Leaf:
+def dealt_head(head: Leaf, rules: LogicalRules) -> Leaf:
     """The head with its rows where `loss_rules` wants them; quantized ones stay where they are."""
     if isinstance(head, LoraTensor):
         return dataclasses.replace(
             head,
-            base=_dealt(head.base, rules),
+            base=dealt_head(head.base, rules),
             lora_b=constrain(head.lora_b, ("loss_vocab", None), rules),
         )
     if isinstance(head, SavedTensor):
-        return dataclasses.replace(head, saved=_dealt(head.saved, rules))
+        return dataclasses.replace(head, saved=dealt_head(head.saved, rules))
     return head if is_quantized(head) else constrain(head, ("loss_vocab", None), rules)
 
 
@@ -108,8 +108,17 @@ def _chunk_loss(
     mask: jax.Array,
 ) -> jax.Array:
     """The loss of one chunk [B, t, D]."""
+    mask = constrain(mask, ("loss_batch", None), rules)
+    return jnp.sum(token_losses(compute, rules, hidden, head, targets) * mask)
+
+
+def token_losses(
+    compute: Compute, rules: LogicalRules, hidden: jax.Array, head: Leaf, targets: jax.Array
+) -> jax.Array:
+    """-log softmax(hidden @ head.T)[target] in float32, [B, t]; `rules` and the head's place as
+    `loss_rules` and `dealt_head` give them."""
     hidden = constrain(hidden, ("loss_batch", None, None), rules)
-    targets, mask = (constrain(x, ("loss_batch", None), rules) for x in (targets, mask))
+    targets = constrain(targets, ("loss_batch", None), rules)
     logits = dot(hidden, head, compute=compute, keep_accumulator=True).astype(jnp.float32)
     logits = constrain(logits, ("loss_batch", None, "loss_vocab"), rules)
     top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
@@ -117,7 +126,7 @@ def _chunk_loss(
     # Selected by comparison, not by index: this stays local when the vocabulary is sharded.
     is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
     chosen = jnp.where(is_target, logits, 0.0).sum(axis=-1)
-    return jnp.sum((total - chosen) * mask)
+    return total - chosen
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
