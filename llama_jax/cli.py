@@ -21,6 +21,7 @@ COMMANDS = (
     "demo",
     "models",
     "train",
+    "fit",
     "generate",
     "chat",
     "eval",

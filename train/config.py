@@ -14,8 +14,16 @@ from typing import Any, Literal
 import yaml
 
 from llama_jax.config import DEFAULT_RULES, Compute
+from llama_jax.mesh.slices import slice_named
 from llama_jax.weights.lora_config import LoraConfig
 from train.typed import Section, from_dict, json_schema, option, to_dict
+
+
+def _check_architecture(name: str) -> None:
+    from llama_jax.presets import presets
+
+    if name not in presets:
+        raise ValueError(f"model.architecture {name!r} is no preset; they are {', '.join(presets)}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,11 @@ class ModelSection(Section):
         "model's own",
         default=None,
     )
+    architecture: str | None = option(
+        "a name of `llama-jax models` whose shape the weights have: `fit` then works before they "
+        "are there, and weights of another shape are refused; null: what the weights say",
+        default=None,
+    )
     overrides: dict[str, Any] = field(
         default_factory=dict,
         metadata={"doc": "fields of the architecture, with `init: random` only"},
@@ -45,6 +58,8 @@ class ModelSection(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.architecture is not None:
+            _check_architecture(self.architecture)
         if self.overrides and self.init != "random":
             raise ValueError(
                 "model.overrides changes the architecture, which the stored weights do not fit; "
@@ -271,9 +286,18 @@ class MeshSection(Section):
         default=None,
         low=1,
     )
+    slice: str | None = option(
+        "the TPU slice this run is made for, such as v5e-16, by number of chips: what `fit` proves "
+        "and `launch` brings up; on another number of TPU devices `train` refuses to start",
+        default=None,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.slice is not None:
+            slice_named(self.slice)
+            if self.cpu_devices is not None:
+                raise ValueError("mesh.slice and mesh.cpu_devices both say where to run; keep one")
         for axis, size in self.sizes().items():
             if size == 0:
                 raise ValueError(f"mesh.{axis} is 0; it must be a positive integer or -1")

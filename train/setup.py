@@ -17,6 +17,7 @@ from llama_jax import tree
 from llama_jax.config import Compute, ModelConfig
 from llama_jax.mesh.distributed import WHOLE, Share, place_rows, row_share
 from llama_jax.mesh.sharding import batch_sharding, check_batch, make_mesh, replicated, shardings
+from llama_jax.mesh.slices import slice_named
 from llama_jax.model.losses import Batch, next_token_loss
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.quantize import quantize
@@ -36,6 +37,14 @@ _WEIGHTS, _ADAPTERS, _STEPS = 0, 1, 2
 def open_mesh(section: MeshSection) -> Mesh:
     """The mesh over all devices, or over the first `cpu_devices` emulated ones."""
     devices = jax.devices()
+    if section.slice is not None and devices[0].platform == "tpu":
+        wanted = slice_named(section.slice)
+        if len(devices) != wanted.num_devices:
+            raise ValueError(
+                f"mesh.slice is {section.slice}, which has {wanted.num_devices} devices, but there "
+                f"are {len(devices)}; run on that slice, or change mesh.slice and prove it with "
+                f"`llama-jax fit`"
+            )
     if section.cpu_devices is not None:
         if devices[0].platform != "cpu" or len(devices) < section.cpu_devices:
             raise ValueError(

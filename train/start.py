@@ -11,7 +11,7 @@ from llama_jax import tree
 from llama_jax.config import LogicalRules, ModelConfig, check_keys
 from llama_jax.load import load, load_abstract
 from llama_jax.presets import presets
-from llama_jax.weights.table import abstract_params
+from llama_jax.weights.table import abstract_params, weight_table
 from train.config import ModelSection, RunConfig
 from train.data.files import PACKAGE_PREFIX, package_path
 
@@ -29,20 +29,66 @@ def read_start(run: RunConfig) -> Start:
     """Everything but the weights themselves.
 
     Raises ValueError for a model without a tokenizer, for one whose ids the model has no rows for,
-    and for a sequence length beyond the model's positions.
+    for one of another shape than `model.architecture`, and for a sequence length beyond the model's
+    positions.
     """
     section = run.model
-    if section.init == "random" and section.name in presets:
+    if section.init == "random" and section.name in presets and section.tokenizer is None:
         # A preset is a shape only: its tokenizer must be named.
-        config, params, tokenizer = presets[section.name], None, None
-        if section.tokenizer is None:
+        raise ValueError(
+            f"model.name {section.name} is a preset, which brings no tokenizer; name one in "
+            f"model.tokenizer"
+        )
+    config, params, tokenizer = _shape(run, _stored(section))
+    if section.tokenizer is not None:
+        tokenizer = _named_tokenizer(section.tokenizer)
+    if tokenizer is None:
+        raise ValueError(
+            f"the model {section.name} brings no tokenizer; name one in model.tokenizer"
+        )
+    tokenizer.check_vocab(config.vocab_size)
+    return Start(config, params, tokenizer)
+
+
+def read_shape(run: RunConfig) -> tuple[ModelConfig, tree.Tree]:
+    """What is trained, as shape structs: of `model.architecture` if it is given, so that neither
+    weights nor tokenizer need be there. Raises ValueError as `read_start` does."""
+    section = run.model
+    name = section.architecture or (section.name if section.init == "random" else None)
+    stored = (presets[name], None, None) if name in presets else _stored(section)
+    config, params, _ = _shape(run, stored)
+    return config, params
+
+
+def _stored(section: ModelSection) -> tuple[ModelConfig, tree.Tree | None, Any]:
+    """(config, weights or None where there is only a shape, tokenizer) of `model.name`."""
+    if section.init == "random" and section.name in presets:
+        return presets[section.name], None, None
+    stored = load_abstract(section.name)
+    if section.architecture is not None and stored.params is not None:
+        _check_architecture(section, stored.config)
+    return stored.config, stored.params, stored.tokenizer
+
+
+def _check_architecture(section: ModelSection, config: ModelConfig) -> None:
+    """Compares the shapes of all weights."""
+    assert section.architecture is not None
+    wanted = weight_table(presets[section.architecture])
+    found = weight_table(config)
+    for path in (*wanted, *found):
+        shapes = [row.shape if (row := table.get(path)) else None for table in (wanted, found)]
+        if shapes[0] != shapes[1]:
             raise ValueError(
-                f"model.name {section.name} is a preset, which brings no tokenizer; name one in "
-                f"model.tokenizer"
+                f"model.architecture is {section.architecture}, but {section.name} has {path} of "
+                f"shape {shapes[1]}, not {shapes[0]}; name its own architecture or leave it out"
             )
-    else:
-        stored = load_abstract(section.name)
-        config, params, tokenizer = stored.config, stored.params, stored.tokenizer
+
+
+def _shape(
+    run: RunConfig, stored: tuple[ModelConfig, tree.Tree | None, Any]
+) -> tuple[ModelConfig, tree.Tree, Any]:
+    section = run.model
+    config, params, tokenizer = stored
     if section.init == "random":
         config, params = _overridden(section, config), None
     if section.dtype is not None and section.dtype != config.dtype:
@@ -52,22 +98,13 @@ def read_start(run: RunConfig) -> Start:
                 f"weights, whose numbers have types of their own; leave model.dtype out"
             )
         config, params = config.replace(dtype=section.dtype), None
-    if params is None:
-        params = abstract_params(config)
-    if section.tokenizer is not None:
-        tokenizer = _named_tokenizer(section.tokenizer)
-    if tokenizer is None:
-        raise ValueError(
-            f"the model {section.name} brings no tokenizer; name one in model.tokenizer"
-        )
-    tokenizer.check_vocab(config.vocab_size)
     length, limit = run.train.sequence_length, config.max_position_embeddings
     if length > limit:
         raise ValueError(
             f"train.sequence_length is {length}, but the model reads at most {limit} positions "
             f"(max_position_embeddings)"
         )
-    return Start(config, params, tokenizer)
+    return config, abstract_params(config) if params is None else params, tokenizer
 
 
 def _overridden(section: ModelSection, config: ModelConfig) -> ModelConfig:

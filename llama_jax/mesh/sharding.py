@@ -7,6 +7,7 @@ mesh axes, and everything here follows from the two.
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -54,14 +55,31 @@ def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[Any] | None = None)
 
 
 def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
-    """Neighbouring mesh positions on neighbouring chips, where the platform has a topology."""
+    """Neighbouring mesh positions on neighbouring chips, where the platform has a topology. Of
+    several slices, which only a slower network joins, each takes a part of the `data` axis."""
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(shape)
+    slices: dict[int, list[Any]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    data, *rest = shape
+    if data % len(slices):
+        raise ValueError(
+            f"mesh.data is {data}, but there are {len(slices)} slices: copies of the parameters go "
+            f"to different slices, so it must be a multiple of {len(slices)}"
+        )
     from jax.experimental import mesh_utils
 
-    return mesh_utils.create_device_mesh(
-        shape, devices, allow_split_physical_axes=True, contiguous_submeshes=False
-    )
+    parts = [
+        mesh_utils.create_device_mesh(
+            (data // len(slices), *rest),
+            slices[index],
+            allow_split_physical_axes=True,
+            contiguous_submeshes=False,
+        )
+        for index in sorted(slices)
+    ]
+    return np.concatenate(parts)
 
 
 def _mesh_axes(rules: LogicalRules, axis: str | None) -> tuple[str, ...]:
@@ -171,9 +189,9 @@ def gathered(
     leaf: Any, axes: Sequence[str | None], dtype: Any, rules: LogicalRules = DEFAULT_RULES
 ) -> Any:
     """A weight in `dtype`, whole along `embed` and dealt out along its other axes, on the mesh in
-    force. Of an adapted weight the base and both factors; quantized ones stay as they are."""
-    axes = [None if axis == "embed" else axis for axis in axes]
-    *stack, out_axis, in_axis = axes if len(axes) > 1 else (*axes, None)
+    force; its gradient comes back dealt out along all of them. Of an adapted weight the base and
+    both factors; quantized ones stay as they are."""
+    *stack, out_axis, in_axis = axes
     if isinstance(leaf, LoraTensor):
         return dataclasses.replace(
             leaf,
@@ -181,9 +199,32 @@ def gathered(
             lora_a=gathered(leaf.lora_a, [*stack, "rank", in_axis], dtype, rules),
             lora_b=gathered(leaf.lora_b, [*stack, out_axis, "rank"], dtype, rules),
         )
-    if isinstance(leaf, PackedTensor | QArray):
+    if isinstance(leaf, PackedTensor | QArray | SavedTensor):
         return leaf
-    return constrain(leaf.astype(dtype), axes, rules)
+    whole = partition_spec([None if axis == "embed" else axis for axis in axes], rules)
+    return _gather(leaf.astype(dtype), whole, partition_spec(axes, rules))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec) -> jax.Array:
+    """x as `whole`. A plain constraint would ask the same of its gradient: summed whole on every
+    device before it is cut up, where a reduce-scatter sends half as much and holds a part."""
+    del parts
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gather_forward(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec) -> Any:
+    return _gather(x, whole, parts), None
+
+
+def _gather_backward(
+    whole: PartitionSpec, parts: PartitionSpec, _: None, gradient: jax.Array
+) -> tuple[jax.Array]:
+    del whole
+    return (jax.lax.with_sharding_constraint(gradient, parts),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

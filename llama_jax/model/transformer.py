@@ -25,7 +25,7 @@ from llama_jax.model import moe, rope
 from llama_jax.model.attention import attend, causal_mask
 from llama_jax.weights.dot import dot, embed
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import Leaf, LoraTensor
+from llama_jax.weights.tensors import Leaf, is_adapted, is_quantized
 
 Params = tree.Tree
 
@@ -301,11 +301,10 @@ class Llama(nnx.Module):
 
 
 def _gathered(config: ModelConfig, compute: Compute, layer: Any) -> Any:
-    """The state of one layer with its adapted linear weights whole along `embed`, which is what
-    fsdp splits, in the compute dtype: said here, each is fetched just before its product. Left to
-    itself the TPU compiler multiplies piece by piece into wide sums, which takes a quarter more
-    memory. Weights with a gradient of their own are better left to it: theirs would be whole too.
-    """
+    """The state of one layer with the weights of its linear layers whole along `embed`, which is
+    what fsdp splits, in the compute dtype: said here, each is fetched once, just before its
+    product. Left to itself the TPU compiler multiplies piece by piece into wide sums, which takes
+    four times the memory traffic. Biases, norms, experts and quantized weights are left to it."""
     if jax.sharding.get_abstract_mesh().empty:
         return layer
     table, dtype = weight_table(config), jnp.dtype(compute.dtype)
@@ -313,12 +312,12 @@ def _gathered(config: ModelConfig, compute: Compute, layer: Any) -> Any:
     def gather(keys: Any, leaf: Leaf) -> Leaf:
         names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
         row = table.get(".".join(["layers", *names]))
-        if row is None or not isinstance(leaf, LoraTensor):
+        if row is None or row.role != "matrix":
             return leaf
         return gathered(leaf, row.axes[1:], dtype, compute.rules)
 
     return jax.tree_util.tree_map_with_path(
-        gather, layer, is_leaf=lambda leaf: isinstance(leaf, LoraTensor)
+        gather, layer, is_leaf=lambda leaf: is_adapted(leaf) or is_quantized(leaf)
     )
 
 

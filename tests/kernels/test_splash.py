@@ -17,9 +17,9 @@ from tests.tiny import tiny_config, tiny_params, tiny_tokens
 LENGTH, SIZE = 128, 128
 
 
-def operands(batch=2, heads=4, kv_heads=2):
+def operands(batch=2, heads=4, kv_heads=2, size=SIZE):
     keys = jax.random.split(jax.random.key(0), 3)
-    shapes = [(batch, LENGTH, n, SIZE) for n in (heads, kv_heads, kv_heads)]
+    shapes = [(batch, LENGTH, n, size) for n in (heads, kv_heads, kv_heads)]
     return [jax.random.normal(k, s) for k, s in zip(keys, shapes, strict=True)]
 
 
@@ -39,9 +39,11 @@ SEGMENTS = np.repeat([[1] * 40 + [2] * 60 + [0] * 28], 2, axis=0).astype(np.int3
 
 
 @pytest.mark.parametrize("window", [None, 9])
-@pytest.mark.parametrize("segments", [None, SEGMENTS])
-def test_equals_the_reference_forward_and_backward(window, segments):
-    arrays = operands()
+@pytest.mark.parametrize(
+    ("segments", "size"), [(None, SIZE), (SEGMENTS, SIZE), (SEGMENTS, 64), (None, 80)]
+)
+def test_equals_the_reference_forward_and_backward(window, segments, size):
+    arrays = operands(size=size)
     ids = None if segments is None else jnp.asarray(segments)
 
     def ours(q, k, v):
@@ -90,8 +92,18 @@ def test_the_model_takes_the_kernel_when_told(monkeypatch):
     np.testing.assert_allclose(got, transformer.forward(config, params, tokens), atol=1e-4)
 
 
-@pytest.mark.parametrize(("length", "size"), [(100, 128), (128, 64)])
-def test_shapes_the_kernel_cannot_take_are_refused(length, size):
-    x = jnp.ones((1, length, 2, size))
-    with pytest.raises(ValueError, match=f"not {length} and {size}"):
+def test_a_length_the_kernel_cannot_take_is_refused():
+    x = jnp.ones((1, 100, 2, 128))
+    with pytest.raises(ValueError, match="multiple of 128, not 100"):
         splash.attend(x, x, x, None, sliding_window=None, rules=DEFAULT_RULES)
+
+
+@pytest.mark.parametrize("window", [None, 9, 200])
+@pytest.mark.parametrize("length", [256, 384, 1024, 1536])
+def test_the_visited_share_is_that_of_blocks_with_something_to_see(length, window):
+    block = 512 if length % 512 == 0 else 256 if length % 256 == 0 else 128
+    places = jnp.arange(length)[None]
+    mask = np.asarray(causal_mask(places, places, sliding_window=window))[0]
+    count = length // block
+    blocks = mask.reshape(count, block, count, block).any(axis=(1, 3))
+    assert splash.visited_share(length, window) == blocks.mean()

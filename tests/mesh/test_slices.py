@@ -54,3 +54,12 @@ def test_the_compilers_devices_are_those_of_the_slice(name):
     assert {device.device_kind for device in devices} == {wanted.generation.device_kind}
     if wanted.count > 1:
         assert {device.slice_index for device in devices} == set(range(wanted.count))
+
+
+def test_each_slice_takes_a_part_of_the_data_axis():
+    devices = slice_devices("2xv5e-4")
+    mesh = make_mesh({"data": 4, "fsdp": 2}, devices=devices)
+    of_rows = [{device.slice_index for device in row.flat} for row in mesh.devices]
+    assert of_rows == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ValueError, match="multiple of 2"):
+        make_mesh({"fsdp": 8}, devices=devices)

@@ -1,0 +1,149 @@
+"""Collectives and traffic read off compiled programs whose numbers are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llama_jax.mesh.hlo import Program
+from llama_jax.mesh.sharding import make_mesh
+
+
+def compiled(function, *shapes, mesh, specs, out):
+    places = [NamedSharding(mesh, spec) for spec in specs]
+    structs = [
+        jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place)
+        for shape, place in zip(shapes, places, strict=True)
+    ]
+    jitted = jax.jit(function, out_shardings=NamedSharding(mesh, out))
+    return Program.parse(jitted.lower(*structs).compile().as_text())
+
+
+def test_an_all_reduce_in_a_loop_counts_once_an_iteration():
+    mesh = make_mesh({"fsdp": 8})
+
+    def scanned(x, weights):
+        def body(x, w):
+            # Contracted over the sharded dimension: each device has a part of the sum.
+            y = jax.lax.with_sharding_constraint(x @ w, NamedSharding(mesh, PartitionSpec()))
+            return jax.lax.with_sharding_constraint(
+                jnp.tanh(y), NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+            ), None
+
+        return jax.lax.scan(body, x, weights)[0].sum()
+
+    program = compiled(
+        scanned,
+        (16, 64),
+        (5, 64, 64),
+        mesh=mesh,
+        specs=[PartitionSpec(None, "fsdp"), PartitionSpec(None, "fsdp", None)],
+        out=PartitionSpec(),
+    )
+    sent = program.collectives()["all-reduce"]
+    # Five of [16, 64] floats, and the one number at the end.
+    assert sent.count == 6
+    assert sent.bytes == pytest.approx((5 * 16 * 64 * 4 + 4) * 2 * 7 / 8)
+    assert sent.dcn_bytes == 0
+    assert not program.uncounted_loops
+
+
+def test_groups_that_span_slices_are_told_apart():
+    mesh = make_mesh({"data": 2, "fsdp": 4})
+
+    def summed(x):
+        along_fsdp = jax.shard_map(
+            lambda x: jax.lax.psum(x, "fsdp"),
+            mesh=mesh,
+            in_specs=PartitionSpec(("data", "fsdp")),
+            out_specs=PartitionSpec("data"),
+        )(x)
+        return jax.shard_map(
+            lambda x: jax.lax.psum(x, "data"),
+            mesh=mesh,
+            in_specs=PartitionSpec("data"),
+            out_specs=PartitionSpec(),
+        )(along_fsdp)
+
+    spec = PartitionSpec(("data", "fsdp"))
+    program = compiled(summed, (8, 32), mesh=mesh, specs=[spec], out=PartitionSpec())
+    sent = program.collectives(devices_per_slice=4)["all-reduce"]
+    assert sent.count == 2
+    inside, between = 32 * 4 * 2 * 3 / 4, 32 * 4 * 2 * 1 / 2
+    assert sent.bytes == pytest.approx(inside + between)
+    assert sent.dcn_bytes == pytest.approx(between)
+
+
+@pytest.mark.parametrize(
+    ("groups", "expected"),
+    [
+        ("replica_groups={{0,2},{1,3}}", [0, 2]),
+        ("replica_groups=[2,4]<=[8]", [0, 1, 2, 3]),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", [0, 4]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", [0, 1, 2, 3]),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a'}", [0, 4]),
+        ("source_target_pairs={{3,4},{4,5}}", [3, 4]),
+    ],
+)
+def test_every_way_to_write_groups(groups, expected):
+    from llama_jax.mesh.hlo import _first_group
+
+    assert _first_group(f"%x), channel_id=1, {groups}, dimensions=0") == expected
+
+
+TEXT = """HloModule m
+%fused (p0: f32[4,8,8], p1: s32[]) -> f32[8,8] {
+  %p0 = f32[4,8,8]{2,1,0} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,8,8]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,8}
+  ROOT %cast = f32[8,8]{1,0} bitcast(%slice)
+}
+
+%cond (c: (s32[], f32[4,8,8])) -> pred[] {
+  %c = (s32[], f32[4,8,8]) parameter(0)
+  %bound = s32[] constant(4)
+  %at = s32[] get-tuple-element(%c), index=0
+  ROOT %lt = pred[] compare(%at, %bound), direction=LT
+}
+
+%body (b: (s32[], f32[4,8,8])) -> (s32[], f32[4,8,8]) {
+  %b = (s32[], f32[4,8,8]) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[4,8,8]{2,1,0} get-tuple-element(%b), index=1
+  %row = f32[8,8]{1,0} fusion(%x, %i), kind=kLoop, calls=%fused
+  %onchip = f32[8,8]{1,0:S(1)} copy(%row)
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %out = (s32[], f32[4,8,8]) tuple(%next, %x)
+}
+
+ENTRY %main (a: f32[4,8,8]) -> (s32[], f32[4,8,8]) {
+  %a = f32[4,8,8]{2,1,0} parameter(0)
+  %start = s32[] constant(0)
+  %init = (s32[], f32[4,8,8]) tuple(%start, %a)
+  ROOT %loop = (s32[], f32[4,8,8]) while(%init), condition=%cond, body=%body
+}
+"""
+
+
+def test_traffic_counts_slices_and_leaves_out_what_stays_on_the_chip():
+    program = Program.parse(TEXT)
+    matrix, number = 8 * 8 * 4, 4
+    # Of the stacked array one matrix is read and written an iteration, then read by the copy, whose
+    # result stays on the chip; the counter is read twice (fusion, add) with the one, and written.
+    once = (matrix + number + matrix) + matrix + (number + number + number)
+    # The condition runs as often as the body here: its compare reads two numbers, writes a pred.
+    assert program.bytes_accessed() == pytest.approx(4 * once)
+    assert program.uncounted_loops == []
+
+
+def test_a_loop_of_unknown_length_is_named():
+    program = Program.parse(TEXT.replace("constant(4)", "parameter(1)"))
+    program.collectives()
+    assert program.uncounted_loops == ["loop"]
+
+
+def test_text_without_an_entry_is_refused():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        Program.parse("HloModule nothing")
