@@ -11,6 +11,8 @@ from typing import Any, Self
 import tensorboardX
 
 from llama_jax.mesh.slices import peak_flops
+from llama_jax.model.flops import model_flops
+from train.fit import trained_weights
 from train.setup import Setup
 
 logger = logging.getLogger(__name__)
@@ -81,12 +83,12 @@ def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:
 class Clock:
     """Times steps; what lies between `lap` and `restart` is not counted.
 
-    step_flops: of one step, over all devices; peak_flops: what all devices could do in a second.
-    With both, the model FLOPs utilization is told.
+    token_flops: what the mathematics of a token needs; peak_flops: what all devices together could
+    do in a second. With both, the model FLOPs utilization is told: of tokens, not of padding.
     """
 
-    def __init__(self, *, step_flops: float | None = None, peak_flops: float | None = None) -> None:
-        self._step_flops, self._peak_flops = step_flops, peak_flops
+    def __init__(self, *, token_flops: float | None = None, peak_flops: float | None = None):
+        self._token_flops, self._peak_flops = token_flops, peak_flops
         self.restart()
 
     def restart(self) -> None:
@@ -96,8 +98,8 @@ class Clock:
         """The time since the last restart, the tokens it took, and what of the peak that is."""
         seconds = time.perf_counter() - self._start
         entry = {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
-        if self._step_flops is not None and self._peak_flops is not None:
-            entry["mfu"] = self._step_flops / seconds / self._peak_flops
+        if self._token_flops is not None and self._peak_flops is not None:
+            entry["mfu"] = self._token_flops * tokens / seconds / self._peak_flops
         return entry
 
 
@@ -107,9 +109,11 @@ def make_clock(setup: Setup) -> Clock:
     peak = peak_flops(kinds.pop()) if len(kinds) == 1 else None
     if peak is None:
         return Clock()
-    return Clock(step_flops=step_flops(setup), peak_flops=peak * setup.mesh.size)
+    return Clock(token_flops=token_flops(setup), peak_flops=peak * setup.mesh.size)
 
 
-def step_flops(setup: Setup) -> float | None:
-    """Floating-point operations of one step that the mathematics needs; None where not counted."""
-    return None
+def token_flops(setup: Setup) -> float:
+    """Operations that a step must do for one token of a full row, nothing counted twice."""
+    length = setup.run.train.sequence_length
+    trained = trained_weights(setup, setup.config)
+    return model_flops(setup.config, tokens=length, length=length, trained=trained) / length

@@ -14,8 +14,8 @@ def check_installed(section: WandbSection | None) -> None:
     """Raises ValueError where the config wants it and it is not there, before anything starts."""
     if section is not None and importlib.util.find_spec("wandb") is None:
         raise ValueError(
-            "the config has a section wandb, but the package is not installed: pip install wandb, "
-            "or remove the section"
+            "the config has a section wandb, but the package is not installed: pip install "
+            "'llama-jax[wandb]', or remove the section"
         )
 
 

@@ -26,7 +26,9 @@ _LOG_SECONDS = 60
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--slice", metavar="SLICE", help="such as v5e-16")
+    parser.add_argument(
+        "--slice", metavar="SLICE", help="such as v5e-16 (default: the config's mesh.slice)"
+    )
     parser.add_argument("--project", help="the Google Cloud project")
     parser.add_argument("--zone", help="such as us-west4-a")
     parser.add_argument("--name", help="of the job and its machines (default: from the config)")
@@ -119,9 +121,6 @@ def _check_together(args: argparse.Namespace) -> None:
         if getattr(args, name):
             kind = "on GKE" if args.gke else "without --gke"
             raise ValueError(f"--{name.replace('_', '-')} means nothing {kind}; leave it out")
-    acting = args.status or args.logs or args.stop or args.delete
-    if args.slice is None and not acting:
-        raise ValueError("--slice is missing; say which, such as --slice v5e-16")
     if args.retries < 0:
         raise ValueError(f"--retries must be 0 or more, not {args.retries}")
     if not args.gke:
@@ -158,14 +157,20 @@ def _target(args: argparse.Namespace) -> Any:
 
 
 def _on_machines(args: argparse.Namespace) -> dict[str, Any]:
-    from llama_jax.mesh.slices import slice_named
     from train.launch.package import read_package
     from train.launch.places import place
-    from train.launch.plan import Machines, check_fits_slice, runtime_version, to_seconds
+    from train.launch.plan import (
+        Machines,
+        check_fits_slice,
+        runtime_version,
+        slice_of,
+        to_seconds,
+    )
     from train.launch.secrets import read_environment
     from train.launch.staging import Cargo
 
-    target, wanted = _target(args), slice_named(args.slice)
+    target, config = _target(args), _load(args)
+    wanted = slice_of(config, args.slice)
     machines = Machines(
         target,
         wanted,
@@ -177,7 +182,6 @@ def _on_machines(args: argparse.Namespace) -> dict[str, Any]:
         subnetwork=args.subnetwork,
         internal_ips=args.internal_ips,
     )
-    config = _load(args)
     check_fits_slice(config, wanted)
     cargo = Cargo(
         place(config, may_copy=True),
@@ -222,10 +226,12 @@ def _launched(args: argparse.Namespace, machines: Any, cargo: Any) -> dict[str, 
     from train.launch.gcloud import Shell
 
     _say(machines.slice.describe())
+    job = _job(args, machines, cargo, Shell(_say))
     try:
-        outcome = _job(args, machines, cargo, Shell(_say)).run()
+        outcome = job.run()
     except (KeyboardInterrupt, RuntimeError):
-        _say(_left_behind(args, machines.target))
+        if job.holds:
+            _say(_left_behind(args, machines.target))
         raise
     return {
         "state": outcome.state,
@@ -243,8 +249,9 @@ def _left_behind(args: argparse.Namespace, target: Any) -> str:
     words += [f"--project={target.project}", f"--zone={target.zone}"]
     command = shlex.join(words)
     return (
-        f"What was created is still there, and costs money: {command} --delete removes it, "
-        f"--status and --logs show it; the same launch again goes on watching."
+        f"The machines, or the request for them, are still there and cost money: {command} "
+        f"--delete removes them, --status and --logs show them; the same launch again goes on "
+        f"watching."
     )
 
 
@@ -300,16 +307,16 @@ def _act(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _on_cluster(args: argparse.Namespace) -> dict[str, Any]:
-    from llama_jax.mesh.slices import slice_named
     from train.launch.gcloud import Shell, check
     from train.launch.jobset import ClusterJob, manifest, read_cluster_secret
     from train.launch.places import place
-    from train.launch.plan import check_fits_slice
+    from train.launch.plan import check_fits_slice, slice_of
     from train.launch.secrets import Redactor, read_environment
 
     if args.image is None:
         raise ValueError("--gke needs --image, a container image with llama-jax in it")
-    wanted, config = slice_named(args.slice), _load(args)
+    config = _load(args)
+    wanted = slice_of(config, args.slice)
     check_fits_slice(config, wanted)
     plain = read_environment(plain=args.env, secrets=[], forward=[], local=os.environ).plain
     job = ClusterJob(

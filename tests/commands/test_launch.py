@@ -105,7 +105,22 @@ def test_a_failed_training_and_a_failed_launch_exit_with_1(capsys, tmp_path, mon
     assert "failed after 1 starts" in launch(capsys, *words, code=1).out
     cloud = Cloud(tmp_path / "other", monkeypatch, create_errors=["PERMISSION_DENIED: no"])
     shown = launch(capsys, *words, code=1).err
-    assert "roles/tpu.admin" in shown and "--delete removes it" in shown
+    assert "roles/tpu.admin" in shown and "--delete removes" not in shown, "nothing was made"
+
+
+def test_ctrl_c_ends_the_watching_and_says_what_stays(capsys, tmp_path, monkeypatch) -> None:
+    cloud = Cloud(tmp_path / "cloud", monkeypatch, hosts=1)
+    wheel = tmp_path / "a-1-py3-none-any.whl"
+    wheel.write_bytes(b"")
+
+    def interrupted(*args: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("train.launch.workers.Workers.log", interrupted)
+    words = [*CONFIG, *WHERE, "--slice", "v5e-4", "--package", str(wheel)]
+    shown = launch(capsys, *words, code=130).err
+    assert "--name=tiny-lora-cpu --project=my-project" in shown and "--delete removes" in shown
+    assert cloud.request is not None
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import pytest
 
-from train.metrics import Clock, MetricsWriter, read_metrics
+from tests.train.test_loop import ONE_DEVICE, config
+from train import loop
+from train.metrics import Clock, MetricsWriter, make_clock, read_metrics, token_flops
 from train.report import chart
 
 
@@ -42,14 +44,32 @@ def test_the_clock_counts_from_its_last_restart(monkeypatch):
 def test_with_flops_and_a_peak_the_clock_tells_the_utilization(monkeypatch):
     times = iter([0.0, 2.0, 2.0])
     monkeypatch.setattr("train.metrics.time.perf_counter", lambda: next(times))
-    clock = Clock(step_flops=6e12, peak_flops=4 * 1e12)
+    clock = Clock(token_flops=6e11, peak_flops=4 * 1e12)
     assert clock.lap(10.0)["mfu"] == 0.75
 
 
 def test_no_utilization_where_the_peak_is_not_known(monkeypatch):
     times = iter([0.0, 2.0])
     monkeypatch.setattr("train.metrics.time.perf_counter", lambda: next(times))
-    assert "mfu" not in Clock(step_flops=6e12).lap(10.0)
+    assert "mfu" not in Clock(token_flops=6e12).lap(10.0)
+
+
+def test_the_operations_of_a_token_are_six_for_each_weight_and_what_it_attends_to(tmp_path):
+    _, setup, _ = loop._build(config(tmp_path, method="full", mesh=ONE_DEVICE))
+    model, length = setup.config, setup.run.train.sequence_length
+    layer = 2 * model.hidden_size**2 + 2 * model.hidden_size * 2 * 8  # q, o, k, v
+    layer += 3 * model.hidden_size * model.intermediate_size
+    weights = 2 * layer + model.vocab_size * model.hidden_size
+    # Scores and values, twice an operation, forward once and backward twice, half of the keys.
+    attention = 2 * 3 * 4 * model.hidden_size * (length + 1) / 2
+    assert token_flops(setup) == pytest.approx(6 * weights + attention)
+
+
+def test_a_clock_for_devices_of_a_known_kind_has_the_peak_of_all(tmp_path, monkeypatch):
+    _, setup, _ = loop._build(config(tmp_path, mesh={"fsdp": 2, "cpu_devices": 2}))
+    monkeypatch.setattr("train.metrics.peak_flops", lambda kind: 1e9 if kind == "cpu" else None)
+    monkeypatch.setattr("train.metrics.time.perf_counter", iter([0.0, 1.0]).__next__)
+    assert make_clock(setup).lap(10.0)["mfu"] == 10.0 * token_flops(setup) / 2e9
 
 
 def test_a_chart_has_a_curve_for_each_number_and_is_empty_without_any():

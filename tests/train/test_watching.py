@@ -175,7 +175,7 @@ def test_a_config_that_wants_weights_and_biases_where_it_is_not_is_refused_at_on
 ):
     monkeypatch.setattr(weights_and_biases.importlib.util, "find_spec", lambda name: None)
     run = config(tmp_path, wandb={"project": "tests"})
-    with pytest.raises(ValueError, match="pip install wandb, or remove the section"):
+    with pytest.raises(ValueError, match=r"pip install 'llama-jax\[wandb\]', or remove"):
         train(run)
     assert not (tmp_path / "run").exists()
     check_installed(None)

@@ -73,9 +73,24 @@ def read_cluster_secret(text: str) -> StoredSecret:
 
 def manifest(job: ClusterJob) -> str:
     """The YAML documents: a ConfigMap with the run config, and the JobSet."""
-    return yaml.safe_dump_all(
-        [config_map(job), job_set(job)], sort_keys=False, default_flow_style=False, width=100
+    return yaml.dump_all(
+        [config_map(job), job_set(job)],
+        Dumper=_Readable,
+        sort_keys=False,
+        default_flow_style=False,
+        width=100,
     )
+
+
+class _Readable(yaml.SafeDumper):
+    """Writes a text of several lines as such."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, "|" if "\n" in text else None)
+
+
+_Readable.add_representer(str, _text)
 
 
 def _metadata(job: ClusterJob) -> dict[str, Any]:

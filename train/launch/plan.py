@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from llama_jax.mesh.slices import Slice
+from llama_jax.mesh.slices import Slice, slice_named
 from train.config import MeshSection, RunConfig
 
 # The software each generation's VMs boot with (cloud.google.com/tpu/docs/runtimes). tpu7x is
@@ -120,6 +120,24 @@ def to_seconds(text: str) -> int:
     if match is None or int(match[1]) == 0:
         raise ValueError(f"{text!r} is not a duration such as 90s, 15m, 6h or 2d")
     return int(match[1]) * _UNITS[match[2]]
+
+
+def slice_of(run: RunConfig, named: str | None) -> Slice:
+    """The slice that --slice names, by default the one the config is made for.
+
+    Raises ValueError where neither says, and where they differ.
+    """
+    if named is None and run.mesh.slice is None:
+        raise ValueError("--slice is missing, and mesh.slice is not set; say which, such as v5e-16")
+    made_for = slice_named(run.mesh.slice) if run.mesh.slice is not None else None
+    wanted = slice_named(named) if named is not None else made_for
+    assert wanted is not None
+    if made_for is not None and wanted != made_for:
+        raise ValueError(
+            f"--slice is {wanted.name}, but the config is made for {made_for.name}; override that "
+            f"with mesh.slice={wanted.name}, and see with `llama-jax fit` whether it fits"
+        )
+    return wanted
 
 
 def check_fits_slice(run: RunConfig, wanted: Slice) -> None:

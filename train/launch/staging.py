@@ -12,8 +12,7 @@ from train.launch.places import Placed
 from train.launch.secrets import HIDDEN, Environment, Redactor
 from train.launch.workers import SCRIPT, job_variables, script
 
-# The extra that brings the TPU runtime, and the one that brings the demo's model.
-_TPU, _DEMO, _DEMO_MODEL = "tpu", "demo", "smollm2-135m"
+_DEMO_MODEL = "smollm2-135m"
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,13 @@ class Cargo:
 
     @property
     def extras(self) -> str:
-        name = self.placed.config["model"]["name"]
-        return f"{_TPU},{_DEMO}" if name == _DEMO_MODEL else _TPU
+        """What the workers install beside the base: the TPU runtime, and what the config uses."""
+        config = self.placed.config
+        uses = {
+            "demo": config["model"]["name"] == _DEMO_MODEL,
+            "wandb": config["wandb"] is not None,
+        }
+        return ",".join(["tpu", *(name for name, used in uses.items() if used)])
 
     def texts(self, package: str, project: str) -> dict[str, str]:
         """The small files by name; none holds a secret."""

@@ -57,7 +57,8 @@ class Outcome:
 @dataclass
 class TpuVmJob:
     """retries: how often a job that was taken away or broke is brought up again.
-    resume_codes: exit codes of a process that saved and wants to go on."""
+    resume_codes: exit codes of a process that saved and wants to go on.
+    holds: whether there is a request, and so a cost, that this job made or found."""
 
     machines: Machines
     cargo: Cargo
@@ -71,6 +72,7 @@ class TpuVmJob:
     detach: bool
     poll_seconds: float = 30.0
     resume_codes: tuple[int, ...] = RESUME_CODES
+    holds: bool = field(default=False, init=False)
     _exit_code: int | None = field(default=None, init=False)
 
     @property
@@ -120,16 +122,18 @@ class TpuVmJob:
     def _obtain(self) -> None:
         """Returns when there is an active slice, a new one if there must be."""
         for _ in range(self.retries + 1):
-            found = queued.find(self.runner, self.target, self.redact)
+            found = self._settled()
             if found is not None:
                 queued.check_same(self.machines, found)
-                if found.state in (*queued.DEAD, *queued.GOING):
+                self.holds = True
+                if found.state in queued.DEAD:
                     self.runner.note(f"{self.target.name} is {found.state}: away with it")
-                    queued.delete(self.runner, self.target, self.redact)
+                    self._delete()
                     found = None
             if found is None:
                 self.runner.note(self.machines.slice.describe() + f", {self.machines.tier}")
                 queued.create(self.runner, self.machines, self.redact)
+                self.holds = True
             try:
                 queued.wait_until_active(
                     self.runner, self.machines, self.redact,
@@ -139,10 +143,29 @@ class TpuVmJob:
             except CommandError as error:
                 if error.kind in ("failed", "wait"):
                     # Nothing was allotted. A request left in the queue could cost money later.
-                    queued.delete(self.runner, self.target, self.redact)
+                    self._delete()
                 if error.kind != "gone":
                     raise
         raise self._too_often()
+
+    def _settled(self) -> queued.Request | None:
+        """The request once it is no longer on its way out; till then it cannot be deleted."""
+        start = self.clock()
+        while True:
+            found = queued.find(self.runner, self.target, self.redact)
+            if found is None or found.state not in queued.GOING:
+                return found
+            if self.clock() - start > self.machines.wait_seconds:
+                raise CommandError(
+                    f"{self.target.name} has been {found.state} for {self.machines.wait_seconds} "
+                    f"seconds; choose another --name",
+                    "stuck",
+                )
+            self.sleep(self.poll_seconds)
+
+    def _delete(self) -> None:
+        queued.delete(self.runner, self.target, self.redact)
+        self.holds = False
 
     def _examine(self) -> Health:
         """How the machines are; waits for those that Cloud is repairing."""
@@ -243,5 +266,5 @@ class TpuVmJob:
     def _end(self, ending: Ending, attempt: int) -> Outcome:
         if not self.keep:
             self.runner.note("the machines, given back")
-            queued.delete(self.runner, self.target, self.redact)
+            self._delete()
         return Outcome(ending.value, attempt, not self.keep, self._exit_code)

@@ -80,6 +80,10 @@ def describe(name, options, script):
     request = load("request.json", None)
     if request is None:
         fail(f"NOT_FOUND: Resource '{name}' was not found")
+    shown_state = request["state"]
+    if request["state"] == "SUSPENDING":
+        request["state"] = "SUSPENDED"
+        save("request.json", request)
     if request["state"] == "WAITING_FOR_RESOURCES":
         request["left"] -= 1
         if request["left"] <= 0:
@@ -92,7 +96,7 @@ def describe(name, options, script):
     spec = {"node": {"acceleratorType": request["type"]}}
     if request["count"] > 1:
         spec["multisliceParams"] = {"nodeCount": request["count"]}
-    state = {"state": request["state"]}
+    state = {"state": shown_state if shown_state == "SUSPENDING" else request["state"]}
     if request.get("reason"):
         state["failedData"] = {"error": {"message": request["reason"]}}
     shown = {"name": name, "state": state, "tpu": {"nodeSpec": [spec]}}
@@ -104,6 +108,8 @@ def describe(name, options, script):
 def delete(name, options, script):
     if load("request.json", None) is None:
         fail(f"NOT_FOUND: Resource '{name}' was not found")
+    if load("request.json", None)["state"] == "SUSPENDING":
+        fail("FAILED_PRECONDITION: the resource is being suspended")
     if "--force" not in options and load("request.json", None)["state"] == "ACTIVE":
         fail("FAILED_PRECONDITION: nodes exist")
     (ROOT / "request.json").unlink()
@@ -133,6 +139,8 @@ def scp(words, options, script):
 def ssh(name, options, script):
     homes, command, code = chosen(options), options["--command"], 0
     sys.stderr.write("Using ssh batch size of 64. Attempting to SSH into 1 nodes\n")
+    if script.get("mute") and (ROOT / "mute").exists():
+        fail("exit code 255: connection timed out", 255)
     if script.get("ssh_failures"):
         script["ssh_failures"] -= 1
         save("script.json", script)
@@ -146,7 +154,7 @@ def ssh(name, options, script):
         script["preemptions"] -= 1
         save("script.json", script)
         request = load("request.json", None)
-        save("request.json", request | {"state": "SUSPENDED"})
+        save("request.json", request | {"state": "SUSPENDING"})
         take_away()
     sys.exit(code)
 

@@ -19,9 +19,11 @@ from train.launch.plan import (
     check_name,
     default_name,
     runtime_version,
+    slice_of,
     to_seconds,
 )
 from train.launch.secrets import Redactor, read_environment
+from train.launch.staging import Cargo
 
 
 def config(*overrides):
@@ -90,6 +92,16 @@ def test_machines_count_workers_and_name_nodes():
         Machines(target, slice_named("v6e-8"), "free", "v", 60)
     with pytest.raises(ValueError, match="--wait"):
         Machines(target, slice_named("v6e-8"), "spot", "v", 0)
+
+
+def test_the_slice_is_named_or_the_configs_own_and_never_another():
+    made = config("mesh.slice=v5e-16")
+    assert slice_of(made, None) == slice_of(made, "v5litepod-16") == slice_named("v5e-16")
+    assert slice_of(config(), "2xv5e-8") == slice_named("2xv5e-8")
+    with pytest.raises(ValueError, match="--slice is missing, and mesh.slice is not set"):
+        slice_of(config(), None)
+    with pytest.raises(ValueError, match=r"made for v5e-16; override that with mesh.slice=v5e-8"):
+        slice_of(made, "v5e-8")
 
 
 def test_a_mesh_that_the_slice_cannot_form():
@@ -214,6 +226,17 @@ def test_redaction_hides_longest_first_and_known_tokens():
     redact = Redactor(["abcdef", "abcdefgh", "1"])
     assert redact("1 abcdefgh abcdef") == "1 *** ***"
     assert redact(f"login hf_{'x' * 30}!") == "login ***!"
+
+
+def test_workers_install_what_the_config_uses():
+    def extras(*overrides):
+        run = config("output=gs://b/r", *overrides)
+        environment = read_environment(plain=[], secrets=[], forward=[], local={})
+        return Cargo(place(run, may_copy=True), environment, None).extras
+
+    assert extras() == "tpu,demo"
+    assert extras("model.name=gs://b/m") == "tpu"
+    assert extras("model.name=gs://b/m", "wandb.project=p") == "tpu,wandb"
 
 
 def test_packages(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from llama_jax.commands.train import find_config
 from llama_jax.mesh.slices import slice_named
 from train.config import load_run_config
 from train.interrupt import EXIT_CODE
+from train.launch import queued
 from train.launch.gcloud import CommandError, Shell
 from train.launch.package import read_package
 from train.launch.places import place
@@ -130,6 +131,7 @@ def test_a_slice_that_is_taken_away_is_made_again_and_training_goes_on(cloud, jo
     changes = [kind for kind in kinds if kind.endswith(("create", "delete"))]
     assert changes == ["queued-resources create", "queued-resources delete"] * 3
     assert "job is SUSPENDED: away with it" in seen
+    assert not launched.holds
 
 
 def test_preempted_too_often(cloud, job):
@@ -173,6 +175,17 @@ def test_nodes_that_are_gone_under_an_active_request_are_asked_for_again(cloud, 
         job(slice_name="v5e-4", retries=0).run()
 
 
+def test_workers_that_fall_silent_on_machines_that_are_well_are_not_given_up(cloud, job):
+    there = cloud(hosts=1, mute=True)
+    there.training('touch "$FAKE_CLOUD/mute"; sleep 30')
+    launched = job(slice_name="v5e-4")
+    with pytest.raises(CommandError, match="its workers do not answer; training may still run"):
+        launched.run()
+    assert there.request is not None and launched.holds
+    (there.root / "mute").unlink()
+    queued.delete(launched.runner, launched.target, launched.redact)
+
+
 def test_new_machines_may_take_a_while_to_let_us_in(cloud, job):
     there = cloud(hosts=1, ssh_failures=3)
     assert job(slice_name="v5e-4").run().state == "done"
@@ -201,11 +214,13 @@ ERRORS = {
 def test_what_gcloud_refuses_is_explained(cloud, job, kind):
     said, advice = ERRORS[kind]
     there = cloud(create_errors=[said])
+    launched = job()
     with pytest.raises(CommandError) as error:
-        job().run()
+        launched.run()
     assert error.value.kind == kind
     assert advice in str(error.value) and said.rstrip(".") in str(error.value)
     assert there.request is None and not there.calls("ssh")
+    assert not launched.holds
 
 
 def test_a_request_that_fails_is_removed_and_its_reason_told(cloud, job):
