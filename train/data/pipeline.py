@@ -215,7 +215,13 @@ class TrainingBatches:
         return {"batches": self._done, "fingerprint": self._plan.fingerprint}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Raises ValueError for a state of other data, in which the same place means nothing."""
+        """Raises ValueError for a state of other data, in which the same place means nothing, and
+        for one of another form."""
+        if set(state) != {"batches", "fingerprint"}:
+            raise ValueError(
+                f"the place in the data was saved in a form that this version does not read "
+                f"(fields {', '.join(sorted(state))}); start a new run in another output folder"
+            )
         if state["fingerprint"] != self._plan.fingerprint:
             raise ValueError(
                 "the training data is not that of the run to go on with: its rows, their order, "

@@ -249,3 +249,9 @@ def test_an_error_in_a_thread_reaches_the_reader():
     with pytest.raises(ValueError, match="do not fit"):
         for _ in range(50):
             next(broken)
+
+
+def test_a_place_saved_in_another_form_is_refused():
+    batches = TrainingBatches.__new__(TrainingBatches)
+    with pytest.raises(ValueError, match="fields next_index"):
+        batches.set_state({"next_index": 3})
