@@ -1,0 +1,57 @@
+"""The shipped configs: each loads, is named after what it is, and is on the page of proofs."""
+
+from pathlib import Path
+
+import pytest
+
+from llama_jax.mesh.slices import slice_named
+from train.config import load_run_config
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+PAGE = (ROOT / "docs" / "proven-configs.md").read_text()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_name_says_method_and_slice_and_the_header_the_command(path):
+    run = load_run_config(path)
+    assert path.stem.endswith(f"-{run.method}-{run.mesh.slice or 'cpu'}")
+    head = path.read_text().split("\nmodel:")[0]
+    assert f"llama-jax train {path.name}" in head
+    if run.mesh.slice is not None:
+        assert f"llama-jax fit {path.name}" in head
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_page_of_proofs_tells_of_this_very_config(path):
+    run = load_run_config(path)
+    lines = [line for line in PAGE.splitlines() if f"`{path.name}`" in line]
+    if run.mesh.slice is None:
+        assert not lines
+        return
+    (line,) = lines
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:4] == [
+        run.method,
+        run.mesh.slice,
+        f"{run.train.batch_size} x {run.train.sequence_length}",
+    ]
+    together, limit = float(cells[6]), float(cells[7])
+    assert together <= limit == round(slice_named(run.mesh.slice).hbm_bytes_per_chip / 2**30, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama3.2-1b-full-v5e-4", "llama3.1-405b-full-v5p-512"])
+def test_a_representative_few_are_compiled_again(name):
+    pytest.importorskip("libtpu", reason="the TPU compiler is on Linux x86-64 only")
+    from train.fit import fit
+
+    run = load_run_config(ROOT / "configs" / f"{name}.yaml")
+    assert run.mesh.slice is not None
+    result = fit(run, slice_named(run.mesh.slice))
+    assert result.compiled.fits
+    assert result.flops == pytest.approx(result.closed_form_flops, rel=0.01)
+    (line,) = [line for line in PAGE.splitlines() if f"`{name}.yaml`" in line]
+    stated = float(line.split("|")[7]) * 2**30
+    # The page is written anew when the model changes; small drift of the compiler is none.
+    assert result.chip_bytes == pytest.approx(stated, rel=0.05)
