@@ -91,6 +91,9 @@ def _start_compiler(folder: str | None) -> None:
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+        from jax.experimental.compilation_cache import compilation_cache
+
+        compilation_cache.reset_cache()  # one that is open already goes on in its own folder
 
 
 def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:

@@ -107,7 +107,8 @@ it; use output=gs://BUCKET/PATH" ;;
 }
 
 start() {
-  if is_running; then
+  # What left its code has ended, although its shell may take a moment to go.
+  if is_running && [ ! -f "$job/exit-code" ]; then
     echo "llama-jax: $(hostname): already running" >&2
     return
   fi
