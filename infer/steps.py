@@ -183,13 +183,13 @@ def score(
         split = array.reshape(batch, length // SCORED_POSITIONS, SCORED_POSITIONS, *array.shape[2:])
         return split.swapaxes(0, 1)
 
-    def one(piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def one(piece: tuple[jax.Array, jax.Array]) -> list[jax.Array]:
         states, wanted = piece
         flat = states.reshape(-1, states.shape[-1])
         logits = transformer.logits(config, params, flat, compute=compute)
         scored = token_logprobs(logits, wanted.reshape(-1), num=num)
-        return tuple(x.reshape(*wanted.shape, *x.shape[1:]) for x in scored)  # type: ignore
+        return [x.reshape(*wanted.shape, *x.shape[1:]) for x in scored]
 
     scored = jax.lax.map(one, (pieces(hidden), pieces(targets)))
-    joined = (x.swapaxes(0, 1).reshape(batch, length, *x.shape[3:]) for x in scored)
-    return tuple(joined)  # type: ignore[return-value]
+    chosen, top, ids = (x.swapaxes(0, 1).reshape(batch, length, *x.shape[3:]) for x in scored)
+    return chosen, top, ids

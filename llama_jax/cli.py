@@ -107,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         with contextlib.redirect_stdout(sys.stderr):
             report = module.run(args)
-        print(to_json(report), flush=True)  # noqa: T201
+        print(to_json(report), flush=True)
     else:
         report = module.run(args)
         module.show(report, args)

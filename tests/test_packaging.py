@@ -47,7 +47,7 @@ def test_an_unpacked_wheel_finds_its_configs(wheel: zipfile.ZipFile, tmp_path: P
     wheel.extractall(tmp_path / "site")
     program = (
         "import json\n"
-        "from llama_jax.commands.train import find_config\n"
+        "from llama_jax.commands.run_config import find_config\n"
         "import llama_jax\n"
         "path = find_config('tiny-lora-cpu.yaml')\n"
         "print(json.dumps([llama_jax.__file__, str(path), path.is_file()]))\n"

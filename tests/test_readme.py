@@ -43,7 +43,7 @@ def test_commands_parse(words: list[str]) -> None:
     for name in getattr(args, "data", None) or []:
         assert (ROOT / name).is_file()
     if args.command == "train":
-        from llama_jax.commands.train import find_config
+        from llama_jax.commands.run_config import find_config
         from train.config import load_run_config
 
         load_run_config(find_config(args.config), args.overrides)

@@ -20,9 +20,10 @@ from llama_jax.mesh.flops import count_flops
 from llama_jax.mesh.sharding import make_mesh
 from llama_jax.mesh.slices import Slice, slice_devices
 from llama_jax.model.flops import Trained, executed_flops, model_flops
+from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import LoraTensor
 from train.config import RunConfig
-from train.setup import Setup, make_setup
+from train.setup import Setup, make_setup, rows_per_item
 from train.start import read_shape
 
 Say = Callable[[str], None]
@@ -139,7 +140,7 @@ def fit(run: RunConfig, wanted: Slice) -> Fit:
     rows = run.train.batch_size * setup.rows_per_item
     length = run.train.sequence_length
     sizes: dict[str, Any] = {"tokens": rows * length, "length": length, "trained": trained}
-    has_form = run.dpo is None and _is_uniform(setup)
+    has_form = run.dpo is None and _is_uniform(setup, config)
     num_trained, num_parameters = setup.num_parameters()
     return Fit(
         run=run,
@@ -169,33 +170,32 @@ def _device_bytes(structs: Any) -> int:
 
 def trained_weights(setup: Setup, config: ModelConfig) -> Trained:
     """Which products of a step have gradients of their weights."""
-    params, mask = setup.abstract.params, tree.flatten_arrays(setup.mask)
+    mask = tree.flatten_arrays(setup.mask)
     head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     adapters = 0
-    for path, leaf in tree.flatten(params).items():
+    for path, leaf in tree.flatten(setup.abstract.params).items():
         if isinstance(leaf, LoraTensor):
-            # Layers, experts that a token meets, and both factors.
-            size = math.prod(leaf.lora_a.shape) + math.prod(leaf.lora_b.shape)
+            size = leaf.lora_a.size + leaf.lora_b.size
             if config.moe is not None and ".experts." in path:
                 size = size * config.moe.num_experts_per_tok // config.moe.num_local_experts
             adapters += size
-    layers = any(
-        trained and path.startswith("layers.") and path.endswith("proj.weight")
-        for path, trained in mask.items()
-    ) or any(trained and ".w1.weight" in path for path, trained in mask.items())
-    is_head = any(
-        trained and path.startswith(head) and "lora" not in path for path, trained in mask.items()
+    return Trained(
+        # Only a weight trained itself, with no adapter around it, is found under its own path.
+        layers=any(mask.get(path, False) for path in _layer_matrices(config)),
+        head=mask.get(head, False) or mask.get(f"{head}.saved", False),
+        adapters=adapters,
     )
-    return Trained(layers=layers, head=is_head, adapters=adapters)
 
 
-def _is_uniform(setup: Setup) -> bool:
+def _layer_matrices(config: ModelConfig) -> list[str]:
+    table = weight_table(config)
+    return [path for path in table if path.startswith("layers.") and table[path].role == "matrix"]
+
+
+def _is_uniform(setup: Setup, config: ModelConfig) -> bool:
     """Whether all matrices of the layers are trained alike, which the closed form supposes."""
-    flags = {
-        trained
-        for path, trained in tree.flatten_arrays(setup.mask).items()
-        if path.startswith("layers.") and path.endswith((".weight", ".weight.base"))
-    }
+    mask = tree.flatten_arrays(setup.mask)
+    flags = {mask.get(path, False) for path in _layer_matrices(config)}
     return len(flags) == 1 and setup.run.quantization is None
 
 
@@ -238,8 +238,9 @@ def advice(result: Fit) -> list[str]:
 
 def smallest_slices(run: RunConfig, generation: Any, say: Say) -> Iterator[Fit]:
     """Compiles for slices of a generation by bisection; the last of them that fits is the
-    smallest. Slices that the mesh or the batch do not suit are left out."""
-    sizes = list(generation.grids)
+    smallest. Slices that the mesh or the batch do not suit are left out; when that is all of them,
+    raises the ValueError of one."""
+    sizes, unsuited = list(generation.grids), None
     low, high = 0, len(sizes) - 1
     while low <= high:
         middle = (low + high) // 2
@@ -247,7 +248,7 @@ def smallest_slices(run: RunConfig, generation: Any, say: Say) -> Iterator[Fit]:
         try:
             result = fit(run, wanted)
         except ValueError as error:
-            # Only a slice of another size can suit it: the smaller ones are tried first.
+            unsuited = error
             say(f"{wanted.name}: {error}")
             sizes.pop(middle)
             high -= 1
@@ -255,6 +256,8 @@ def smallest_slices(run: RunConfig, generation: Any, say: Say) -> Iterator[Fit]:
         yield result
         say(f"{wanted.name}: {'fits' if result.compiled.fits else 'does not fit'}")
         low, high = (low, middle - 1) if result.compiled.fits else (middle + 1, high)
+    if not sizes and unsuited is not None:
+        raise unsuited
 
 
 def largest_batches(run: RunConfig, wanted: Slice, say: Say) -> Iterator[Fit]:
@@ -277,8 +280,6 @@ def largest_batches(run: RunConfig, wanted: Slice, say: Say) -> Iterator[Fit]:
 
 def _batch_unit(run: RunConfig, wanted: Slice) -> int:
     """The smallest batch that can be dealt out."""
-    from train.setup import rows_per_item
-
     mesh = make_mesh(run.mesh.sizes(), devices=slice_devices(wanted))
     axes = dict(run.compute.rules)["batch"]
     names = (axes,) if isinstance(axes, str) else axes or ()

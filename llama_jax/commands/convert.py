@@ -49,4 +49,4 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
     del args
     from llama_jax.commands.report import to_size
 
-    print(f"{report['parameters']:,} parameters, {to_size(report['bytes'])} in {report['out']}")  # noqa: T201
+    print(f"{report['parameters']:,} parameters, {to_size(report['bytes'])} in {report['out']}")

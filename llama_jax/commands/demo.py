@@ -98,7 +98,7 @@ def prepare_out(name: str) -> Path:
 
 
 def _config(args: argparse.Namespace, out: Path) -> "RunConfig":
-    from llama_jax.commands.train import configs_folder
+    from llama_jax.commands.run_config import configs_folder
     from train.config import load_run_config
 
     overrides = [f"output={out / 'run'}"]
@@ -181,8 +181,8 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
         ],
     )
     for row in report["batch"]:
-        print(f"> {row['prompt']}\n  {row['text']}")  # noqa: T201
-    print(  # noqa: T201
+        print(f"> {row['prompt']}\n  {row['text']}")
+    print(
         f"export: {report['export']}\nreport: {report['run_dir']}/report.html\n"
         f"{report['seconds']:.0f} s"
     )

@@ -45,10 +45,10 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
     versions = [(name, version or "missing") for name, version in report["versions"].items()]
     print_table("Versions", ("package", "installed"), versions)
     if not report["problems"]:
-        print("Nothing is wrong.")  # noqa: T201
+        print("Nothing is wrong.")
     for problem in report["problems"]:
         mark = "wrong" if problem["fatal"] else "note"
-        print(f"{mark}: {problem['what']}\n  mend: {problem['mend']}")  # noqa: T201
+        print(f"{mark}: {problem['what']}\n  mend: {problem['mend']}")
 
 
 def _devices(devices: list[dict[str, Any]]) -> str:

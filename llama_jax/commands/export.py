@@ -117,5 +117,5 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
     from llama_jax.commands.report import to_size
 
     for file in report["files"]:
-        print(file)  # noqa: T201
-    print(f"{to_size(report['bytes'])} in {args.out}")  # noqa: T201
+        print(file)
+    print(f"{to_size(report['bytes'])} in {args.out}")

@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llama_jax.commands import run_config
+
 HELP = "compile a run for TPU slices on this CPU and show whether it fits"
 EXAMPLE = "llama-jax fit llama3.1-8b-lora-v5e-8.yaml --slice v5e-16 --slice v6e-8"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    run_config.add_arguments(parser)
     parser.add_argument(
         "--slice",
         action="append",
@@ -39,11 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     from llama_jax.commands.report import Progress
-    from llama_jax.commands.train import find_config
     from llama_jax.mesh.slices import slice_named
-    from train.config import load_run_config
 
-    config = load_run_config(find_config(args.config), args.overrides)
+    config = run_config.load(args)
     named = args.slice or ([config.mesh.slice] if config.mesh.slice else [])
     if not named:
         raise ValueError(
@@ -102,7 +101,7 @@ def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
     for each in report:
         print_table(_title(each), ("a chip", "value"), _rows(each))
         for line in each["advice"]:
-            print(f"  {line}")  # noqa: T201
+            print(f"  {line}")
     if len(report) > 1:
         columns = ("slice", "batch", "remat", "GiB a chip", "of", "fits", "bound s/step", "best")
         print_table("Compared", columns, [_line(each) for each in report])

@@ -83,7 +83,7 @@ def _streams(args: argparse.Namespace, num_texts: int) -> bool:
 
 
 def _print_piece(piece: "Piece") -> None:
-    print(piece.text, end="", flush=True)  # noqa: T201
+    print(piece.text, end="", flush=True)
 
 
 def _prompts(args: argparse.Namespace) -> tuple[list[Any], bool]:
@@ -147,12 +147,12 @@ def _logprob(token: "TokenLogprob") -> dict[str, Any]:
 def show(report: dict[str, Any], args: argparse.Namespace) -> None:
     outputs = report["outputs"]
     if _streams(args, len(outputs)):
-        print()  # noqa: T201
+        print()
     else:
         for output in outputs:
             prompt = output["prompt"]
             asked = prompt if isinstance(prompt, str) else prompt[-1].get("content", prompt[-1])
-            print(f"--- {asked}\n{output['text']}")  # noqa: T201
+            print(f"--- {asked}\n{output['text']}")
             if args.logprobs is not None:
-                print(json.dumps(output["logprobs"], ensure_ascii=False))  # noqa: T201
+                print(json.dumps(output["logprobs"], ensure_ascii=False))
     sys.stderr.write(f"{report['tokens_per_second']:.1f} tokens/s\n")

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from llama_jax.commands import run_config
+
 HELP = "train on a Cloud TPU slice: VMs by queued resources, or a JobSet on GKE"
 EXAMPLE = (
     "llama-jax launch tiny-lora-cpu.yaml mesh.cpu_devices=null output=gs://BUCKET/runs/first "
@@ -24,8 +26,7 @@ _LOG_SECONDS = 60
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    run_config.add_arguments(parser)
     parser.add_argument(
         "--slice", metavar="SLICE", help="such as v5e-16 (default: the config's mesh.slice)"
     )
@@ -135,13 +136,6 @@ def _name(args: argparse.Namespace) -> str:
     return args.name if args.name is not None else default_name(Path(args.config))
 
 
-def _load(args: argparse.Namespace) -> Any:
-    from llama_jax.commands.train import find_config
-    from train.config import load_run_config
-
-    return load_run_config(find_config(args.config), args.overrides)
-
-
 def _say(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
@@ -169,7 +163,7 @@ def _on_machines(args: argparse.Namespace) -> dict[str, Any]:
     from train.launch.secrets import read_environment
     from train.launch.staging import Cargo
 
-    target, config = _target(args), _load(args)
+    target, config = _target(args), run_config.load(args)
     wanted = slice_of(config, args.slice)
     machines = Machines(
         target,
@@ -315,7 +309,7 @@ def _on_cluster(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.image is None:
         raise ValueError("--gke needs --image, a container image with llama-jax in it")
-    config = _load(args)
+    config = run_config.load(args)
     wanted = slice_of(config, args.slice)
     check_fits_slice(config, wanted)
     plain = read_environment(plain=args.env, secrets=[], forward=[], local=os.environ).plain

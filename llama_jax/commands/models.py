@@ -76,4 +76,4 @@ def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
     print_table("Presets", columns, rows)
     # The same for every preset: the rooms know the weight table, not the family.
     for name in ("load", "train", "quantize", "export"):
-        print(f"{name}: {', '.join(report[0][name])}")  # noqa: T201
+        print(f"{name}: {', '.join(report[0][name])}")

@@ -75,7 +75,7 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
     from llama_jax.commands.report import to_size
 
     before, after = report["bytes_before"], report["bytes"]
-    print(  # noqa: T201
+    print(
         f"{report['scheme']}: {to_size(before)} of weights became {to_size(after)} "
         f"({before / after:.2f} times smaller) in {report['out']}"
     )

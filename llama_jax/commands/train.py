@@ -11,16 +11,16 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
+
+from llama_jax.commands import run_config
 
 HELP = "train from a run config: LoRA, QLoRA, full or pretraining"
 EXAMPLE = "llama-jax train tiny-lora-cpu.yaml train.steps=20 output=runs/first"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    run_config.add_arguments(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -44,40 +44,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
 
 
-def configs_folder() -> Path:
-    """Where the shipped configs lie: inside the package of a wheel, beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
-
-
-def find_config(name: str) -> Path:
-    """The file `name`, or the shipped config of that name (`configs/` before it may be left out).
-
-    Raises ValueError naming the shipped ones.
-    """
-    if not name.strip():
-        raise ValueError("the name of the run config is empty; give a YAML file")
-    path = Path(name)
-    if path.is_file():
-        return path
-    shipped = {file.name: file for file in sorted(configs_folder().glob("*.yaml"))}
-    if path.name in shipped and path.parent in (Path(), Path("configs")):
-        return shipped[path.name]
-    what = "is a folder" if path.is_dir() else "does not exist"
-    raise ValueError(
-        f"the run config {name} {what}; give a YAML file or one of {', '.join(shipped)}"
-    )
-
-
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from llama_jax.commands.samples import sample
     from llama_jax.commands.startup import start_jax
     from llama_jax.commands.steps import Steps
     from llama_jax.mesh.processes import read_processes
-    from train.config import load_run_config
 
-    config = load_run_config(find_config(args.config), args.overrides)
+    config = run_config.load(args)
     emulated = config.mesh.cpu_devices
     processes = read_processes(
         address=args.coordinator_address,
@@ -129,7 +102,7 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
         return
     if not is_main():
         return
-    print(  # noqa: T201
+    print(
         f"{report['steps']} steps, loss {report['final_loss']:.4f}; "
         f"see {report['run_dir']}/report.html"
     )

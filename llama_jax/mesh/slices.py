@@ -47,10 +47,12 @@ class Generation:
     """A TPU generation. Rates are the published peaks of a chip (cloud.google.com/tpu/docs, 2026);
     `hbm_bytes` is what the compiler of libtpu 0.0.42 grants a device, read off its refusals.
 
-    device_kind: what JAX calls its devices. peak_flops: bfloat16 operations a second. hbm_bandwidth
-    and ici_bandwidth: bytes a second; the latter over all links in one direction. dcn_bandwidth:
-    bytes a second that leave a chip over the data-centre network. cloud_prefix and
-    counts_cores: how Cloud names accelerator types. gke_accelerator: the node selector's value.
+    device_kind: what JAX calls its devices. devices_per_chip: how many the compiler sees; when it
+    runs, the two cores of a v4 chip are one device (joins_cores). peak_flops: bfloat16 operations a
+    second. hbm_bandwidth and ici_bandwidth: bytes a second; the latter over all links in one
+    direction. dcn_bandwidth: bytes a second that leave a chip over the data-centre network.
+    cloud_prefix and counts_cores: how Cloud names accelerator types. gke_accelerator: the node
+    selector's value.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Generation:
     cloud_prefix: str
     counts_cores: bool
     gke_accelerator: str
+    joins_cores: bool = False
 
 
 def _gib(value: float) -> int:
@@ -76,7 +79,7 @@ GENERATIONS: dict[str, Generation] = {
     for generation in (
         Generation(
             "v4", "TPU v4", 2, _gib(15.25), 275e12, 1228e9, 300e9, 6.25e9,
-            _GRIDS_3D, "v4", True, "tpu-v4-podslice",
+            _GRIDS_3D, "v4", True, "tpu-v4-podslice", True,
         ),
         Generation(
             "v5e", "TPU v5 lite", 1, _gib(15.75), 197e12, 819e9, 200e9, 3.125e9,
@@ -121,8 +124,13 @@ class Slice:
 
     @property
     def num_devices(self) -> int:
-        """What JAX counts: a v4 or tpu7x chip is two devices."""
+        """What the compiler counts: a v4 or tpu7x chip is two devices."""
         return self.total_chips * self.generation.devices_per_chip
+
+    @property
+    def device_counts(self) -> set[int]:
+        """How many devices JAX may show on the machines."""
+        return {self.num_devices, *([self.total_chips] if self.generation.joins_cores else [])}
 
     @property
     def chips_per_host(self) -> int:
@@ -193,7 +201,8 @@ def peak_flops(device_kind: str) -> float | None:
     """Published peak of bfloat16 operations a second of one device, None where it is not known."""
     for generation in GENERATIONS.values():
         if device_kind in (generation.device_kind, f"TPU {generation.name}"):
-            return generation.peak_flops / generation.devices_per_chip
+            devices = 1 if generation.joins_cores else generation.devices_per_chip
+            return generation.peak_flops / devices
     # Dense bfloat16, from the makers' data sheets.
     gpus = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
     return next((peak for name, peak in gpus.items() if name in device_kind), None)

@@ -1,6 +1,5 @@
 """Log-probabilities of whole sequences, for losses that compare them."""
 
-import math
 from typing import Any
 
 import jax
@@ -8,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from llama_jax.config import Compute, ModelConfig
-from llama_jax.mesh.sharding import batch_parts, loss_rules
+from llama_jax.mesh.sharding import loss_rules
 from llama_jax.model import transformer
-from llama_jax.model.losses import Batch, dealt_head, token_losses
+from llama_jax.model.losses import Batch, dealt_head, in_chunks, token_losses
 from llama_jax.model.moe import RouterStats
 
 
@@ -34,15 +33,6 @@ def sequence_log_probs(
     head = transformer.head_weight(config, params)
     rules = loss_rules(head.shape[0], compute.rules)
     head = dealt_head(head, rules)
-    rows, length = batch.targets.shape
-    tokens = rows * length // batch_parts(rows, compute.rules)
-    num_chunks = min(length, math.ceil(tokens / compute.loss_chunk_tokens))
-    size = math.ceil(length / num_chunks)
-    padding = [(0, 0), (0, size * num_chunks - length)]
-
-    def chunked(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [*padding, *[(0, 0)] * (x.ndim - 2)])
-        return x.reshape(rows, num_chunks, size, *x.shape[2:]).swapaxes(0, 1)
 
     @jax.checkpoint
     def body(total: jax.Array, chunk: Any) -> tuple[jax.Array, None]:
@@ -51,5 +41,6 @@ def sequence_log_probs(
         return total - (losses * mask).sum(axis=-1), None
 
     mask = batch.loss_mask.astype(jnp.float32)
-    chunks = (chunked(hidden), chunked(batch.targets), chunked(mask))
-    return jax.lax.scan(body, jnp.zeros(rows, jnp.float32), chunks)[0], stats
+    chunks = in_chunks(compute, hidden, batch.targets, mask)
+    start = jnp.zeros(batch.targets.shape[0], jnp.float32)
+    return jax.lax.scan(body, start, chunks)[0], stats

@@ -71,19 +71,26 @@ def cross_entropy(
     the model runs once forward, and not again in the backward pass. On a mesh the vocabulary is
     divided, not the tokens of a chunk: see `mesh.sharding.loss_rules`.
     """
-    batch, length = targets.shape
+    rules = loss_rules(head.shape[0], compute.rules)
+    head = dealt_head(head, rules)
+    hidden, targets, mask = in_chunks(compute, hidden, targets, mask)
+    return _chunked_loss(compute, rules, hidden, head, targets, mask)
+
+
+def in_chunks(compute: Compute, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays [B, T, ...] as [chunks, B, t, ...], about `compute.loss_chunk_tokens` a device in
+    each; the last chunk is filled up with zeros."""
+    batch, length = arrays[0].shape[:2]
     tokens = batch * length // batch_parts(batch, compute.rules)
     num_chunks = min(length, math.ceil(tokens / compute.loss_chunk_tokens))
     size = math.ceil(length / num_chunks)
-    padding = [(0, 0), (0, size * num_chunks - length)]
-    rules = loss_rules(head.shape[0], compute.rules)
+    filling = (0, size * num_chunks - length)
 
     def chunked(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [*padding, *[(0, 0)] * (x.ndim - 2)])
+        x = jnp.pad(x, [(0, 0), filling, *[(0, 0)] * (x.ndim - 2)])
         return x.reshape(batch, num_chunks, size, *x.shape[2:]).swapaxes(0, 1)
 
-    head = dealt_head(head, rules)
-    return _chunked_loss(compute, rules, chunked(hidden), head, chunked(targets), chunked(mask))
+    return tuple(chunked(array) for array in arrays)
 
 
 def dealt_head(head: Leaf, rules: LogicalRules) -> Leaf:

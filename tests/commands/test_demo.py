@@ -11,7 +11,7 @@ import yaml
 import llama_jax as lj
 from llama_jax import cli, tree
 from llama_jax.commands import demo
-from llama_jax.commands.train import configs_folder
+from llama_jax.commands.run_config import configs_folder
 from llama_jax.demo.make_task import NUM_HELDOUT
 from llama_jax.demo.make_tokenizer import FOLDER as TOKENIZER
 from llama_jax.formats.hf import save_hf
@@ -36,7 +36,7 @@ def tiny_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     values["model"]["name"] = str(folder)
     values["train"]["sequence_length"] = 320  # a token a byte
     (tmp_path / demo.CONFIG).write_text(yaml.safe_dump(values))
-    monkeypatch.setattr("llama_jax.commands.train.configs_folder", lambda: tmp_path)
+    monkeypatch.setattr("llama_jax.commands.run_config.configs_folder", lambda: tmp_path)
     return folder
 
 

@@ -49,6 +49,12 @@ def test_unknown_slices_are_refused(name, message):
         slice_devices(name)
 
 
+def test_a_v4_chip_may_show_one_device_or_two():
+    assert slice_named("v4-8").device_counts == {8, 16}
+    assert slice_named("tpu7x-8").device_counts == {16}
+    assert slice_named("2xv5e-4").device_counts == {8}
+
+
 def test_every_size_has_its_chips():
     for generation in GENERATIONS.values():
         for chips in generation.grids:
@@ -61,6 +67,7 @@ def test_every_size_has_its_chips():
 
 def test_peaks_are_of_a_device():
     assert peak_flops("TPU v5 lite") == peak_flops("TPU v5e") == 197e12
-    assert peak_flops("TPU v4") == 137.5e12
+    assert peak_flops("TPU v4") == 275e12  # its cores are one device when it runs
+    assert peak_flops("TPU7x") == 2307e12 / 2
     assert peak_flops("NVIDIA H100 80GB HBM3") == 989e12
     assert peak_flops("cpu") is None

@@ -134,6 +134,12 @@ def test_the_smallest_slice_is_found():
     assert any("v5e-" in line and "not a multiple" in line for line in said)
 
 
+def test_a_run_that_suits_no_slice_is_an_error_not_an_empty_answer():
+    run = run_config(length=128, mesh={"fsdp": 3})
+    with pytest.raises(ValueError, match="needs 3 devices"):
+        list(smallest_slices(run, GENERATIONS["v5e"], lambda line: None))
+
+
 def test_the_largest_batch_of_each_policy_is_found(monkeypatch):
     tried = []
 

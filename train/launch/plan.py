@@ -147,8 +147,7 @@ def check_fits_slice(run: RunConfig, wanted: Slice) -> None:
             f"mesh.cpu_devices is {run.mesh.cpu_devices}: this config emulates devices on a CPU. "
             f"Override it with mesh.cpu_devices=null, or take a config made for a TPU slice"
         )
-    # JAX sees a v4 chip as one device or as two, by how the runtime is set up.
-    counts = {wanted.num_devices, wanted.total_chips}
+    counts = wanted.device_counts
     if not any(_forms(run.mesh, count) for count in counts):
         sizes = " × ".join(f"{axis} {size}" for axis, size in run.mesh.sizes().items())
         raise ValueError(

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from llama_jax.commands.train import find_config
+from llama_jax.commands.run_config import find_config
 from llama_jax.mesh.slices import slice_named
 from train.config import RunConfig, load_run_config
 from train.launch.jobset import ClusterJob, manifest, read_cluster_secret

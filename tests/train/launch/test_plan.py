@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax import __version__
-from llama_jax.commands.train import find_config
+from llama_jax.commands.run_config import find_config
 from llama_jax.mesh.slices import slice_named
 from train.config import load_run_config
 from train.launch import package

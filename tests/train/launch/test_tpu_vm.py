@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from llama_jax.commands.train import find_config
+from llama_jax.commands.run_config import find_config
 from llama_jax.mesh.slices import slice_named
 from train.config import load_run_config
 from train.interrupt import EXIT_CODE
