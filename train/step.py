@@ -1,6 +1,7 @@
 """The training step: one pure function, made once from a loss, that knows no files or clocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +29,7 @@ class LossSums(NamedTuple):
     loss: jax.Array
     weight: jax.Array
     stats: Any
-    means: dict[str, jax.Array] = {}  # noqa: RUF012 - never written to
+    means: Mapping[str, jax.Array] = MappingProxyType({})
 
 
 # loss(config, params, batch, *, compute) -> LossSums, or a tuple of its first three.
