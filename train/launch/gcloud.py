@@ -91,7 +91,7 @@ class Shell:
         except FileNotFoundError as error:
             raise CommandError(
                 f"{command[0]} is not installed, or not on PATH; {_HOW_TO_INSTALL[command[0]]}",
-                "missing",
+                "uninstalled",
             ) from error
         return _watch(process, timeout, on_line)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 
 from llama_jax import __version__
-from train.launch.gcloud import CommandError, Runner, failure
+from train.launch.gcloud import CommandError, Runner, check
 from train.launch.secrets import Redactor
 
 CHECKOUT = "checkout"
@@ -70,9 +70,7 @@ def build_command(out: Path) -> list[str]:
 def build_wheel(runner: Runner, out: Path, redact: Redactor) -> Package:
     """Builds the checkout. In a dry run there is no wheel, only what it would be called."""
     command = build_command(out)
-    answer = runner.run(command, timeout=600.0)
-    if not answer.ok:
-        raise failure(command, answer, redact)
+    check(runner, command, redact, timeout=600.0)
     if runner.is_dry:
         return Package(f"llama_jax-{__version__}-py3-none-any.whl")
     wheels = sorted(out.glob("*.whl"))

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from train.launch.gcloud import CommandError, Runner, check, failure, meaning
+from train.launch.gcloud import CommandError, Runner, check, meaning
 from train.launch.plan import Machines, Target
 from train.launch.secrets import Redactor
 
-WAITING = ("CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "PROVISIONING")
+# States that are none of these are those of a request that waits.
 ACTIVE = "ACTIVE"
 GOING = ("SUSPENDING", "DELETING")
 # Nothing comes of these any more: the request has to be deleted and made again.
@@ -22,7 +22,6 @@ DEAD = ("SUSPENDED", "FAILED")
 # States of a node that was taken away, and of one that comes back by itself.
 NODE_GONE = ("PREEMPTED", "TERMINATED", "STOPPED", "STOPPING", "DELETING", "HIDDEN", "HIDING")
 NODE_COMING = ("CREATING", "STARTING", "RESTARTING", "REPAIRING", "REIMAGING", "UNHIDING")
-NODE_READY = "READY"
 
 _BASE = ("gcloud", "compute", "tpus")
 _ANSWER_SECONDS = 600.0
@@ -87,13 +86,13 @@ def node_command(target: Target, node: str) -> list[str]:
 
 def find(runner: Runner, target: Target, redact: Redactor) -> Request | None:
     """The request of that name, None where there is none."""
-    command = describe_command(target)
-    answer = runner.run(command, timeout=_ANSWER_SECONDS)
-    if answer.ok:
-        return parse_request(answer.stdout)
-    if answer.returncode is not None and meaning(answer.stderr)[0] == "missing":
-        return None
-    raise failure(command, answer, redact)
+    try:
+        said = check(runner, describe_command(target), redact, timeout=_ANSWER_SECONDS)
+    except CommandError as error:
+        if error.kind == "missing":
+            return None
+        raise
+    return parse_request(said)
 
 
 def parse_request(text: str) -> Request:
@@ -137,13 +136,13 @@ def _tier(kind: tuple[str | None, int, bool]) -> str:
 
 def delete(runner: Runner, target: Target, redact: Redactor) -> bool:
     """Deletes request and machines, and returns when they are gone; False if there were none."""
-    command = delete_command(target)
-    answer = runner.run(command, timeout=2 * _ANSWER_SECONDS)
-    if answer.ok:
-        return True
-    if answer.returncode is not None and meaning(answer.stderr)[0] == "missing":
-        return False
-    raise failure(command, answer, redact)
+    try:
+        check(runner, delete_command(target), redact, timeout=2 * _ANSWER_SECONDS)
+    except CommandError as error:
+        if error.kind == "missing":
+            return False
+        raise
+    return True
 
 
 def node_states(runner: Runner, target: Target, nodes: Sequence[str]) -> list[str]:

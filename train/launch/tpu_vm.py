@@ -21,6 +21,7 @@ from train.launch.workers import Workers, WorkerState, check_same_config
 FOLLOW_SECONDS = 60
 # Workers that do not answer while Cloud says that all is well: how often that is borne.
 _SILENCES = 10
+_POLL_SECONDS = 30.0
 # Exit codes of a process that wants to go on: it saved after SIGTERM, which a machine about to go
 # sends (train.interrupt.EXIT_CODE, not imported because that brings JAX), or SIGTERM ended it.
 RESUME_CODES = (75, 143)
@@ -57,7 +58,6 @@ class Outcome:
 @dataclass
 class TpuVmJob:
     """retries: how often a job that was taken away or broke is brought up again.
-    resume_codes: exit codes of a process that saved and wants to go on.
     holds: whether there is a request, and so a cost, that this job made or found."""
 
     machines: Machines
@@ -70,8 +70,6 @@ class TpuVmJob:
     retries: int
     keep: bool
     detach: bool
-    poll_seconds: float = 30.0
-    resume_codes: tuple[int, ...] = RESUME_CODES
     holds: bool = field(default=False, init=False)
     _exit_code: int | None = field(default=None, init=False)
 
@@ -137,7 +135,7 @@ class TpuVmJob:
             try:
                 queued.wait_until_active(
                     self.runner, self.machines, self.redact,
-                    clock=self.clock, sleep=self.sleep, poll_seconds=self.poll_seconds,
+                    clock=self.clock, sleep=self.sleep, poll_seconds=_POLL_SECONDS,
                 )  # fmt: skip
                 return
             except CommandError as error:
@@ -161,7 +159,7 @@ class TpuVmJob:
                     f"seconds; choose another --name",
                     "stuck",
                 )
-            self.sleep(self.poll_seconds)
+            self.sleep(_POLL_SECONDS)
 
     def _delete(self) -> None:
         queued.delete(self.runner, self.target, self.redact)
@@ -181,7 +179,7 @@ class TpuVmJob:
                 return Health.REPAIRED if repaired else Health.THERE
             repaired = True
             self.runner.note(f"{self.target.name} is being repaired: {', '.join(states)}")
-            self.sleep(self.poll_seconds)
+            self.sleep(_POLL_SECONDS)
 
     # Job
 
@@ -245,12 +243,12 @@ class TpuVmJob:
                     f"still run. See --status, or remove it with --delete",
                     "silent",
                 )
-            self.sleep(self.poll_seconds)
+            self.sleep(_POLL_SECONDS)
 
     def _judge(self, states: list[WorkerState]) -> tuple[Ending | None, bool]:
         """(how it ended, None while it has not; whether all workers answered)."""
         codes = [each.exit_code for each in states if each.exit_code is not None]
-        bad = [code for code in codes if code != 0 and code not in self.resume_codes]
+        bad = [code for code in codes if code != 0 and code not in RESUME_CODES]
         answered = len(states) == self.machines.num_workers
         if bad:
             self._exit_code = bad[0]

@@ -8,7 +8,7 @@ from importlib import resources
 from pathlib import Path
 
 from train.launch import places
-from train.launch.gcloud import CommandError, Runner, failure
+from train.launch.gcloud import CommandError, Runner, check, failure
 from train.launch.places import Placed
 from train.launch.plan import Target
 from train.launch.secrets import Redactor
@@ -88,12 +88,6 @@ class Workers:
     redact: Redactor
     sleep: Callable[[float], None]
 
-    def _call(self, command: str, *, timeout: float = _SSH_SECONDS) -> None:
-        line = ssh_command(self.target, command)
-        answer = self.runner.run(line, timeout=timeout)
-        if not answer.ok:
-            raise failure(line, answer, self.redact)
-
     def prepare(self) -> None:
         """Makes the folder of the job, waiting for machines that have just started."""
         line = ssh_command(self.target, f"umask 077; mkdir -p {folder(self.target.name)}")
@@ -108,21 +102,20 @@ class Workers:
     def copy(self, staged: Path) -> None:
         """Copies a folder that is called as the job is."""
         line = copy_command(self.target, staged, "llama-jax/")
-        answer = self.runner.run(line, timeout=_INSTALL_SECONDS)
-        if not answer.ok:
-            raise failure(line, answer, self.redact)
-
-    def script(self, *words: str, timeout: float = _SSH_SECONDS) -> None:
-        self._call(self._script(*words), timeout=timeout)
+        check(self.runner, line, self.redact, timeout=_INSTALL_SECONDS)
 
     def install(self) -> None:
-        self.script("install", timeout=_INSTALL_SECONDS)
+        self._run("install", timeout=_INSTALL_SECONDS)
 
     def start(self) -> None:
-        self.script("start")
+        self._run("start", timeout=_SSH_SECONDS)
 
     def stop(self, seconds: int) -> None:
-        self.script("stop", str(seconds), timeout=seconds + _SSH_SECONDS)
+        self._run("stop", str(seconds), timeout=seconds + _SSH_SECONDS)
+
+    def _run(self, *words: str, timeout: float) -> None:
+        line = ssh_command(self.target, self._script(*words))
+        check(self.runner, line, self.redact, timeout=timeout)
 
     def _script(self, *words: str) -> str:
         return shlex.join(["bash", f"{folder(self.target.name)}/{SCRIPT}", *words])
