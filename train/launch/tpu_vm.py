@@ -188,7 +188,7 @@ class TpuVmJob:
         workers = self.workers
         try:
             workers.prepare()
-            states = workers.states()
+            states = self._all_states()
             check_same_config(states, self.cargo.config_id, self.target.name)
             if self._is_at_hand(states):
                 return True
@@ -204,10 +204,22 @@ class TpuVmJob:
             return False
         return True
 
+    def _all_states(self) -> list[WorkerState]:
+        """What every worker says. Training on one that is merely slow to answer must not be taken
+        for one that is not there: it would be stopped and started anew."""
+        for _ in range(_SILENCES):
+            states = self.workers.states()
+            if len(states) == self.machines.num_workers:
+                return states
+            self.sleep(_POLL_SECONDS)
+        raise CommandError(
+            f"of the {self.machines.num_workers} workers of {self.target.name} only {len(states)} "
+            f"answer; look at them in the Cloud console, or remove them with --delete",
+            "silent",
+        )
+
     def _is_at_hand(self, states: list[WorkerState]) -> bool:
         """Whether this very run is under way, or at its end, on all workers."""
-        if len(states) != self.machines.num_workers:
-            return False
         if all(each.state == "running" for each in states):
             self.runner.note("training is under way already")
             return True

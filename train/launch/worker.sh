@@ -112,16 +112,22 @@ start() {
     echo "llama-jax: $(hostname): already running" >&2
     return
   fi
-  rm -f "$job/exit-code"
+  rm -f "$job/exit-code" "$job/pid"
   [ -f "$job/train.log" ] && cat "$job/train.log" >>"$job/earlier.log"
   : >"$job/train.log"
-  nohup setsid bash "$job/worker.sh" run </dev/null >>"$job/train.log" 2>&1 &
-  echo "$!" >"$job/pid"
   boot_id >"$job/boot"
+  nohup setsid bash "$job/worker.sh" run </dev/null >>"$job/train.log" 2>&1 &
+  # It names itself once it is in a session of its own, which the end of this login spares.
+  for ((tries = 0; tries < 300; tries++)); do
+    [ ! -s "$job/pid" ] || return 0
+    sleep 0.1
+  done
+  fail "training did not start within 30 seconds"
 }
 
 run() {
   local code=0 child
+  echo "$$" >"$job/pid"
   # However it ends, by a secret that cannot be fetched too, there is a code to be seen.
   trap 'finish "$?"' EXIT
   . "$job/environment.sh"
@@ -163,6 +169,9 @@ status() {
     state="exited:$(cat "$job/exit-code")"
   elif is_running; then
     state=running
+  elif [ -f "$job/exit-code" ]; then
+    # It ended between the two looks.
+    state="exited:$(cat "$job/exit-code")"
   elif [ -f "$job/pid" ]; then
     state=lost
   fi

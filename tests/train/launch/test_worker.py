@@ -96,9 +96,10 @@ def test_stopping_lets_training_save_and_start_again_keeps_the_earlier_log(worke
 
 
 def test_training_that_does_not_stop_is_said_to_run_on(worker):
-    worker.cloud.training('trap "" TERM; while :; do sleep 0.1; done')
+    worker.cloud.training('trap "" TERM; echo up; while :; do sleep 0.1; done')
     worker("install")
     worker("start")
+    until(lambda: "up" in (worker.folder / "train.log").read_text())
     try:
         assert "still running after 1 seconds" in worker("stop", "1", code=1)
         assert "running" in worker("status")
