@@ -28,6 +28,7 @@ COMMANDS = (
     "export",
     "convert",
     "quantize",
+    "merge",
     "launch",
     "doctor",
 )

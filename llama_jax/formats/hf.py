@@ -128,21 +128,14 @@ def save_hf(
     fallback = np.dtype(jnp.dtype(config.dtype))
     sources: dict[str, tuple[Any, tuple[int, ...]]] = {}
     specs = []
-    for row, name, at in _in_file_order(config):
+    for row, name, at in in_file_order(config):
         leaf = leaves[row.path]
         kind = target or (np.dtype(leaf.dtype) if is_plain(leaf) else fallback)
         specs.append(TensorSpec(name, kind, row.shape[len(at) :]))
         sources[name] = (leaf, at)
-    # One dtype is declared; a mixture is left for the reader to find in the files.
     dtypes = {spec.dtype.name for spec in specs}
-    uniform = len(dtypes) == 1
-    exported = config.replace(dtype=min(dtypes)) if uniform else config
-    description = to_hf(exported, declare_dtype=uniform)
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        _write_json(temporary / "config.json", description)
-        _write_json(temporary / "generation_config.json", generation_to_hf(exported))
-        if tokenizer is not None:
-            tokenizer.save(temporary)
+        write_descriptions(temporary, config, dtypes, tokenizer)
         write_sharded(
             temporary,
             specs,
@@ -153,11 +146,27 @@ def save_hf(
     return sorted(path for path in Path(folder).iterdir())
 
 
+def write_descriptions(
+    folder: Path, config: ModelConfig, dtypes: set[str], tokenizer: Any = None
+) -> None:
+    """Everything in a model folder but the weights, which have these dtypes.
+
+    Raises ValueError for an architecture that Hugging Face's configuration cannot describe.
+    """
+    # One dtype is declared; a mixture is left for the reader to find in the files.
+    uniform = len(dtypes) == 1
+    exported = config.replace(dtype=min(dtypes)) if uniform else config
+    _write_json(folder / "config.json", to_hf(exported, declare_dtype=uniform))
+    _write_json(folder / "generation_config.json", generation_to_hf(exported))
+    if tokenizer is not None:
+        tokenizer.save(folder)
+
+
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _in_file_order(config: ModelConfig) -> list[tuple[Weight, str, tuple[int, ...]]]:
+def in_file_order(config: ModelConfig) -> list[tuple[Weight, str, tuple[int, ...]]]:
     """Every tensor, layer by layer, so that a shard holds neighbouring layers."""
     rows = weight_table(config).values()
     tensors = [(row, name, at) for row in rows for name, at in row.hf_names()]

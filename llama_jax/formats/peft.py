@@ -110,6 +110,11 @@ def adapter_vocab_size(folder: str | Path, config: ModelConfig) -> int:
     return next((len(rows) for rows in stored.values()), config.vocab_size)
 
 
+def stores_embeddings(folder: str | Path) -> bool:
+    """Whether the adapter brings a whole embedding or head beside or instead of its factors."""
+    return bool(stored_rows(_read_tensors(Path(folder))))
+
+
 def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     """By name behind PEFT's prefix; views of the mapped file."""
     path = folder / WEIGHTS_NAME

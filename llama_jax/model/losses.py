@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax.config import Compute, LogicalRules, ModelConfig
 from llama_jax.mesh.sharding import batch_parts, constrain, loss_rules
 from llama_jax.model import transformer
+from llama_jax.model.chunked import chunked_sums
 from llama_jax.model.moe import RouterStats
 from llama_jax.weights.dot import dot
 from llama_jax.weights.tensors import Leaf, LoraTensor, SavedTensor, is_quantized
@@ -66,15 +66,20 @@ def cross_entropy(
 ) -> Float[Array, ""]:
     """Sum over counted positions of -log softmax(hidden @ head.T)[target], in float32.
 
-    The positions are taken in chunks of about `compute.loss_chunk_tokens` per device. When a
-    gradient is wanted it is computed with the loss, chunk by chunk, so that the largest product of
-    the model runs once forward, and not again in the backward pass. On a mesh the vocabulary is
-    divided, not the tokens of a chunk: see `mesh.sharding.loss_rules`.
+    The positions are taken in chunks of about `compute.loss_chunk_tokens` per device, and their
+    gradient with them: see `model.chunked`. On a mesh the vocabulary is divided, not the tokens of
+    a chunk: see `mesh.sharding.loss_rules`.
     """
     rules = loss_rules(head.shape[0], compute.rules)
     head = dealt_head(head, rules)
+
+    def chunk(hidden: jax.Array, head: Leaf, part: Any, constants: None) -> tuple[jax.Array, None]:
+        targets, mask = part
+        mask = constrain(mask, ("loss_batch", None), rules)
+        return jnp.sum(token_losses(compute, rules, hidden, head, targets) * mask), None
+
     hidden, targets, mask = in_chunks(compute, hidden, targets, mask)
-    return _chunked_loss(compute, rules, hidden, head, targets, mask)
+    return chunked_sums(chunk, hidden, head, (targets, mask), None)[0]
 
 
 def in_chunks(compute: Compute, *arrays: jax.Array) -> tuple[jax.Array, ...]:
@@ -106,19 +111,6 @@ def dealt_head(head: Leaf, rules: LogicalRules) -> Leaf:
     return head if is_quantized(head) else constrain(head, ("loss_vocab", None), rules)
 
 
-def _chunk_loss(
-    compute: Compute,
-    rules: LogicalRules,
-    hidden: jax.Array,
-    head: Leaf,
-    targets: jax.Array,
-    mask: jax.Array,
-) -> jax.Array:
-    """The loss of one chunk [B, t, D]."""
-    mask = constrain(mask, ("loss_batch", None), rules)
-    return jnp.sum(token_losses(compute, rules, hidden, head, targets) * mask)
-
-
 def token_losses(
     compute: Compute, rules: LogicalRules, hidden: jax.Array, head: Leaf, targets: jax.Array
 ) -> jax.Array:
@@ -134,57 +126,3 @@ def token_losses(
     is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
     chosen = jnp.where(is_target, logits, 0.0).sum(axis=-1)
     return total - chosen
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked_loss(
-    compute: Compute,
-    rules: LogicalRules,
-    hidden: jax.Array,
-    head: Leaf,
-    targets: jax.Array,
-    mask: jax.Array,
-) -> jax.Array:
-    """Sum over chunks; hidden [chunks, B, t, D], targets and mask [chunks, B, t]."""
-
-    def body(total: jax.Array, chunk: Any) -> Any:
-        h, t, m = chunk
-        return total + _chunk_loss(compute, rules, h, head, t, m), None
-
-    return jax.lax.scan(body, jnp.float32(0), (hidden, targets, mask))[0]
-
-
-def _forward(
-    compute: Compute, rules: LogicalRules, hidden: Any, head: Any, targets: Any, mask: Any
-) -> Any:
-    """Loss and its gradients together; leaves of the head that are frozen get none."""
-    leaves, structure = jax.tree.flatten(head, is_leaf=lambda x: hasattr(x, "perturbed"))
-    frozen = [None if leaf.perturbed else leaf.value for leaf in leaves]
-    trained = [leaf.value if leaf.perturbed else None for leaf in leaves]
-
-    def loss(h: jax.Array, trained: list[Any], t: jax.Array, m: jax.Array) -> jax.Array:
-        merged = [f if v is None else v for v, f in zip(trained, frozen, strict=True)]
-        return _chunk_loss(compute, rules, h, jax.tree.unflatten(structure, merged), t, m)
-
-    def body(carry: Any, chunk: Any) -> Any:
-        total, sums = carry
-        part, (dh, dtrained) = jax.value_and_grad(loss, argnums=(0, 1))(
-            chunk[0], trained, *chunk[1:]
-        )
-        sums = jax.tree.map(lambda s, d: s + d.astype(jnp.float32), sums, dtrained)
-        return (total + part, sums), dh
-
-    start = (jnp.float32(0), jax.tree.map(lambda v: jnp.zeros(v.shape, jnp.float32), trained))
-    (total, sums), dhidden = jax.lax.scan(body, start, (hidden.value, targets.value, mask.value))
-    sums = jax.tree.map(lambda s, v: s.astype(v.dtype), sums, trained)
-    # None stands for a zero cotangent.
-    return total, (dhidden, jax.tree.unflatten(structure, sums))
-
-
-def _backward(compute: Compute, rules: LogicalRules, saved: Any, gradient: jax.Array) -> Any:
-    del compute, rules
-    dhidden, dhead = jax.tree.map(lambda d: d * gradient.astype(d.dtype), saved)
-    return dhidden, dhead, None, None
-
-
-_chunked_loss.defvjp(_forward, _backward, symbolic_zeros=True)
