@@ -1,0 +1,291 @@
+"""Versions of models on a disk: models/NAME/VERSION/ with a manifest, never changed once written.
+
+A version folder holds `manifest.json`, the model under `model/` (a folder or one .gguf file) and,
+where there are any, an adapter under `adapter/` and a chat template in `template.jinja`. Adapters
+that are loaded beside a model lie in models/NAME/adapters/ADAPTER/. Which version answers is in
+models/NAME/state.json.
+
+Names are looked up among the folders that are there; nothing a client sends becomes a path.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llama_jax.config import check_keys
+
+MANIFEST, STATE, ADAPTERS = "manifest.json", "state.json", "adapters"
+FORMAT = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_CHUNK = 1 << 20
+
+
+class UnknownNameError(LookupError):
+    """No model, version or adapter is called so."""
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a version is. model, adapter, template: paths in the version's folder.
+
+    source: where it came from, in words. quantization: the types that quantized weights are stored
+    in, None where there are none. created: seconds since 1970.
+    """
+
+    name: str
+    version: str
+    model: str
+    adapter: str | None
+    template: str | None
+    source: str
+    quantization: str | None
+    created: int
+    files: dict[str, FileEntry]
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Raises ValueError naming the file and what is wrong with it."""
+        path = folder / MANIFEST
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ValueError(f"{path} is no manifest of format {FORMAT}")
+        fields = [each.name for each in dataclasses.fields(cls)]
+        check_keys(str(path), values, fields)
+        missing = [name for name in fields if name not in values]
+        if missing:
+            raise ValueError(f"{path} lacks {', '.join(missing)}")
+        files = values.pop("files")
+        if not isinstance(files, dict):
+            raise ValueError(f"{path}: files must be an object")
+        entries = {}
+        for name, entry in files.items():
+            _check_inside(path, name)
+            try:
+                entries[name] = FileEntry(**entry)
+            except TypeError as error:
+                raise ValueError(f"{path}: files: {name}: {error}") from error
+        manifest = cls(**values, files=entries)
+        for name in (manifest.model, manifest.adapter, manifest.template):
+            if name is not None:
+                _check_inside(path, name)
+        return manifest
+
+    def write(self, folder: Path) -> None:
+        values = {"format": FORMAT, **dataclasses.asdict(self)}
+        (folder / MANIFEST).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class State:
+    """Which version answers. previous: those that did before, the latest last. canary: a version
+    that gets `share` of the requests."""
+
+    active: str | None = None
+    previous: tuple[str, ...] = ()
+    canary: str | None = None
+    share: float = 0.0
+
+
+def _check_inside(path: Path, name: Any) -> None:
+    parts = name.split("/") if isinstance(name, str) else []
+    if not parts or "\\" in name or any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"{path} names {name!r}, which is no path inside its folder")
+
+
+class Registry:
+    """The models under `root`. Methods may be called from any thread."""
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise ValueError(f"models_dir {self.root} is no folder")
+
+    def names(self) -> list[str]:
+        return [name for name in _folders(self.root) if self.versions(name)]
+
+    def versions(self, name: str) -> list[str]:
+        """Those with a manifest; empty for an unknown name."""
+        if name not in _folders(self.root):
+            return []
+        folder = self.root / name
+        return [
+            version
+            for version in _folders(folder)
+            if version != ADAPTERS and (folder / version / MANIFEST).is_file()
+        ]
+
+    def adapters(self, name: str) -> dict[str, Path]:
+        """Folders of the adapters that may be loaded beside a model."""
+        if name not in _folders(self.root):
+            return {}
+        folder = self.root / name / ADAPTERS
+        return {each: folder / each for each in _folders(folder)} if folder.is_dir() else {}
+
+    def folder(self, name: str, version: str) -> Path:
+        """Raises UnknownNameError."""
+        if version not in self.versions(name):
+            known = self.versions(name)
+            raise UnknownNameError(
+                f"model {name!r} has no version {version!r} (it has {', '.join(known)})"
+                if known
+                else f"there is no model {name!r}"
+            )
+        return self.root / name / version
+
+    def manifest(self, name: str, version: str) -> Manifest:
+        """Raises UnknownNameError, ValueError."""
+        folder = self.folder(name, version)
+        manifest = Manifest.read(folder)
+        if (manifest.name, manifest.version) != (name, version):
+            raise ValueError(
+                f"{folder / MANIFEST} is of {manifest.name} version {manifest.version}; "
+                f"the folder was moved or copied"
+            )
+        return manifest
+
+    def verify(self, name: str, version: str, *, hashes: bool) -> Manifest:
+        """The manifest, after every file it lists was found whole. Raises ValueError naming the
+        first file that is missing, of another size or (with `hashes`) of other contents."""
+        folder, manifest = self.folder(name, version), self.manifest(name, version)
+        for relative, entry in manifest.files.items():
+            path = folder / relative
+            if not path.is_file():
+                raise ValueError(f"{path} is missing")
+            size = path.stat().st_size
+            if size != entry.bytes:
+                raise ValueError(f"{path} has {size} bytes, the manifest says {entry.bytes}")
+        for relative, entry in manifest.files.items():
+            if hashes and _sha256(folder / relative) != entry.sha256:
+                raise ValueError(f"{folder / relative} is not what the manifest says (SHA-256)")
+        return manifest
+
+    def state(self, name: str) -> State:
+        """A model with one version answers with it before anyone has activated any."""
+        versions = self.versions(name)
+        path = self.root / name / STATE
+        if not versions or not path.is_file():
+            return State(active=versions[0] if len(versions) == 1 else None)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            check_keys(str(path), values, [each.name for each in dataclasses.fields(State)])
+            return State(**{**values, "previous": tuple(values["previous"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
+
+    def set_state(self, name: str, state: State) -> None:
+        """On the disk at once, or not at all."""
+        if not self.versions(name):
+            raise UnknownNameError(f"there is no model {name!r}")
+        folder = self.root / name
+        descriptor, temporary = tempfile.mkstemp(prefix=".state-", dir=folder)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(state), file, indent=2)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(folder / STATE)
+
+
+def register(
+    root: str | Path,
+    name: str,
+    version: str,
+    model: Path,
+    *,
+    source: str,
+    quantization: str | None = None,
+    adapter: Path | None = None,
+    template: Path | None = None,
+) -> Path:
+    """Copies a model (a folder or a .gguf file) into the registry as a new version.
+
+    The folder appears whole or not at all, and its files are made read-only. Raises ValueError for
+    a name that is not allowed and a version that exists.
+    """
+    for what, text in (("name", name), ("version", version)):
+        if not NAME.fullmatch(text) or text == ADAPTERS:
+            raise ValueError(
+                f"the {what} {text!r} must be 1 to 64 letters, digits, dots, dashes and "
+                f"underscores, beginning with a letter or digit, and not {ADAPTERS!r}"
+            )
+    target = Path(root) / name / version
+    if target.exists():
+        raise ValueError(f"{target} exists; versions never change, so choose another")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{version}.tmp-", dir=target.parent))
+    try:
+        model_path = _copy(model, temporary / "model")
+        adapter_path = None if adapter is None else _copy(adapter, temporary / "adapter")
+        if template is not None:
+            shutil.copyfile(template, temporary / "template.jinja")
+        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        Manifest(
+            name=name,
+            version=version,
+            model=model_path.relative_to(temporary).as_posix(),
+            adapter=None if adapter_path is None else "adapter",
+            template=None if template is None else "template.jinja",
+            source=source,
+            quantization=quantization,
+            created=int(time.time()),
+            files={
+                path.relative_to(temporary).as_posix(): FileEntry(
+                    path.stat().st_size, _sha256(path)
+                )
+                for path in files
+            },
+        ).write(temporary)
+        for path in (*files, temporary / MANIFEST):
+            path.chmod(0o444)
+        temporary.chmod(0o755)
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return target
+
+
+def _copy(source: Path, target: Path) -> Path:
+    """The copy: a folder, or the one file in it."""
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=shutil.copyfile)
+        return target
+    target.mkdir()
+    return Path(shutil.copyfile(source, target / source.name))
+
+
+def _folders(folder: Path) -> list[str]:
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(
+            entry.name
+            for entry in os.scandir(folder)
+            if NAME.fullmatch(entry.name) and entry.is_dir()
+        )
+    return []
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()

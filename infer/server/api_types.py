@@ -1,0 +1,374 @@
+"""What clients send, in OpenAI's names. Unknown fields are refused, types are strict.
+
+`IGNORED` lists fields of OpenAI's that are accepted and change nothing; fields typed None would
+change the answer and are not offered. Sampling fields beyond OpenAI's (top_k, min_p, …) have the
+names of `SamplingParams`.
+"""
+
+import json
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from infer.engine.request import Structure
+from infer.params import SamplingParams
+from infer.server.errors import ApiError
+
+# Notes for OpenAI's own bookkeeping and billing.
+IGNORED = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+)
+
+Ids = Annotated[list[int], Field(max_length=2**20)]
+Body = TypeVar("Body", bound=BaseModel)
+# Fields of several types: what pydantic says of each type is no part of the field's name.
+_UNIONS = {"prompt", "input", "stop", "content", "tool_choice"}
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Body):
+    include_usage: bool = False
+    # OpenAI pads chunks against eavesdroppers; there is nothing to switch off here.
+    include_obfuscation: bool = False
+
+
+class JsonSchema(_Body):
+    name: str
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Body):
+    """type `regex` and `grammar` (Lark) are ours, beside OpenAI's three."""
+
+    type: Literal["text", "json_object", "json_schema", "regex", "grammar"]
+    json_schema: JsonSchema | None = None
+    regex: str | None = None
+    grammar: str | None = None
+
+    def structure(self, max_bytes: int) -> Structure | None:
+        """What the engine must hold the text to. Raises ApiError."""
+        sources = {"json_schema": self.json_schema, "regex": self.regex, "grammar": self.grammar}
+        for name, value in sources.items():
+            if (value is not None) != (self.type == name):
+                problem = "is missing" if value is None else f"does not go with type {self.type!r}"
+                param = f"response_format.{name}"
+                raise ApiError(400, f"{param} {problem}", param=param)
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return Structure("json_object")
+        source = self.regex if self.type == "regex" else self.grammar
+        if self.json_schema is not None:
+            # No schema means any JSON object, as with OpenAI.
+            schema = self.json_schema.schema_
+            source = json.dumps({"type": "object"} if schema is None else schema)
+        assert source is not None
+        if len(source.encode("utf-8", "surrogatepass")) > max_bytes:
+            param = f"response_format.{self.type}"
+            raise ApiError(400, f"{param} is over {max_bytes} bytes", param=param)
+        return Structure(self.type, source)
+
+
+class _Sampled(_Body):
+    """What both generation endpoints take."""
+
+    model: str = Field(max_length=256)
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _sampling(self, **more: Any) -> SamplingParams:
+        """Raises ApiError for a value out of range. A null is a field left out, as with OpenAI."""
+        if self.stream_options is not None and not self.stream:
+            raise ApiError(400, "stream_options goes only with stream true", param="stream_options")
+        names = [
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "n",
+            "stop",
+            "seed",
+            "frequency_penalty",
+            "presence_penalty",
+            "top_k",
+            "min_p",
+            "repetition_penalty",
+            "min_tokens",
+            "ignore_eos",
+        ]
+        given = {name: getattr(self, name) for name in names}
+        given["logit_bias"] = None if self.logit_bias is None else _bias(self.logit_bias)
+        given.update(more)
+        # temperature and top_p are 1 where OpenAI's are: the defaults of SamplingParams.
+        try:
+            return SamplingParams(**{key: val for key, val in given.items() if val is not None})
+        except ValueError as error:
+            raise refused(error) from error
+
+
+class CompletionRequest(_Sampled):
+    prompt: str | Ids | list[str] | list[Ids]
+    logprobs: int | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    suffix: None = None
+
+    def sampling(self) -> SamplingParams:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ApiError(
+                400, f"best_of is {self.best_of}; only the value of n is offered", param="best_of"
+            )
+        return self._sampling(logprobs=self.logprobs, echo=self.echo)
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each prompt, a text or token ids. Raises ApiError for an empty list."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not prompt:
+            raise ApiError(400, "prompt is empty", param="prompt")
+        if isinstance(prompt[0], int):
+            return [prompt]  # type: ignore[list-item]
+        return list(prompt)  # type: ignore[arg-type]
+
+
+class FunctionCall(_Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(_Body):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class TextPart(_Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+
+    def to_template(self) -> dict[str, Any]:
+        """The message as chat templates expect it: texts joined, arguments as values."""
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        # Templates know no developer; OpenAI's newer name for the same.
+        role = "system" if self.role == "developer" else self.role
+        message: dict[str, Any] = {"role": role, "content": content or ""}
+        if self.name is not None:
+            message["name"] = self.name
+        if self.tool_call_id is not None:
+            message["tool_call_id"] = self.tool_call_id
+        if self.tool_calls:
+            message["tool_calls"] = [_to_template(call) for call in self.tool_calls]
+        return message
+
+
+def _to_template(call: ToolCall) -> dict[str, Any]:
+    try:
+        arguments = json.loads(call.function.arguments)
+    except (ValueError, RecursionError):
+        arguments = call.function.arguments
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
+
+
+class Function(_Body):
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Body):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Body):
+    name: str
+
+
+class NamedTool(_Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ChatRequest(_Sampled):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    modalities: list[Literal["text"]] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    reasoning_effort: None = None
+    verbosity: None = None
+    functions: None = None
+    function_call: None = None
+
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def sampling(self) -> SamplingParams:
+        limit = self.max_completion_tokens
+        if limit is not None and self.max_tokens is not None and limit != self.max_tokens:
+            raise ApiError(
+                400,
+                f"max_tokens is {self.max_tokens} and max_completion_tokens {limit}; give one",
+                param="max_completion_tokens",
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs goes only with logprobs true", param="top_logprobs")
+        wanted = (self.top_logprobs or 0) if self.logprobs else None
+        more = {} if limit is None else {"max_tokens": limit}
+        try:
+            return self._sampling(logprobs=wanted, **more)
+        except ApiError as error:
+            # The engine's one field is called top_logprobs here.
+            if error.param == "logprobs":
+                error.param = "top_logprobs"
+                error.message = "top_" + error.message
+            raise
+
+
+class EmbeddingRequest(_Body):
+    model: str = Field(max_length=256)
+    input: str | Ids | list[str] | list[Ids]
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: str | None = None
+
+    def inputs(self) -> list[str | list[int]]:
+        given = self.input
+        if isinstance(given, str):
+            return [given]
+        if not given:
+            raise ApiError(400, "input is empty", param="input")
+        if isinstance(given[0], int):
+            return [given]  # type: ignore[list-item]
+        return list(given)  # type: ignore[arg-type]
+
+
+class TokenizeRequest(_Body):
+    """prompt: a text, or messages: a conversation as the model would read it."""
+
+    model: str = Field(max_length=256)
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeRequest(_Body):
+    model: str = Field(max_length=256)
+    tokens: Ids
+    skip_special_tokens: bool = False
+
+
+def _bias(given: dict[str, float]) -> dict[int, float]:
+    biases = {}
+    for token, value in given.items():
+        if not (token.isascii() and token.isdigit() and len(token) < 11):
+            raise ApiError(
+                400,
+                f"logit_bias has the key {token[:40]!r}; keys are token ids",
+                param="logit_bias",
+            )
+        biases[int(token)] = value
+    return biases
+
+
+def refused(error: ValueError) -> ApiError:
+    """A 400 with the words of whoever refused; such messages begin with the field."""
+    message = str(error)
+    first = message.split(" ", 1)[0]
+    param = first if first in SamplingParams.__dataclass_fields__ else None
+    return ApiError(400, message, param=param)
+
+
+def parse(kind: type[Body], raw: bytes) -> Body:
+    """The request in a body. Raises ApiError 400 naming the field at fault."""
+    try:
+        return kind.model_validate_json(raw)
+    except ValidationError as error:
+        raise invalid(error) from None
+
+
+def invalid(error: ValidationError) -> ApiError:
+    """The first problem of a body, without what the client sent."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    loc = list(first["loc"])
+    for place, part in enumerate(loc):
+        if part in _UNIONS:
+            loc = loc[: place + 1]
+            break
+    param = ".".join(map(str, loc)) or None
+    message = first["msg"]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {message}", code="invalid_json")
+    if first["type"] == "extra_forbidden":
+        return ApiError(
+            400,
+            f"unrecognized request argument supplied: {param}",
+            param=param,
+            code="unknown_parameter",
+        )
+    if first["type"] == "none_required":
+        return ApiError(400, f"{param} is not offered", param=param, code="unsupported_parameter")
+    if param is None:
+        return ApiError(400, f"the body must be a JSON object: {message}")
+    return ApiError(400, f"{param}: {message}", param=param)

@@ -1,0 +1,224 @@
+"""/v1/chat/completions: a conversation in, the assistant's turn out, tool calls included."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from infer.completion import Alternative, Piece, TokenLogprob
+from infer.engine.request import Request, Started, Structure
+from infer.server.answers import Answer, Choice
+from infer.server.api_types import ChatRequest, NamedTool
+from infer.server.completions import check_ceilings, check_length
+from infer.server.errors import ApiError
+from infer.server.generation import Arrival, Context, Generation
+from infer.server.models import Lease
+from infer.server.tools import ToolParser, forced_schema
+
+if TYPE_CHECKING:
+    from llama_jax.formats.chat import ChatTemplate
+
+
+def start_chat(
+    context: Context, body: ChatRequest, arrival: Arrival
+) -> tuple[Generation, "type[ChatAnswer]"]:
+    """A generation to enter and what its answer is. Raises ApiError for what the body asks."""
+    settings = context.settings
+    params = body.sampling()
+    _check_counts(context, body)
+    check_ceilings(context, params.n, params.max_tokens)
+    structure = None
+    if body.response_format is not None:
+        structure = body.response_format.structure(settings.max_schema_bytes)
+    structure = _tool_structure(body, structure, settings.max_schema_bytes)
+
+    def prepare(lease: Lease, unique: str) -> list[Request]:
+        ids = chat_ids(lease, body)
+        check_length(lease, len(ids), "messages")
+        return [
+            Request(
+                id=unique,
+                prompt_token_ids=tuple(ids),
+                params=params,
+                continues_text=False,
+                adapter=lease.adapter,
+                tenant=arrival.caller.tenant,
+                priority=arrival.caller.priority,
+                structure=structure,
+            )
+        ]
+
+    return Generation(context, arrival, "chat", body.model, prepare), ChatAnswer
+
+
+def _check_counts(context: Context, body: ChatRequest) -> None:
+    settings = context.settings
+    for name, items, limit in (
+        ("messages", body.messages, settings.max_messages),
+        ("tools", body.tools or [], settings.max_tools),
+    ):
+        if len(items) > limit:
+            raise ApiError(400, f"{name} has {len(items)} entries, over {limit}", param=name)
+    if not body.messages:
+        raise ApiError(400, "messages is empty", param="messages")
+
+
+def _tool_structure(body: ChatRequest, asked: Structure | None, max_bytes: int) -> Structure | None:
+    """What the answer must match when a tool must be called, else `asked`."""
+    choice = body.tool_choice
+    if not body.tools:
+        if choice not in (None, "none", "auto"):
+            raise ApiError(
+                400, "tool_choice asks for a tool and tools is empty", param="tool_choice"
+            )
+        return asked
+    if asked is not None and choice != "none":
+        raise ApiError(
+            400,
+            "response_format and tools exclude each other; tool_choice 'none' keeps the first",
+            param="response_format",
+        )
+    name = choice.function.name if isinstance(choice, NamedTool) else None
+    names = [tool.function.name for tool in body.tools]
+    if len(set(names)) != len(names):
+        raise ApiError(400, "tools has a name twice", param="tools")
+    if name is not None and name not in names:
+        raise ApiError(400, f"tool_choice names {name!r}, which is no tool", param="tool_choice")
+    if choice != "required" and name is None:
+        return asked
+    schema = forced_schema(body.tools, name=name, parallel=body.parallel_tool_calls is not False)
+    if len(schema) > max_bytes:
+        raise ApiError(400, f"the schemas of tools are over {max_bytes} bytes", param="tools")
+    return Structure("json_schema", schema)
+
+
+def chat_ids(lease: Lease, body: ChatRequest) -> list[int]:
+    """The conversation as the model reads it. Raises ApiError and TemplateError (a ValueError)."""
+    from llama_jax.formats.chat import encode_chat
+
+    tokenizer = lease.loaded.tokenizer
+    if tokenizer is None:
+        raise ApiError(400, f"{lease.loaded.name} has no tokenizer and cannot chat", param="model")
+    tools = None
+    if body.tools and body.tool_choice != "none":
+        tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    template = _template(lease, body, tools)
+    return encode_chat(
+        tokenizer,
+        [message.to_template() for message in body.messages],
+        add_generation_prompt=True,
+        tools=tools,
+        template=template,
+        **(body.chat_template_kwargs or {}),
+    )
+
+
+def _template(
+    lease: Lease, body: ChatRequest, tools: list[dict[str, Any]] | None
+) -> "ChatTemplate":
+    from llama_jax.formats.chat import chat_template
+
+    tokenizer = lease.loaded.tokenizer
+    assert tokenizer is not None
+    asked = body.chat_template if body.chat_template is not None else lease.loaded.source.template
+    template = chat_template(tokenizer, asked, tools=tools)
+    if tools and "tools" not in template.source:
+        raise ApiError(
+            400, f"the chat template of {lease.loaded.name} does not know tools", param="tools"
+        )
+    return template
+
+
+class ChatAnswer(Answer):
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
+    id_prefix = "chatcmpl-"
+
+    def __init__(self, generation: Generation, *, body: ChatRequest, **options: Any):
+        super().__init__(generation, **options)
+        self._wants_logprobs = bool(body.logprobs)
+        self._n = generation.requests[0].params.n
+        may_call = bool(body.tools) and body.tool_choice != "none"
+        self._choices = {index: Choice() for index in range(self._n)}
+        self._parsers = (
+            {index: ToolParser(body.tools or []) for index in range(self._n)} if may_call else {}
+        )
+        # Log probabilities of tokens whose text is held back: they go out with the next chunk.
+        self._held: dict[int, list[TokenLogprob]] = {index: [] for index in range(self._n)}
+
+    def _chunk_choices(self, prompt: int, event: Started | Piece) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Started):
+            for index in range(self._n):
+                yield self._choice(index, {"role": "assistant", "content": ""})
+            return
+        index, text = event.index, event.text
+        calls: list[dict[str, Any]] = []
+        self._held[index] += event.logprobs
+        parser = self._parsers.get(index)
+        if parser is not None:
+            text = parser.push(text)
+            if event.finish_reason is not None:
+                rest, calls = parser.finish()
+                text += rest
+        if text:
+            yield self._choice(index, {"content": text}, self._taken(index))
+        if calls:
+            numbered = [{"index": place, **call} for place, call in enumerate(calls)]
+            yield self._choice(index, {"tool_calls": numbered}, self._taken(index))
+        if event.finish_reason is not None:
+            # The end token has a log probability too, and no text.
+            reason = "tool_calls" if calls else event.finish_reason
+            yield self._choice(index, {}, self._taken(index), reason)
+
+    def _taken(self, index: int) -> list[TokenLogprob]:
+        taken, self._held[index] = self._held[index], []
+        return taken
+
+    def _choice(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        logprobs: list[TokenLogprob] | None = None,
+        reason: str | None = None,
+    ) -> dict[str, Any]:
+        shown = _logprobs(logprobs) if self._wants_logprobs and logprobs else None
+        return {"index": index, "delta": delta, "logprobs": shown, "finish_reason": reason}
+
+    def _gather(self, prompt: int, event: Started | Piece) -> None:
+        if isinstance(event, Started):
+            return
+        choice = self._choices[event.index]
+        choice.text.append(event.text)
+        choice.logprobs += event.logprobs
+        choice.finish_reason = event.finish_reason or choice.finish_reason
+
+    def _whole_choices(self) -> list[dict[str, Any]]:
+        return [self._whole_choice(index, choice) for index, choice in self._choices.items()]
+
+    def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        text = "".join(choice.text)
+        calls: list[dict[str, Any]] = []
+        parser = self._parsers.get(index)
+        if parser is not None:
+            text = parser.push(text)
+            rest, calls = parser.finish()
+            text += rest
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if calls:
+            message |= {"content": text or None, "tool_calls": calls}
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": _logprobs(choice.logprobs) if self._wants_logprobs else None,
+            "finish_reason": "tool_calls" if calls else choice.finish_reason,
+        }
+
+
+def _logprobs(entries: Any) -> dict[str, Any]:
+    content = [
+        {**_described(entry), "top_logprobs": [_described(each) for each in entry.top]}
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _described(token: Alternative) -> dict[str, Any]:
+    return {"token": token.token, "logprob": token.logprob, "bytes": list(token.bytes)}

@@ -1,0 +1,187 @@
+"""/v1/completions: texts or token ids in, texts out."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from infer.completion import Piece, TokenLogprob
+from infer.engine.request import Request, Started
+from infer.server.answers import Answer, Choice, token_text
+from infer.server.api_types import CompletionRequest
+from infer.server.errors import ApiError
+from infer.server.generation import Arrival, Context, Generation, Prepare
+from infer.server.models import Lease
+
+
+def start_completion(
+    context: Context, body: CompletionRequest, arrival: Arrival
+) -> tuple[Generation, "type[CompletionAnswer]"]:
+    """A generation to enter and what its answer is. Raises ApiError for what the body asks."""
+    settings = context.settings
+    params = body.sampling()
+    prompts = body.prompts()
+    if len(prompts) > settings.max_prompts:
+        raise ApiError(
+            400, f"prompt has {len(prompts)} entries, over {settings.max_prompts}", param="prompt"
+        )
+    check_ceilings(context, params.n * len(prompts), params.max_tokens)
+    structure = None
+    if body.response_format is not None:
+        structure = body.response_format.structure(settings.max_schema_bytes)
+
+    def prepare(lease: Lease, unique: str) -> list[Request]:
+        return [
+            Request(
+                id=f"{unique}-{place}",
+                prompt_token_ids=prompt_ids(lease, prompt, "prompt"),
+                params=params,
+                continues_text=True,
+                adapter=lease.adapter,
+                tenant=arrival.caller.tenant,
+                priority=arrival.caller.priority,
+                structure=structure,
+            )
+            for place, prompt in enumerate(prompts)
+        ]
+
+    accepted: Prepare = prepare
+    return Generation(context, arrival, "completions", body.model, accepted), CompletionAnswer
+
+
+def check_ceilings(context: Context, choices: int, max_tokens: int | None) -> None:
+    settings = context.settings
+    if choices > settings.max_choices:
+        raise ApiError(
+            400, f"{choices} choices are asked for; the limit is {settings.max_choices}", param="n"
+        )
+    ceiling = settings.max_tokens
+    if ceiling is not None and max_tokens is not None and max_tokens > ceiling:
+        raise ApiError(
+            400, f"max_tokens is {max_tokens}; the limit is {ceiling}", param="max_tokens"
+        )
+
+
+def prompt_ids(lease: Lease, prompt: str | list[int], field: str) -> tuple[int, ...]:
+    """Token ids of a text or of ids. Raises ApiError."""
+    if isinstance(prompt, list):
+        ids = prompt
+    elif lease.loaded.tokenizer is None:
+        raise ApiError(
+            400, f"{field}: {lease.loaded.name} has no tokenizer; send token ids", param=field
+        )
+    else:
+        ids = lease.loaded.tokenizer.encode(prompt)
+    check_length(lease, len(ids), field)
+    return tuple(ids)
+
+
+def check_length(lease: Lease, tokens: int, field: str) -> None:
+    context = lease.loaded.engine.max_context
+    if not tokens:
+        raise ApiError(400, f"{field} has no tokens", param=field)
+    if tokens > context:
+        raise ApiError(
+            400,
+            f"the prompt has {tokens} tokens; the context of {lease.loaded.name} is {context}",
+            param=field,
+            code="context_length_exceeded",
+        )
+
+
+class CompletionAnswer(Answer):
+    kind = chunk_kind = "text_completion"
+    id_prefix = "cmpl-"
+
+    def __init__(self, generation: Generation, **options: Any):
+        super().__init__(generation, **options)
+        self._choices: dict[int, Choice] = {}
+        self._params = generation.requests[0].params
+        # Where the next token's text begins, by choice.
+        self._offsets: dict[int, int] = {}
+        self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
+
+    def _number(self, prompt: int, piece: Piece) -> int:
+        return prompt * self._params.n + piece.index
+
+    def _entries(self, prompt: int, piece: Piece) -> list[TokenLogprob | None]:
+        """Log probabilities that go with a piece: the echoed prompt's with the first."""
+        number = self._number(prompt, piece)
+        entries: list[TokenLogprob | None] = []
+        if number not in self._offsets:
+            self._offsets[number] = 0
+            entries += self._prompt_logprobs.get(prompt, [])
+        return [*entries, *piece.logprobs]
+
+    def _started(self, prompt: int, event: Started) -> None:
+        if event.prompt_logprobs is not None:
+            self._prompt_logprobs[prompt] = event.prompt_logprobs
+
+    def _chunk_choices(self, prompt: int, event: Started | Piece) -> Iterator[dict[str, Any]]:
+        if isinstance(event, Started):
+            self._started(prompt, event)
+            return
+        entries = self._entries(prompt, event)
+        if not (event.text or entries or event.finish_reason):
+            # Half a character or the beginning of a stop string: nothing to show yet.
+            return
+        yield {
+            "index": self._number(prompt, event),
+            "text": event.text,
+            "logprobs": self._logprobs(prompt, self._number(prompt, event), entries),
+            "finish_reason": event.finish_reason,
+        }
+
+    def _gather(self, prompt: int, event: Started | Piece) -> None:
+        if isinstance(event, Started):
+            self._started(prompt, event)
+            return
+        choice = self._choices.setdefault(self._number(prompt, event), Choice())
+        choice.logprobs += self._entries(prompt, event)
+        choice.text.append(event.text)
+        choice.finish_reason = event.finish_reason or choice.finish_reason
+
+    def _whole_choices(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "index": number,
+                "text": "".join(choice.text),
+                "logprobs": self._logprobs(number // self._params.n, number, choice.logprobs),
+                "finish_reason": choice.finish_reason,
+            }
+            for number, choice in sorted(self._choices.items())
+        ]
+
+    def _logprobs(
+        self, prompt: int, number: int, entries: list[TokenLogprob | None]
+    ) -> dict[str, Any] | None:
+        """OpenAI's older form: lists side by side. text_offset counts characters of the tokens."""
+        wanted = self._params.logprobs
+        if wanted is None:
+            return None
+        tokens, offsets, tops = [], [], []
+        for entry in entries:
+            token = self._first_token(prompt) if entry is None else token_text(entry)
+            tokens.append(token)
+            offsets.append(self._offsets[number])
+            self._offsets[number] += len(token)
+            tops.append(None if entry is None else _top(entry))
+        return {
+            "tokens": tokens,
+            "token_logprobs": [None if entry is None else entry.logprob for entry in entries],
+            "top_logprobs": tops if wanted else None,
+            "text_offset": offsets,
+        }
+
+    def _first_token(self, prompt: int) -> str:
+        """The prompt's first token, of which no model says how likely it was."""
+        tokenizer = self._generation.loaded.tokenizer
+        if tokenizer is None:
+            return ""
+        first = self._generation.requests[prompt].prompt_token_ids[0]
+        return tokenizer.token_bytes(first).decode("utf-8", "replace")
+
+
+def _top(entry: TokenLogprob) -> dict[str, float]:
+    """The most likely tokens, and the chosen one if it is not among them."""
+    top = {token_text(each): each.logprob for each in entry.top}
+    top.setdefault(token_text(entry), entry.logprob)
+    return top

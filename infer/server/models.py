@@ -1,0 +1,571 @@
+"""The models of a running server: which are loaded, which version answers, what replaces what.
+
+Every loaded version has an engine of its own. All methods run on the server's event loop; what
+blocks runs in threads. A request holds a `Lease` on one loaded version from before its first token
+to after its last, so an answer never mixes versions and a version in use is never unloaded.
+"""
+
+import asyncio
+import functools
+import logging
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from infer.engine.request import Engine, Event, Failed, Finished, Request
+from infer.params import SamplingParams
+from infer.registry import Registry, State, UnknownNameError
+from infer.server.errors import ApiError
+from infer.server.settings import Settings
+
+if TYPE_CHECKING:
+    from llama_jax.formats.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+# Versions given on the command line have no registry to name them.
+COMMAND_LINE_VERSION = "1"
+PROBE_TOKENS = 4
+PROBE_SECONDS = 120.0
+WATCH_SECONDS = 0.25
+LONGEST_BACKOFF_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a version is made from. model: a MODEL of the command line or a path. template: the text
+    that replaces the tokenizer's chat template. adapters: folders of those loaded at start."""
+
+    name: str
+    version: str
+    model: str | Path
+    adapter: Path | None = None
+    template: str | None = None
+    adapters: Mapping[str, Path] = field(default_factory=dict)
+    created: int = 0
+    quantization: str | None = None
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine that has not been started, and the text side of its model."""
+
+    engine: Engine
+    tokenizer: "Tokenizer | None"
+
+
+Build = Callable[[Source], Built]
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A version in memory. adapters: those that requests may name."""
+
+    source: Source
+    engine: Engine
+    tokenizer: "Tokenizer | None"
+    is_pinned: bool
+    adapters: set[str]
+    in_use: int = 0
+    last_used: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return self.source.name
+
+    @property
+    def version(self) -> str:
+        return self.source.version
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+@dataclass(frozen=True)
+class Lease:
+    loaded: Loaded
+    adapter: str | None
+
+
+Key = tuple[str, str]
+
+
+class Models:
+    """See the module. sources: the versions that must be there before the server is ready."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        build: Build,
+        sources: list[Source],
+        registry: Registry | None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._settings, self._build, self._registry = settings, build, registry
+        self._sources = {source.name: source for source in sources}
+        if registry is not None:
+            both = set(self._sources) & set(registry.names())
+            if both:
+                raise ValueError(
+                    f"the model {min(both)} is given and in the registry too; name the given one "
+                    f"otherwise: NAME=MODEL"
+                )
+        self._clock = clock
+        self._loaded: dict[Key, Loaded] = {}
+        self._loading: dict[Key, asyncio.Task[Loaded]] = {}
+        self._restarting: dict[Key, asyncio.Task[None]] = {}
+        # The states of models whose registry must not be asked for every request.
+        self._states: dict[str, State] = {}
+        self._changing = asyncio.Lock()
+        self._watcher: asyncio.Task[None] | None = None
+        self.is_draining = False
+        self.has_started = False
+        self.on_restart: Callable[[Loaded], None] = lambda loaded: None
+
+    # Start and end
+
+    async def start(self) -> None:
+        """Loads what was given at the start. Raises what loading raises."""
+        self._watcher = asyncio.create_task(self._watch())
+        for source in self._sources.values():
+            await self._load((source.name, source.version))
+        self.has_started = True
+
+    @property
+    def is_ready(self) -> bool:
+        started = self.has_started and not self.is_draining
+        given = [(source.name, source.version) for source in self._sources.values()]
+        return started and all(
+            key in self._loaded and self._loaded[key].engine.state == "ready" for key in given
+        )
+
+    @property
+    def condition(self) -> str:
+        if self.is_draining:
+            return "draining"
+        if not self.has_started:
+            return "starting"
+        return "ready" if self.is_ready else "restarting"
+
+    async def stop(self, drain_seconds: float) -> None:
+        self.is_draining = True
+        if self._watcher is not None:
+            self._watcher.cancel()
+        for task in self._loading.values():
+            task.cancel()
+        engines = [loaded.engine for loaded in self._loaded.values()]
+        await asyncio.gather(*(asyncio.to_thread(each.stop, drain_seconds) for each in engines))
+        self._loaded.clear()
+
+    # For requests
+
+    async def lease(self, model: str, request_id: str) -> Lease:
+        """The loaded version that answers a request. Raises ApiError.
+
+        model: NAME, NAME@VERSION, and either with :ADAPTER behind it.
+        """
+        if self.is_draining:
+            raise ApiError(
+                503, "the server is shutting down", code="shutting_down", retry_after_seconds=5
+            )
+        rest, _, adapter = model.partition(":")
+        name, _, version = rest.partition("@")
+        key = (name, version) if version else (name, self._choose(name, model, request_id))
+        loaded = self._loaded.get(key)
+        if loaded is None:
+            loaded = await self._load_for_request(key, model)
+        if loaded.engine.state == "starting" or key in self._restarting:
+            raise _not_ready(name)
+        if adapter and adapter not in loaded.adapters:
+            raise _unknown(model, f"no adapter {adapter!r} is loaded beside {name}")
+        return Lease(loaded, adapter or None)
+
+    @contextmanager
+    def use(self, lease: Lease) -> Iterator[None]:
+        lease.loaded.in_use += 1
+        try:
+            yield
+        finally:
+            lease.loaded.in_use -= 1
+            lease.loaded.last_used = self._clock()
+
+    def _choose(self, name: str, model: str, request_id: str) -> str:
+        if name in self._sources:
+            return self._sources[name].version
+        state = self._state(name, model)
+        if state.canary is not None and _share_of(request_id) < state.share:
+            return state.canary
+        if state.active is None:
+            raise _unknown(model, f"no version of {name} is active")
+        return state.active
+
+    def _state(self, name: str, model: str) -> State:
+        if name not in self._states:
+            if self._registry is None or not self._registry.versions(name):
+                raise _unknown(model, f"there is no model {model[:100]!r}")
+            self._states[name] = self._registry.state(name)
+        return self._states[name]
+
+    async def _load_for_request(self, key: Key, model: str) -> Loaded:
+        name, version = key
+        if name in self._sources:
+            if version != self._sources[name].version:
+                raise _unknown(model, f"{name} has the version {self._sources[name].version} only")
+            raise _not_ready(name)
+        if self._registry is None or version not in self._registry.versions(name):
+            raise _unknown(model, f"there is no model {model[:100]!r}")
+        if not self._settings.load_on_demand:
+            raise ApiError(503, f"{name} version {version} is not loaded", code="model_not_loaded")
+        try:
+            return await self._load(key)
+        except ApiError as error:
+            if error.code != "load_failed":
+                raise
+            # The reason names files, which are for the log and for admins.
+            message = f"{name} version {version} cannot be loaded"
+            raise ApiError(503, message, code="load_failed") from error
+
+    # What there is
+
+    def catalog(self) -> list[dict[str, Any]]:
+        """The entries of /v1/models: what a request may name, with the active version."""
+        entries = []
+        names = [*self._sources, *(self._registry.names() if self._registry else [])]
+        for name in names:
+            state = None if name in self._sources else self._state(name, name)
+            version = self._sources[name].version if state is None else state.active
+            loaded = None if version is None else self._loaded.get((name, version))
+            entry: dict[str, Any] = {
+                "id": name,
+                "object": "model",
+                "created": 0 if loaded is None else loaded.source.created,
+                "owned_by": "llama-jax",
+                "version": version,
+                "loaded": loaded is not None,
+                "max_model_len": None if loaded is None else loaded.engine.max_context,
+            }
+            entries.append(entry)
+            if loaded is not None:
+                entries += [
+                    {**entry, "id": f"{name}:{adapter}", "parent": name}
+                    for adapter in sorted(loaded.adapters)
+                ]
+        return entries
+
+    def report(self) -> list[dict[str, Any]]:
+        """For admins: every version of every model and where it stands."""
+        rows = []
+        for name in [*self._sources, *(self._registry.names() if self._registry else [])]:
+            given = self._sources.get(name)
+            state = State(active=given.version) if given else self._state(name, name)
+            versions = [given.version] if given else self._versions(name)
+            rows.append(
+                {
+                    "name": name,
+                    "active": state.active,
+                    "previous": list(state.previous),
+                    "canary": state.canary,
+                    "share": state.share,
+                    "versions": [self._version_report(name, version) for version in versions],
+                }
+            )
+        return rows
+
+    def _versions(self, name: str) -> list[str]:
+        return [] if self._registry is None else self._registry.versions(name)
+
+    def _version_report(self, name: str, version: str) -> dict[str, Any]:
+        key = (name, version)
+        loaded = self._loaded.get(key)
+        state = "unloaded" if key not in self._loading else "loading"
+        if loaded is not None:
+            state = "restarting" if key in self._restarting else loaded.engine.state
+        row: dict[str, Any] = {"version": version, "state": state, "in_use": 0, "adapters": []}
+        if loaded is not None:
+            row |= {"in_use": loaded.in_use, "adapters": sorted(loaded.adapters)}
+            row |= {"max_model_len": loaded.engine.max_context}
+        return row
+
+    def statistics(self) -> list[tuple[str, str, Mapping[str, float]]]:
+        return [
+            (each.name, each.version, each.engine.statistics())
+            for each in list(self._loaded.values())
+        ]
+
+    # For admins
+
+    async def load(self, name: str, version: str) -> Loaded:
+        """Loads a version without sending requests to it. Raises ApiError."""
+        self._registered(name, version)
+        return await self._load((name, version))
+
+    async def activate(self, name: str, version: str, share: float | None) -> State:
+        """Lets a version answer: all requests, or `share` of them beside the active one.
+
+        It is loaded and has answered a probe before anything changes; until then, and where that
+        fails, the version before answers. Raises ApiError with the reason.
+        """
+        self._registered(name, version)
+        async with self._changing:
+            await self._load((name, version))
+            state = self._state(name, name)
+            if share is not None and share < 1:
+                if version == state.active or state.active is None:
+                    raise ApiError(
+                        409, f"a canary needs another active version than {version}", param="share"
+                    )
+                new = replace(state, canary=version, share=share)
+            else:
+                previous = state.previous
+                if state.active not in (None, version):
+                    previous = (*(each for each in previous if each != version), state.active)  # type: ignore[assignment]
+                new = State(active=version, previous=previous)
+            return await self._set_state(name, new)
+
+    async def roll_back(self, name: str) -> State:
+        """Ends a canary if there is one; else the version that answered before answers again."""
+        if name in self._sources:
+            raise ApiError(409, f"{name} was given at the start and has one version only")
+        async with self._changing:
+            state = self._state(name, name)
+            if state.canary is not None:
+                return await self._set_state(name, replace(state, canary=None, share=0.0))
+            if not state.previous:
+                raise ApiError(409, f"no version of {name} was active before {state.active}")
+            await self._load((name, state.previous[-1]))
+            new = State(active=state.previous[-1], previous=state.previous[:-1])
+            return await self._set_state(name, new)
+
+    async def unload(self, name: str, version: str) -> None:
+        """Waits for the version's running requests. Raises ApiError for one that answers."""
+        loaded = self._loaded.get((name, version))
+        if loaded is None:
+            self._registered(name, version)
+            raise ApiError(409, f"{name} version {version} is not loaded")
+        if loaded.is_pinned:
+            raise ApiError(409, f"{name} was given at the start and stays loaded")
+        await self._unload(loaded, self._settings.drain_seconds)
+
+    async def add_adapter(self, name: str, version: str, adapter: str) -> None:
+        """Loads an adapter that the registry knows beside a loaded version. Raises ApiError."""
+        loaded = self._loaded_version(name, version)
+        known = self._known_adapters(loaded)
+        if adapter not in known:
+            raise _unknown(f"{name}:{adapter}", f"{name} has no adapter {adapter[:100]!r}")
+        if adapter in loaded.adapters:
+            raise ApiError(409, f"the adapter {adapter} is loaded")
+        try:
+            await asyncio.to_thread(loaded.engine.add_adapter, adapter, str(known[adapter]))
+        except ValueError as error:
+            raise ApiError(409, f"{adapter} cannot be loaded: {error}") from error
+        loaded.adapters.add(adapter)
+
+    async def remove_adapter(self, name: str, version: str, adapter: str) -> None:
+        loaded = self._loaded_version(name, version)
+        if adapter not in loaded.adapters:
+            raise _unknown(f"{name}:{adapter}", f"no adapter {adapter[:100]!r} is loaded")
+        loaded.adapters.discard(adapter)
+        await asyncio.to_thread(loaded.engine.remove_adapter, adapter)
+
+    def active_version(self, name: str) -> str:
+        return self._choose(name, name, "")
+
+    def _known_adapters(self, loaded: Loaded) -> Mapping[str, Path]:
+        if loaded.name in self._sources or self._registry is None:
+            return loaded.source.adapters
+        return self._registry.adapters(loaded.name)
+
+    def _loaded_version(self, name: str, version: str) -> Loaded:
+        loaded = self._loaded.get((name, version))
+        if loaded is None:
+            self._registered(name, version)
+            raise ApiError(409, f"{name} version {version} is not loaded")
+        return loaded
+
+    def _registered(self, name: str, version: str) -> None:
+        """Raises ApiError 404 unless the version is known."""
+        given = self._sources.get(name)
+        if given is not None and given.version == version:
+            return
+        if self._registry is None or version not in self._registry.versions(name):
+            raise _unknown(name, f"there is no version {version[:100]!r} of {name[:100]!r}")
+
+    async def _set_state(self, name: str, state: State) -> State:
+        if self._registry is None or name in self._sources:
+            raise ApiError(409, f"{name} was given at the start and has one version only")
+        await asyncio.to_thread(self._registry.set_state, name, state)
+        self._states[name] = state
+        return state
+
+    # Loading
+
+    async def _load(self, key: Key) -> Loaded:
+        """The loaded version; callers that come together wait for one load. Raises ApiError."""
+        if key in self._loaded:
+            return self._loaded[key]
+        if key not in self._loading:
+            task = asyncio.create_task(self._load_alone(key))
+            self._loading[key] = task
+            task.add_done_callback(lambda _: self._loading.pop(key, None))
+        # Who waits may give up; the load goes on for the others.
+        return await asyncio.shield(self._loading[key])
+
+    async def _load_alone(self, key: Key) -> Loaded:
+        name, version = key
+        await self._make_room()
+        begin = time.monotonic()
+        try:
+            loaded = await asyncio.to_thread(self._build_version, key)
+        except (ValueError, OSError, RuntimeError, UnknownNameError) as error:
+            extra = {"model": name, "version": version, "reason": str(error)}
+            logger.error("version not loaded", extra=extra)
+            reason = f"{name} version {version} cannot be loaded: {error}"
+            raise ApiError(503, reason, code="load_failed") from error
+        loaded.last_used = self._clock()
+        self._loaded[key] = loaded
+        seconds = round(time.monotonic() - begin, 3)
+        logger.info("version loaded", extra={"model": name, "version": version, "seconds": seconds})
+        return loaded
+
+    def _build_version(self, key: Key) -> Loaded:
+        """In a thread: from files to an engine that has answered."""
+        source = self._source(key)
+        built = self._build(source)
+        try:
+            built.engine.start()
+            for adapter, folder in source.adapters.items():
+                built.engine.add_adapter(adapter, str(folder))
+            _probe(built)
+        except BaseException:
+            built.engine.stop(0)
+            raise
+        is_pinned = source.name in self._sources
+        return Loaded(source, built.engine, built.tokenizer, is_pinned, set(source.adapters))
+
+    def _source(self, key: Key) -> Source:
+        name, version = key
+        if name in self._sources:
+            return self._sources[name]
+        assert self._registry is not None
+        manifest = self._registry.verify(name, version, hashes=self._settings.verify_hashes)
+        folder = self._registry.folder(name, version)
+        template = manifest.template
+        return Source(
+            name=name,
+            version=version,
+            model=folder / manifest.model,
+            adapter=None if manifest.adapter is None else folder / manifest.adapter,
+            template=None if template is None else (folder / template).read_text(encoding="utf-8"),
+            created=manifest.created,
+            quantization=manifest.quantization,
+        )
+
+    async def _make_room(self) -> None:
+        """Unloads the version unused for longest when as many are loaded as may be."""
+        while len(self._loaded) >= self._settings.max_loaded:
+            idle = [
+                each for each in self._loaded.values() if not each.is_pinned and not each.in_use
+            ]
+            if not idle:
+                raise ApiError(
+                    503,
+                    f"{len(self._loaded)} versions are loaded and in use, as many as may be",
+                    code="no_room",
+                    retry_after_seconds=10,
+                )
+            await self._unload(min(idle, key=lambda each: each.last_used), 0)
+
+    async def _unload(self, loaded: Loaded, drain_seconds: float) -> None:
+        self._loaded.pop((loaded.name, loaded.version), None)
+        await asyncio.to_thread(loaded.engine.stop, drain_seconds)
+        extra = {"model": loaded.name, "version": loaded.version}
+        logger.info("version unloaded", extra=extra)
+
+    # Watching
+
+    async def _watch(self) -> None:
+        """Starts broken engines again and unloads versions that nobody uses."""
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            for key, loaded in list(self._loaded.items()):
+                if loaded.engine.state == "broken" and key not in self._restarting:
+                    task = asyncio.create_task(self._restart(key, loaded))
+                    self._restarting[key] = task
+                    task.add_done_callback(functools.partial(self._restarted, key))
+                elif self._is_idle(loaded):
+                    await self._unload(loaded, 0)
+
+    def _restarted(self, key: Key, task: asyncio.Task[None]) -> None:
+        self._restarting.pop(key, None)
+
+    def _is_idle(self, loaded: Loaded) -> bool:
+        limit = self._settings.idle_unload_seconds
+        if limit is None or loaded.is_pinned or loaded.in_use:
+            return False
+        return self._clock() - loaded.last_used > limit
+
+    async def _restart(self, key: Key, broken: Loaded) -> None:
+        extra = {"model": broken.name, "version": broken.version}
+        logger.error("engine broke; it is started again", extra=extra)
+        self.on_restart(broken)
+        await asyncio.to_thread(broken.engine.stop, 0)
+        wait = 1.0
+        while key in self._loaded:
+            try:
+                fresh = await asyncio.to_thread(self._build_version, key)
+            except (ValueError, OSError, RuntimeError) as error:
+                logger.error("engine did not start", extra=extra, exc_info=error)
+                await asyncio.sleep(wait)
+                wait = min(2 * wait, LONGEST_BACKOFF_SECONDS)
+            else:
+                fresh.last_used = self._clock()
+                self._loaded[key] = fresh
+                logger.info("engine started again", extra=extra)
+                return
+
+
+def _probe(built: Built) -> None:
+    """Has the engine answer a few tokens. Raises RuntimeError when it does not."""
+    tokenizer = built.tokenizer
+    first = None if tokenizer is None else tokenizer.bos_token_id
+    ended = threading.Event()
+    last: list[Event] = []
+
+    def listen(event: Event) -> None:
+        if isinstance(event, Failed | Finished):
+            last.append(event)
+            ended.set()
+
+    request = Request(
+        id="probe",
+        prompt_token_ids=(0 if first is None else first,),
+        params=SamplingParams(temperature=0.0, max_tokens=PROBE_TOKENS),
+        tenant="probe",
+    )
+    built.engine.submit(request, listen)
+    if not ended.wait(PROBE_SECONDS):
+        raise RuntimeError(f"no answer to a probe within {PROBE_SECONDS:g} seconds")
+    if isinstance(last[0], Failed):
+        raise RuntimeError(f"the probe failed: {last[0].message}")
+
+
+def _share_of(request_id: str) -> float:
+    """A number in [0, 1) that the same request id always gets."""
+    return zlib.crc32(request_id.encode()) / 2**32
+
+
+def _unknown(model: str, message: str) -> ApiError:
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+def _not_ready(name: str) -> ApiError:
+    return ApiError(
+        503, f"{name} is starting; ask again", code="model_not_ready", retry_after_seconds=2
+    )

@@ -1,0 +1,178 @@
+"""Between gRPC's messages and the bodies and objects of REST.
+
+The message types are made from the compiled description at run time: generated Python code is
+bound to one major version of protobuf, a description to none.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
+from google.protobuf.message import Message
+
+from infer.server.errors import ApiError
+
+SERVICE = "llama_jax.v1.Inference"
+_COMPILED = Path(__file__).parent / "inference.binpb"
+
+
+@functools.cache
+def service() -> Any:
+    """The descriptor of the service, in protobuf's default pool, where reflection looks."""
+    files = descriptor_pb2.FileDescriptorSet.FromString(_COMPILED.read_bytes())
+    pool = descriptor_pool.Default()
+    for file in files.file:
+        pool.AddSerializedFile(file.SerializeToString())
+    return pool.FindServiceByName(SERVICE)
+
+
+@functools.cache
+def message_class(name: str) -> type[Message]:
+    pool = service().file.pool
+    found: type[Message] = message_factory.GetMessageClass(
+        pool.FindMessageTypeByName(f"llama_jax.v1.{name}")
+    )
+    return found
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    """Only what was set, under the names of the .proto file."""
+    values: dict[str, Any] = json_format.MessageToDict(message, preserving_proto_field_name=True)
+    return values
+
+
+def _sampling(values: dict[str, Any]) -> dict[str, Any]:
+    sampling: dict[str, Any] = values.pop("sampling", {})
+    if "seed" in sampling:
+        # JSON has no 64-bit integers in protobuf's eyes, so it is a text here.
+        sampling["seed"] = int(sampling["seed"])
+    for name in ("temperature", "top_p", "min_p"):
+        if isinstance(sampling.get(name), str):
+            raise ApiError(400, f"{name} is not a finite number", param=name)
+    return sampling
+
+
+def _response_format(values: dict[str, Any]) -> dict[str, Any]:
+    given = values.pop("response_format", None)
+    if not given:
+        return {}
+    [(kind, value)] = given.items()
+    if kind == "json_object":
+        return {"response_format": {"type": "json_object"}}
+    if kind == "json_schema":
+        schema = {"name": "schema", "schema": _json("response_format.json_schema", value)}
+        return {"response_format": {"type": kind, "json_schema": schema}}
+    return {"response_format": {"type": kind, kind: value}}
+
+
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"{where} is not JSON: {error}", param=where) from error
+
+
+def completion_body(message: Message) -> dict[str, Any]:
+    """The body of REST that asks the same. Raises ApiError."""
+    values = _as_dict(message)
+    ids = values.pop("prompt_token_ids", None)
+    if ids is not None:
+        values["prompt"] = ids.get("ids", [])
+    return {**values, **_response_format(values), **_sampling(values)}
+
+
+def chat_body(message: Message) -> dict[str, Any]:
+    values = _as_dict(message)
+    for each in values.get("messages", []):
+        for call in each.get("tool_calls", []):
+            call["type"] = "function"
+            call.get("function", {}).setdefault("arguments", "{}")
+    values.setdefault("messages", [])
+    if "tools" in values:
+        values["tools"] = [_tool(each) for each in values["tools"]]
+    choice = values.pop("tool_choice", "")
+    if choice in ("none", "auto", "required"):
+        values["tool_choice"] = choice
+    elif choice:
+        values["tool_choice"] = {"type": "function", "function": {"name": choice}}
+    if "top_logprobs" in values:
+        values["logprobs"] = True
+    return {**values, **_response_format(values), **_sampling(values)}
+
+
+def _tool(values: dict[str, Any]) -> dict[str, Any]:
+    if "parameters" in values:
+        values["parameters"] = _json("tools.parameters", values["parameters"])
+    return {"type": "function", "function": values}
+
+
+def completion_message(answer: Mapping[str, Any]) -> Message:
+    """A whole completion, or a chunk of one."""
+    choices = []
+    for choice in answer["choices"]:
+        row = {"index": choice["index"], "text": choice["text"], **_reason(choice)}
+        logprobs = choice["logprobs"]
+        if logprobs is not None:
+            tops = logprobs["top_logprobs"] or [None] * len(logprobs["tokens"])
+            entries = zip(logprobs["tokens"], logprobs["token_logprobs"], tops, strict=True)
+            row["logprobs"] = [
+                {"token": token, "logprob": logprob, "top": top} for token, logprob, top in entries
+            ]
+        choices.append(row)
+    return _answer("Completion", answer, choices)
+
+
+def chat_message(answer: Mapping[str, Any]) -> Message:
+    """A whole chat completion, or a chunk of one."""
+    choices = []
+    for choice in answer["choices"]:
+        said = choice.get("message", choice.get("delta"))
+        message = {name: said[name] for name in ("role", "content") if said.get(name)}
+        if said.get("tool_calls"):
+            message["tool_calls"] = [
+                {"id": call["id"], "function": call["function"]} for call in said["tool_calls"]
+            ]
+        row = {"index": choice["index"], "message": message, **_reason(choice)}
+        if choice["logprobs"] is not None:
+            row["logprobs"] = [
+                {
+                    "token": entry["token"],
+                    "logprob": entry["logprob"],
+                    "top": {top["token"]: top["logprob"] for top in entry["top_logprobs"]},
+                }
+                for entry in choice["logprobs"]["content"]
+            ]
+        choices.append(row)
+    return _answer("ChatCompletion", answer, choices)
+
+
+def _reason(choice: Mapping[str, Any]) -> dict[str, Any]:
+    reason = choice["finish_reason"]
+    return {} if reason is None else {"finish_reason": reason}
+
+
+def _answer(name: str, answer: Mapping[str, Any], choices: list[dict[str, Any]]) -> Message:
+    usage = answer.get("usage")
+    values = {
+        "id": answer["id"],
+        "model": answer["model"],
+        "version": answer["system_fingerprint"],
+        "choices": choices,
+        "usage": None if usage is None else to_usage(usage),
+    }
+    return json_format.ParseDict(values, message_class(name)())
+
+
+def to_usage(usage: Mapping[str, Any]) -> dict[str, int]:
+    """REST's usage object as the fields of Usage."""
+    counts = {name: usage.get(name, 0) for name in ("prompt_tokens", "total_tokens")}
+    counts["completion_tokens"] = usage.get("completion_tokens", 0)
+    counts["cached_tokens"] = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    return counts
+
+
+def to_message(name: str, values: dict[str, Any]) -> Message:
+    return json_format.ParseDict(values, message_class(name)())

@@ -1,0 +1,320 @@
+"""What a server is started with: flags, then environment, then a YAML file, then defaults.
+
+Nothing but the standard library and PyYAML here: the command line reads the fields for its flags
+before the packages of the `serve` extra are needed.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+PREFIX = "LLAMA_JAX_"
+# Variables of that prefix which other parts of the project read, and those that Kubernetes makes
+# for a Service called llama-jax.
+_OTHERS = re.compile(
+    r"LLAMA_JAX_(CACHE_DIR|COORDINATOR_ADDRESS|PROCESS_COUNT|PROCESS_ID"
+    r"|(\w+_)?SERVICE_(HOST|PORT(_\w+)?)|(\w+_)?PORT_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)"
+)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class Secret:
+    """A text that is never shown: printing or formatting it gives ***. `reveal` gives it."""
+
+    __slots__ = ("_text",)
+
+    def __init__(self, text: str):
+        self._text = text
+
+    def reveal(self) -> str:
+        return self._text
+
+    def __repr__(self) -> str:
+        return "***"
+
+    __str__ = __repr__
+
+
+def _check_key(where: str, key: Any) -> None:
+    text = key.reveal() if isinstance(key, Secret) else ""
+    if len(text) < 8 or not text.isascii() or not text.isprintable() or " " in text:
+        raise ValueError(f"{where} must be a text of at least 8 ASCII characters without spaces")
+
+
+@dataclass(frozen=True)
+class Tenant:
+    """Who may ask, and how much. None is no limit.
+
+    key: what the client sends as `Authorization: Bearer KEY`. requests_per_minute: refilled
+    evenly, so a minute's worth may come at once. concurrent_requests: running or waiting.
+    priority: lower is served first.
+    """
+
+    name: str
+    key: Secret
+    requests_per_minute: float | None = None
+    concurrent_requests: int | None = None
+    priority: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not _NAME.fullmatch(self.name):
+            raise ValueError(
+                f"tenants: the name {self.name!r} must be 1 to 64 letters, digits, dots, dashes"
+            )
+        _check_key(f"tenants: the key of {self.name}", self.key)
+        where = f"tenants: of {self.name}"
+        _check_limit(where, "requests_per_minute", self.requests_per_minute, float)
+        _check_limit(where, "concurrent_requests", self.concurrent_requests, int)
+        if type(self.priority) is not int:
+            raise ValueError(f"{where}, priority is {self.priority!r}; it must be an integer")
+
+
+def _check_limit(where: str, name: str, value: Any, kind: type) -> None:
+    if value is None:
+        return
+    allowed = (int, float) if kind is float else (int,)
+    if isinstance(value, bool) or not isinstance(value, allowed) or not 0 < value < math.inf:
+        noun = "a number" if kind is float else "an integer"
+        raise ValueError(f"{where}, {name} is {value!r}; it must be {noun} above 0")
+
+
+def _setting(default: Any, help: str, *, low: float | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "low": low})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a server. Help texts are in the fields' metadata; see docs/serving.md."""
+
+    models: tuple[str, ...] = _setting((), "MODEL or NAME=MODEL, loaded at start")
+    models_dir: str | None = _setting(None, "the registry: a folder models/NAME/VERSION/")
+    host: str = _setting("127.0.0.1", "the address to listen on; 0.0.0.0 is every one")
+    port: int = _setting(8000, "the port of REST; 0 takes a free one", low=0)
+    grpc_port: int | None = _setting(None, "the port of gRPC; 0 takes a free one", low=0)
+
+    api_key: Secret | None = field(default=None, metadata={"help": "the key clients must send"})
+    admin_key: Secret | None = field(
+        default=None, metadata={"help": "the key of the admin routes, which are off without"}
+    )
+    tenants: tuple[Tenant, ...] = field(default=(), metadata={"yaml_only": True})
+    open_metrics: bool = _setting(False, "/metrics answers without a key")
+    cors_origins: tuple[str, ...] = _setting((), "origins of other sites that browsers may use")
+    requests_per_minute: float | None = _setting(
+        None, "of every tenant that has no limit of its own", low=0
+    )
+    concurrent_requests: int | None = _setting(
+        None, "of every tenant that has no limit of its own", low=1
+    )
+
+    queue_limit: int = _setting(256, "requests that may wait for the engine", low=1)
+    request_timeout_seconds: float = _setting(600.0, "from arrival to the end", low=0)
+    drain_seconds: float = _setting(30.0, "that running requests get after SIGTERM", low=0)
+    head_timeout_seconds: float = _setting(10.0, "for a request's line and headers", low=0)
+    body_timeout_seconds: float = _setting(30.0, "for a request's body", low=0)
+    write_timeout_seconds: float = _setting(30.0, "that a client may read nothing", low=0)
+    keep_alive_seconds: float = _setting(75.0, "that an idle connection stays open", low=0)
+    max_connections: int = _setting(2048, "open at once", low=1)
+    max_body_bytes: int = _setting(4 * 2**20, "of a request, unpacked", low=1)
+    max_header_bytes: int = _setting(32 * 2**10, "of all headers together", low=1024)
+    max_headers: int = _setting(100, "of a request", low=1)
+    max_choices: int = _setting(16, "n of a request times its prompts", low=1)
+    max_prompts: int = _setting(64, "of one completion or embedding request", low=1)
+    max_messages: int = _setting(1024, "of one chat request", low=1)
+    max_tools: int = _setting(128, "of one chat request", low=1)
+    max_schema_bytes: int = _setting(64 * 2**10, "of a schema, pattern or grammar", low=1)
+    max_tokens: int | None = _setting(None, "that a request may ask for; None is the context")
+
+    load_on_demand: bool = _setting(True, "a request loads a registered model that is not loaded")
+    max_loaded: int = _setting(4, "versions in memory at once", low=1)
+    idle_unload_seconds: float | None = _setting(
+        None, "after which an unused version of the registry is unloaded", low=0
+    )
+    verify_hashes: bool = _setting(True, "read and hash every file of a version before loading it")
+    max_slots: int = _setting(16, "choices computed together", low=1)
+    max_context: int | None = _setting(None, "tokens of prompt and answer; None is the model's")
+    cache_tokens: int | None = _setting(
+        None, "that running requests and cached prefixes may hold; None is every slot full", low=1
+    )
+    dtype: str | None = _setting(None, "of computation; None is the rule of generate")
+    log_level: str = _setting("info", "debug, info, warning or error")
+    log_error_messages: bool = _setting(
+        False, "log the words of unexpected errors, which may quote prompts"
+    )
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            low, value = each.metadata.get("low"), getattr(self, each.name)
+            if low is not None and value is not None and value < low:
+                raise ValueError(f"{each.name} is {value!r}; it must be at least {low:g}")
+        if self.log_level not in ("debug", "info", "warning", "error"):
+            raise ValueError(
+                f"log_level is {self.log_level!r}; it is debug, info, warning or error"
+            )
+        for name in ("port", "grpc_port"):
+            if (getattr(self, name) or 0) > 65535:
+                raise ValueError(f"{name} is {getattr(self, name)}; ports end at 65535")
+        if not self.models and self.models_dir is None:
+            raise ValueError("nothing to serve: give a MODEL, or --models-dir")
+        self._check_keys()
+
+    def _check_keys(self) -> None:
+        keys = [tenant.key.reveal() for tenant in self.all_tenants]
+        if self.admin_key is not None:
+            _check_key("admin_key", self.admin_key)
+            keys.append(self.admin_key.reveal())
+        if len(set(keys)) != len(keys):
+            raise ValueError("two of the keys (tenants, admin) are the same; each must be its own")
+        names = [tenant.name for tenant in self.all_tenants]
+        if len(set(names)) != len(names):
+            raise ValueError(f"tenants: a name appears twice among {', '.join(names)}")
+
+    @property
+    def all_tenants(self) -> tuple[Tenant, ...]:
+        if self.api_key is None:
+            return self.tenants
+        return (*self.tenants, Tenant("default", self.api_key))
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """Every value that may not be shown anywhere."""
+        keys = [tenant.key.reveal() for tenant in self.all_tenants]
+        return tuple(keys if self.admin_key is None else [*keys, self.admin_key.reveal()])
+
+
+def flag_fields() -> list[dataclasses.Field[Any]]:
+    """The settings that have a flag and a variable."""
+    return [
+        each
+        for each in dataclasses.fields(Settings)
+        if not each.metadata.get("yaml_only") and each.name != "models"
+    ]
+
+
+def read_settings(
+    flags: Mapping[str, Any],
+    *,
+    config: str | Path | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Settings:
+    """Settings from texts and values of flags (None is not given), variables and a file.
+
+    Raises ValueError naming the flag, variable or key that is unknown or of the wrong type.
+    """
+    values: dict[str, Any] = {}
+    if config is not None:
+        values.update(_from_yaml(Path(config)))
+    values.update(_from_environment(os.environ if environment is None else environment))
+    values.update({name: value for name, value in flags.items() if value is not None})
+    return Settings(**values)
+
+
+def _from_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} must be a mapping of settings, not a {type(loaded).__name__}")
+    known = {each.name: each.type for each in dataclasses.fields(Settings)}
+    values = {}
+    for name, value in loaded.items():
+        if name not in known:
+            raise ValueError(f"{path} has no setting {name!r}{_nearest(name, known)}")
+        if name == "tenants":
+            values[name] = _tenants(str(path), value)
+        else:
+            values[name] = _typed(f"{path}: {name}", value, _type_of(name))
+    return values
+
+
+def _tenants(path: str, value: Any) -> tuple[Tenant, ...]:
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise ValueError(f"{path}: tenants must be a list of mappings with name and key")
+    known = [each.name for each in dataclasses.fields(Tenant)]
+    tenants = []
+    for each in value:
+        for key in each:
+            if key not in known:
+                raise ValueError(f"{path}: tenants has no field {key!r}{_nearest(key, known)}")
+        missing = {"name", "key"} - set(each)
+        if missing:
+            raise ValueError(f"{path}: tenants: {' and '.join(sorted(missing))} is missing")
+        if not isinstance(each["key"], str):
+            raise ValueError(f"{path}: the key of tenant {each['name']!r} must be a text in quotes")
+        tenants.append(Tenant(**{**each, "key": Secret(each["key"])}))
+    return tuple(tenants)
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, Any]:
+    known = {PREFIX + each.name.upper(): each.name for each in flag_fields()}
+    known[f"{PREFIX}MODELS"] = "models"
+    values = {}
+    for variable, text in environment.items():
+        if not variable.startswith(PREFIX):
+            continue
+        if variable in known:
+            values[known[variable]] = from_text(variable, text, known[variable])
+        elif not _OTHERS.fullmatch(variable):
+            raise ValueError(f"no setting is called {variable}{_nearest(variable, known)}")
+    return values
+
+
+def from_text(where: str, text: str, name: str) -> Any:
+    """The value of setting `name` that a flag or variable spells."""
+    kind = _type_of(name)
+    if kind is tuple:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+    if kind is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"{where} is {text!r}; it must be true or false")
+        return text.lower() in ("true", "1")
+    if kind is Secret:
+        if not text:
+            raise ValueError(f"{where} is empty; leave it out, or give a key")
+        return Secret(text)
+    if kind is str:
+        return text
+    try:
+        return _typed(where, kind(text), kind)
+    except ValueError:
+        noun = "an integer" if kind is int else "a finite number"
+        raise ValueError(f"{where} is {text!r}; it must be {noun}") from None
+
+
+def _type_of(name: str) -> type:
+    """The type of a setting, less the None that it may be."""
+    hint = typing.get_type_hints(Settings)[name]
+    if isinstance(hint, types.UnionType):
+        hint = next(each for each in typing.get_args(hint) if each is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def _typed(where: str, value: Any, kind: Any) -> Any:
+    if value is None:
+        return None
+    if kind is tuple:
+        if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+            raise ValueError(f"{where} is {value!r}; it must be a list of texts")
+        return tuple(value)
+    if kind is float and type(value) is int:
+        value = float(value)
+    wanted = str if kind is Secret else kind
+    if type(value) is not wanted or (isinstance(value, float) and not math.isfinite(value)):
+        shown = "***" if kind is Secret else repr(value)
+        raise ValueError(f"{where} is {shown}; it must be of type {wanted.__name__}")
+    return Secret(value) if kind is Secret else value
+
+
+def _nearest(name: Any, known: Any) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else f" (known: {', '.join(sorted(known))})"
