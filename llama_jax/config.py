@@ -15,6 +15,7 @@ ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 REMAT_POLICIES = ("none", "full", "dots")
 ATTENTION_KERNELS = ("reference", "splash")
+MOE_PRODUCTS = ("dense", "grouped", "megablox")
 
 # Sanity ceilings: far above any published model, low enough that a corrupt config is refused
 # before anything is allocated.
@@ -31,12 +32,15 @@ _CEILINGS = {
 
 LogicalRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
+MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
+
 # Logical axis -> mesh axes. Weights shard `embed` over fsdp and their other dimension over tensor;
-# the batch is spread over every axis that would otherwise compute the same thing twice.
+# the batch is spread over every axis that would otherwise compute the same thing twice, but for
+# context, which divides the tokens of a row and, as fsdp does, the weights.
 DEFAULT_RULES: LogicalRules = (
     ("batch", ("data", "fsdp", "expert")),
-    ("length", None),
-    ("embed", "fsdp"),
+    ("length", "context"),
+    ("embed", ("fsdp", "context")),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("head_dim", None),
@@ -260,7 +264,7 @@ class Compute:
     attention: `reference` is plain JAX and runs anywhere; `splash` is the TPU kernel, for whole
       sequences (a step of decoding takes the reference).
     moe: `dense` multiplies every token by every expert (reference); `grouped` sorts tokens by
-      expert and multiplies each once. Neither drops a token.
+      expert and multiplies each once; `megablox` does so with the TPU kernel. None drops a token.
     loss_chunk_tokens: tokens whose float32 logits exist at one time in the loss.
     rules: logical axis to mesh axes.
     """
@@ -270,7 +274,7 @@ class Compute:
     accumulation_dtype: str = "float32"
     remat: Literal["none", "full", "dots"] = "none"
     attention: Literal["reference", "splash"] = "reference"
-    moe: Literal["dense", "grouped"] = "grouped"
+    moe: Literal["dense", "grouped", "megablox"] = "grouped"
     loss_chunk_tokens: int = 256
     rules: LogicalRules = field(default=DEFAULT_RULES)
 
@@ -283,7 +287,7 @@ class Compute:
         )
         _require_choice("compute", "remat", self.remat, REMAT_POLICIES)
         _require_choice("compute", "attention", self.attention, ATTENTION_KERNELS)
-        _require_choice("compute", "moe", self.moe, ("dense", "grouped"))
+        _require_choice("compute", "moe", self.moe, MOE_PRODUCTS)
         _require_int("compute", "loss_chunk_tokens", self.loss_chunk_tokens, low=1, high=2**31 - 1)
         known = [name for name, _ in DEFAULT_RULES]
         check_keys("compute.rules", dict(self.rules), known)

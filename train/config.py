@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import yaml
 
-from llama_jax.config import DEFAULT_RULES, Compute
+from llama_jax.config import DEFAULT_RULES, MESH_AXES, Compute
 from llama_jax.mesh.slices import slice_named
 from llama_jax.weights.lora_config import LoraConfig
 from train.typed import Section, from_dict, json_schema, option, to_dict
@@ -280,6 +280,7 @@ class MeshSection(Section):
     data: int = option("copies of the parameters, rows split", default=1, low=-1)
     fsdp: int = option("parameters and rows split", default=-1, low=-1)
     tensor: int = option("heads, mlp and vocabulary split", default=1, low=-1)
+    context: int = option("tokens of a row, and parameters, split", default=1, low=-1)
     expert: int = option("experts and rows split", default=1, low=-1)
     cpu_devices: int | None = option(
         "emulate this many devices on the CPU; null: the devices that are there",
@@ -306,7 +307,7 @@ class MeshSection(Section):
             raise ValueError(f"mesh axes {' and '.join(free)} are both -1; only one may be")
 
     def sizes(self) -> dict[str, int]:
-        return {"data": self.data, "fsdp": self.fsdp, "tensor": self.tensor, "expert": self.expert}
+        return {axis: getattr(self, axis) for axis in MESH_AXES}
 
 
 @dataclass(frozen=True)

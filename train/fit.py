@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from llama_jax import tree
 from llama_jax.config import ModelConfig
 from llama_jax.kernels.splash import visited_share
 from llama_jax.mesh.compile import Compiled, compile_for
 from llama_jax.mesh.flops import count_flops
-from llama_jax.mesh.sharding import make_mesh
+from llama_jax.mesh.sequence import length_parts
+from llama_jax.mesh.sharding import make_mesh, mesh_axes
 from llama_jax.mesh.slices import Slice, slice_devices
+from llama_jax.model import moe
 from llama_jax.model.flops import Trained, executed_flops, model_flops
 from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import LoraTensor
@@ -128,9 +131,9 @@ def fit(run: RunConfig, wanted: Slice) -> Fit:
     batch = setup.batch_struct(run.train.batch_size)
     with jax.set_mesh(mesh):
         traced = setup.step.trace(setup.abstract, batch)
-        shares = {"splash": visited_share(run.train.sequence_length, config.sliding_window)}
-        splash = run.compute.attention == "splash"
-        flops = count_flops(traced.jaxpr, kernel_shares=shares if splash else None)
+        parts = length_parts(run.compute.rules)
+        shares = _computed_shares(run, config, parts, mesh)
+        flops = count_flops(traced.jaxpr, kernel_shares=shares)
         compiled = compile_for(
             traced.lower(),
             wanted,
@@ -147,11 +150,31 @@ def fit(run: RunConfig, wanted: Slice) -> Fit:
         slice=wanted,
         compiled=compiled,
         flops=flops,
-        closed_form_flops=executed_flops(config, run.compute, **sizes) if has_form else None,
+        closed_form_flops=(
+            executed_flops(config, run.compute, parts=parts, **sizes) if has_form else None
+        ),
         model_flops=model_flops(config, **sizes),
         trained_parameters=num_trained,
         parameters=num_parameters,
     )
+
+
+def _computed_shares(
+    run: RunConfig, config: ModelConfig, parts: int, mesh: Mesh
+) -> dict[str, float]:
+    """Of the operations that the shapes of kernels and ragged products make room for."""
+    shares = {}
+    if run.compute.attention == "splash":
+        length = run.train.sequence_length
+        shares["splash"] = visited_share(length, config.sliding_window, parts)
+    if config.moe is not None:
+        holders = math.prod(mesh.shape[axis] for axis in mesh_axes(run.compute.rules, "experts"))
+        share = moe.computed_share(
+            config.moe.num_experts_per_tok, config.moe.num_local_experts, holders
+        )
+        # Megablox leaves its kernels the name of the function.
+        shares |= dict.fromkeys(("ragged_dot", "kernel"), share)
+    return shares
 
 
 def _device_bytes(structs: Any) -> int:

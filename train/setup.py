@@ -125,7 +125,7 @@ def make_setup(run: RunConfig, config: ModelConfig, base: tree.Tree, mesh: Mesh)
     """
     compute, rules = run.compute, run.compute.rules
     items = run.train.batch_size // run.train.gradient_accumulation_steps
-    check_batch(items * rows_per_item(run), mesh, rules)
+    check_batch(items * rows_per_item(run), run.train.sequence_length, mesh, rules)
     params = _abstract_params(run, config, base)
     mask = trained_mask(run, config, params)
     schedule = make_schedule(

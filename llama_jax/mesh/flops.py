@@ -6,8 +6,9 @@ from typing import Any
 
 from jax.extend import core
 
-# Products of attention kernels, in blocks that a causal mask or a window leaves out, are not done:
-# the share that is, by the beginning of the kernel's name.
+# Products of attention kernels, in blocks that a causal mask or a window leaves out, are not done,
+# nor those of rows in no group of a ragged product: the share that is, by the beginning of the
+# kernel's name.
 KernelShares = dict[str, float]
 
 
@@ -32,7 +33,7 @@ def _equation(equation: Any, shares: KernelShares) -> float:
         size = math.prod(left[axis] for axis in contracted)
         return 2.0 * math.prod(equation.outvars[0].aval.shape) * size
     if name in ("ragged_dot", "ragged_dot_general"):
-        return _ragged(equation)
+        return shares.get("ragged_dot", 1.0) * _ragged(equation)
     if name == "scan":
         return params["length"] * count_flops(params["jaxpr"], kernel_shares=shares)
     if name == "while":
@@ -67,7 +68,11 @@ def _ragged(equation: Any) -> float:
 
 
 def _kernel(params: dict[str, Any], shares: KernelShares) -> float:
-    name = params["name_and_src_info"].name if "name_and_src_info" in params else params["name"]
+    name = params["name"] or params["jaxpr"].debug_info.func_name
     share = next((value for start, value in shares.items() if name.startswith(start)), 1.0)
-    grid = math.prod(int(size) for size in params["grid_mapping"].grid)
+    sizes = params["grid_mapping"].grid
+    if not all(isinstance(size, int) for size in sizes):
+        # A grid that depends on data: the kernel's authors say what all rows would take.
+        return share * params["cost_estimate"].flops
+    grid = math.prod(sizes)
     return share * grid * count_flops(params["jaxpr"], kernel_shares=shares)

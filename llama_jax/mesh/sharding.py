@@ -16,16 +16,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from qwix import QArray
 
 from llama_jax import tree
-from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
+from llama_jax.config import DEFAULT_RULES, MESH_AXES, LogicalRules, ModelConfig
 from llama_jax.weights.table import axis_sizes, weight_table
 from llama_jax.weights.tensors import LoraTensor, PackedTensor, SavedTensor
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
-
 
 def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh over `devices` (default: all) with axes data, fsdp, tensor, expert; missing ones are
-    1, and one may be -1: whatever is left. The product must be the number of devices."""
+    """A mesh over `devices` (default: all) with axes data, fsdp, tensor, context, expert; missing
+    ones are 1, and one may be -1: whatever is left. The product must be the number of devices."""
     devices = list(jax.devices() if devices is None else devices)
     unknown = [axis for axis in sizes if axis not in MESH_AXES]
     if unknown:
@@ -82,7 +80,8 @@ def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
     return np.concatenate(parts)
 
 
-def _mesh_axes(rules: LogicalRules, axis: str | None) -> tuple[str, ...]:
+def mesh_axes(rules: LogicalRules, axis: str | None) -> tuple[str, ...]:
+    """The mesh axes of a logical axis."""
     if axis is None:
         return ()
     target = dict(rules)[axis]
@@ -94,13 +93,13 @@ def validate(config: ModelConfig, mesh: Mesh, rules: LogicalRules = DEFAULT_RULE
     problems = []
     used = {axis for row in weight_table(config).values() for axis in row.axes if axis}
     for axis, size in axis_sizes(config).items():
-        parts = math.prod(mesh.shape[name] for name in _mesh_axes(rules, axis))
+        parts = math.prod(mesh.shape[name] for name in mesh_axes(rules, axis))
         if axis in used and size % parts:
             divisors = [n for n in range(1, size + 1) if size % n == 0]
             below = max(n for n in divisors if n <= parts)
             above = [n for n in divisors if n > parts][:1]
             nearest = " or ".join(str(n) for n in [below, *above])
-            names = " x ".join(_mesh_axes(rules, axis))
+            names = " x ".join(mesh_axes(rules, axis))
             problems.append(
                 f"mesh axis {names} of size {parts} does not divide {axis} = {size}; "
                 f"nearest that do: {nearest}"
@@ -116,7 +115,7 @@ def partition_spec(
     taken: dict[str, str] = {}
     entries = []
     for axis in axes:
-        names = _mesh_axes(rules, axis)
+        names = mesh_axes(rules, axis)
         for name in names:
             if name in taken:
                 raise ValueError(
@@ -151,7 +150,7 @@ def _leaf(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh, rules: LogicalRul
             return None
         kept = []
         for axis, size in zip(axes, part.shape, strict=True):
-            parts = math.prod(mesh.shape[name] for name in _mesh_axes(rules, axis))
+            parts = math.prod(mesh.shape[name] for name in mesh_axes(rules, axis))
             kept.append(axis if size % parts == 0 else None)
         return named(kept)
 
@@ -159,8 +158,8 @@ def _leaf(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh, rules: LogicalRul
         """Of an adapter's factor: its long dimension also takes the mesh axes of `embed`, which
         only the other factor has; else its moments would lie on every chip whole."""
         entries = list(partition_spec(axes, rules))
-        names = _mesh_axes(rules, axes[dim])
-        free = [name for name in _mesh_axes(rules, "embed") if name not in names]
+        names = mesh_axes(rules, axes[dim])
+        free = [name for name in mesh_axes(rules, "embed") if name not in names]
         if factor.shape[dim] % math.prod(mesh.shape[name] for name in [*names, *free]) == 0:
             entries[dim] = (*names, *free)
         return NamedSharding(mesh, PartitionSpec(*entries))
@@ -202,19 +201,20 @@ def gathered(
     if isinstance(leaf, PackedTensor | QArray | SavedTensor):
         return leaf
     whole = partition_spec([None if axis == "embed" else axis for axis in axes], rules)
-    return _gather(leaf.astype(dtype), whole, partition_spec(axes, rules))
+    return reduce_scattered(leaf.astype(dtype), whole, partition_spec(axes, rules))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gather(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec) -> jax.Array:
-    """x as `whole`. A plain constraint would ask the same of its gradient: summed whole on every
-    device before it is cut up, where a reduce-scatter sends half as much and holds a part."""
+def reduce_scattered(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec) -> jax.Array:
+    """x as `whole`, its gradient as `parts`. A plain constraint would ask the same of its gradient:
+    summed whole on every device before it is cut up, where a reduce-scatter sends half as much and
+    holds a part."""
     del parts
     return jax.lax.with_sharding_constraint(x, whole)
 
 
 def _gather_forward(x: jax.Array, whole: PartitionSpec, parts: PartitionSpec) -> Any:
-    return _gather(x, whole, parts), None
+    return reduce_scattered(x, whole, parts), None
 
 
 def _gather_backward(
@@ -224,7 +224,7 @@ def _gather_backward(
     return (jax.lax.with_sharding_constraint(gradient, parts),)
 
 
-_gather.defvjp(_gather_forward, _gather_backward)
+reduce_scattered.defvjp(_gather_forward, _gather_backward)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -236,13 +236,21 @@ def batch_sharding(mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> NamedShar
     return NamedSharding(mesh, partition_spec(("batch", "length"), rules))
 
 
+def rows_are_divided(batch: int, rules: LogicalRules = DEFAULT_RULES) -> bool:
+    """Whether there is a mesh in force, and it deals out `batch` rows evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and batch % _batch_parts(mesh, rules) == 0
+
+
 def batch_parts(batch: int, rules: LogicalRules = DEFAULT_RULES) -> int:
     """Into how many parts the mesh in force deals `batch` rows; 1 without a mesh."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if not rows_are_divided(batch, rules):
         return 1
-    parts = math.prod(mesh.shape[name] for name in _mesh_axes(rules, "batch"))
-    return parts if batch % parts == 0 else 1
+    return _batch_parts(jax.sharding.get_abstract_mesh(), rules)
+
+
+def _batch_parts(mesh: Any, rules: LogicalRules) -> int:
+    return math.prod(mesh.shape[name] for name in mesh_axes(rules, "batch"))
 
 
 def loss_rules(vocab_size: int, rules: LogicalRules = DEFAULT_RULES) -> LogicalRules:
@@ -255,26 +263,33 @@ def loss_rules(vocab_size: int, rules: LogicalRules = DEFAULT_RULES) -> LogicalR
     mesh = jax.sharding.get_abstract_mesh()
     taken: list[str] = []
     if not mesh.empty:
-        for name in dict.fromkeys((*_mesh_axes(rules, "vocab"), *_mesh_axes(rules, "embed"))):
+        for name in dict.fromkeys((*mesh_axes(rules, "vocab"), *mesh_axes(rules, "embed"))):
             if vocab_size % math.prod(mesh.shape[each] for each in [*taken, name]) == 0:
                 taken.append(name)
     rest = tuple(
         name
-        for name in (*_mesh_axes(rules, "batch"), *_mesh_axes(rules, "length"))
+        for name in (*mesh_axes(rules, "batch"), *mesh_axes(rules, "length"))
         if name not in taken
     )
     return (*rules, ("loss_batch", rest), ("loss_vocab", tuple(taken)))
 
 
-def check_batch(batch: int, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> None:
-    """Raises ValueError when the rows cannot be dealt out evenly."""
-    names = _mesh_axes(rules, "batch")
-    parts = math.prod(mesh.shape[name] for name in names)
+def check_batch(batch: int, length: int, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> None:
+    """Raises ValueError when rows or their tokens cannot be dealt out evenly."""
+    names, parts = mesh_axes(rules, "batch"), _batch_parts(mesh, rules)
     if batch % parts:
         raise ValueError(
             f"batch size {batch} is not a multiple of {parts}, the product of the mesh axes "
             f"{' x '.join(names)}; nearest that are: {max(batch // parts, 1) * parts} and "
             f"{(batch // parts + 1) * parts}"
+        )
+    names = mesh_axes(rules, "length")
+    pieces = 2 * math.prod(mesh.shape[name] for name in names)  # see mesh/sequence.py
+    if pieces > 2 and length % pieces:
+        raise ValueError(
+            f"sequence length {length} is not a multiple of {pieces}, twice the mesh axis "
+            f"{' x '.join(names)}; nearest that are: {max(length // pieces, 1) * pieces} and "
+            f"{(length // pieces + 1) * pieces}"
         )
 
 

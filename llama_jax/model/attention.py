@@ -42,14 +42,17 @@ def attend(
     key: Float[Array, "B K H S"],
     value: Float[Array, "B K S H"],
     mask: Bool[Array, "#B T S"],
+    *,
+    is_divided: bool = False,
 ) -> Float[Array, "B T N H"]:
     """softmax(q k / sqrt(H)) v with the softmax in float32, N query heads over K key heads.
 
     When there are as many keys as queries, query t is at the place of key t, and what lies behind
-    a block of queries is masked for all of them: it is not computed.
+    a block of queries is masked for all of them: it is not computed. Not so when the queries are
+    divided over devices (`mesh.sequence`).
     """
     length, slots = mask.shape[1:]
-    if length != slots or not _in_blocks(length):
+    if length != slots or is_divided or not _in_blocks(length):
         return _attend(query, key, value, mask)
     size = length // _BLOCKS
     blocks = []
@@ -65,10 +68,10 @@ def _in_blocks(length: int) -> bool:
     return length % _BLOCKS == 0 and length // _BLOCKS >= _SMALLEST_BLOCK
 
 
-def computed_share(length: int, sliding_window: int | None) -> float:
+def computed_share(length: int, sliding_window: int | None, parts: int = 1) -> float:
     """The part of all pairs of query and key that `attend` computes; a window saves nothing."""
     del sliding_window
-    return (_BLOCKS + 1) / (2 * _BLOCKS) if _in_blocks(length) else 1.0
+    return (_BLOCKS + 1) / (2 * _BLOCKS) if _in_blocks(length) and parts == 1 else 1.0
 
 
 def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:

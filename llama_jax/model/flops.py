@@ -54,9 +54,16 @@ def model_flops(config: ModelConfig, *, tokens: int, length: int, trained: Train
 
 
 def executed_flops(
-    config: ModelConfig, compute: Compute, *, tokens: int, length: int, trained: Trained
+    config: ModelConfig,
+    compute: Compute,
+    *,
+    tokens: int,
+    length: int,
+    trained: Trained,
+    parts: int = 1,
 ) -> float:
-    """What our step does: with recomputation, and attention in whole blocks."""
+    """What our step does: with recomputation, and attention in whole blocks. parts: into how many
+    the mesh divides sequences."""
     experts = config.moe.num_local_experts if config.moe and compute.moe == "dense" else None
     layers, head = layer_weights(config, experts=experts), head_weights(config)
     total = 2.0 * tokens * (2 * layers + trained.layers * layers)
@@ -64,7 +71,7 @@ def executed_flops(
     total += 3 * 2.0 * tokens * trained.adapters
     splash = compute.attention == "splash"
     share = visited_share if splash else computed_share
-    once = _attention(config, tokens, length * share(length, config.sliding_window))
+    once = _attention(config, tokens, length * share(length, config.sliding_window, parts))
     if splash:
         once *= padded_size(config.head_dim) / config.head_dim
     # Splash's backward pass computes the scores again, once for the queries and once for the keys.

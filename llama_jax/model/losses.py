@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Compute, LogicalRules, ModelConfig
+from llama_jax.mesh.sequence import length_parts
 from llama_jax.mesh.sharding import batch_parts, constrain, loss_rules
 from llama_jax.model import transformer
 from llama_jax.model.chunked import chunked_sums
@@ -86,14 +87,21 @@ def in_chunks(compute: Compute, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Arrays [B, T, ...] as [chunks, B, t, ...], about `compute.loss_chunk_tokens` a device in
     each; the last chunk is filled up with zeros."""
     batch, length = arrays[0].shape[:2]
+    # Where the mesh divides sequences, a chunk takes something of every part.
+    parts = length_parts(compute.rules)
+    parts = parts if length % parts == 0 else 1
+    length //= parts
     tokens = batch * length // batch_parts(batch, compute.rules)
     num_chunks = min(length, math.ceil(tokens / compute.loss_chunk_tokens))
     size = math.ceil(length / num_chunks)
     filling = (0, size * num_chunks - length)
 
     def chunked(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), filling, *[(0, 0)] * (x.ndim - 2)])
-        return x.reshape(batch, num_chunks, size, *x.shape[2:]).swapaxes(0, 1)
+        rest = x.shape[2:]
+        x = x.reshape(batch, parts, length, *rest)
+        x = jnp.pad(x, [(0, 0), (0, 0), filling, *[(0, 0)] * len(rest)])
+        x = jnp.moveaxis(x.reshape(batch, parts, num_chunks, size, *rest), 2, 0)
+        return x.reshape(num_chunks, batch, parts * size, *rest)
 
     return tuple(chunked(array) for array in arrays)
 

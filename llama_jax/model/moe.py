@@ -5,13 +5,14 @@ does not depend on the batch it is in.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Compute
+from llama_jax.kernels import megablox
+from llama_jax.mesh.sharding import mesh_axes, partition_spec, rows_are_divided
 from llama_jax.weights.dot import dot
 from llama_jax.weights.tensors import Leaf, to_array
 
@@ -25,6 +26,10 @@ class RouterStats:
     chosen: Float[Array, "k E"]
     probability: Float[Array, " E"]
     num_tokens: Float[Array, ""]
+
+
+# Of all experts: w1 [E, F, D], w2 [E, D, F], w3 [E, F, D].
+Matrices = tuple[Leaf, ...]
 
 
 def route(
@@ -62,68 +67,132 @@ def router_stats(
 
 
 def mix(
-    x: Float[Array, "T D"],
-    weights: Float[Array, "T k"],
-    experts: Int[Array, "T k"],
+    x: Float[Array, "B T D"],
+    weights: Float[Array, "B T k"],
+    experts: Int[Array, "B T k"],
     w1: Leaf,
     w2: Leaf,
     w3: Leaf,
     *,
     compute: Compute,
-) -> Float[Array, "T D"]:
-    """The weighted sum of each token's experts; w1, w3: [E, F, D], w2: [E, D, F]."""
-    run = _grouped if compute.moe == "grouped" else _dense
-    return run(x, weights, experts, w1, w2, w3, compute)
+) -> Float[Array, "B T D"]:
+    """The weighted sum of each token's experts; w1, w3: [E, F, D], w2: [E, D, F].
+
+    On a mesh the experts stay where they are, and every device computes those it holds for all the
+    tokens of the devices that share its other experts (`_on_mesh`).
+    """
+    if compute.moe != "dense" and rows_are_divided(x.shape[0], compute.rules):
+        return _on_mesh(x, weights, experts, (w1, w2, w3), compute)
+    flat, chosen, share = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
+    run = _dense if compute.moe == "dense" else _grouped
+    return run(flat, share, chosen, (w1, w2, w3), compute=compute).astype(x.dtype).reshape(x.shape)
+
+
+def _on_mesh(
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    matrices: Matrices,
+    compute: Compute,
+) -> jax.Array:
+    """Tokens are gathered over the mesh axis of the experts, each device adds up what its own
+    experts make of them, and the sums are scattered back. The compiler cannot divide a ragged
+    product by itself: it would give every device all of it."""
+    rules = compute.rules
+    over, inner = mesh_axes(rules, "experts"), mesh_axes(rules, "mlp")
+    tokens = partition_spec(("batch", "length", None), rules)
+
+    def run(x: jax.Array, weights: jax.Array, experts: jax.Array, *own: jax.Array) -> jax.Array:
+        shape = x.shape
+        flat = [array.reshape(-1, array.shape[-1]) for array in (x, weights, experts)]
+        first = jax.lax.axis_index(over) * own[0].shape[0]
+        x, weights, experts = (jax.lax.all_gather(array, over, tiled=True) for array in flat)
+        mixed = _grouped(x, weights, experts, own, compute=compute, first=first)
+        mixed = jax.lax.psum_scatter(jax.lax.psum(mixed, inner), over, tiled=True)
+        return mixed.astype(x.dtype).reshape(shape)
+
+    wide, narrow = ("experts", "mlp", None), ("experts", None, "mlp")
+    return jax.shard_map(
+        run,
+        in_specs=(
+            tokens,
+            tokens,
+            tokens,
+            *(partition_spec(axes, rules) for axes in (wide, narrow, wide)),
+        ),
+        out_specs=tokens,
+        check_vma=False,
+    )(x, weights, experts, *(to_array(matrix, dtype=x.dtype) for matrix in matrices))
 
 
 def _dense(
     x: jax.Array,
     weights: jax.Array,
     experts: jax.Array,
-    w1: Leaf,
-    w2: Leaf,
-    w3: Leaf,
+    matrices: Matrices,
+    *,
     compute: Compute,
 ) -> jax.Array:
-    """Every expert sees every token: the reference, and the cheaper one for very few tokens."""
+    """Every expert sees every token: the reference, and the cheaper one for very few tokens.
+    Float32 [T, D]."""
 
-    def one(expert: tuple[Leaf, Leaf, Leaf]) -> jax.Array:
+    def one(expert: Matrices) -> jax.Array:
         gate, down, up = expert
         hidden = jax.nn.silu(dot(x, gate, compute=compute)) * dot(x, up, compute=compute)
         return dot(hidden, down, compute=compute)
 
-    outputs = jax.lax.map(one, (w1, w2, w3))  # [E, T, D]
+    outputs = jax.lax.map(one, matrices)  # [E, T, D]
     one_hot = jax.nn.one_hot(experts, outputs.shape[0], dtype=jnp.float32)
     share = jnp.einsum("tke,tk->te", one_hot, weights)
-    return jnp.einsum("te,etd->td", share, outputs.astype(jnp.float32)).astype(x.dtype)
+    return jnp.einsum("te,etd->td", share, outputs.astype(jnp.float32))
 
 
 def _grouped(
     x: jax.Array,
     weights: jax.Array,
     experts: jax.Array,
-    w1: Leaf,
-    w2: Leaf,
-    w3: Leaf,
+    matrices: Matrices,
+    *,
     compute: Compute,
+    first: jax.Array | int = 0,
 ) -> jax.Array:
-    """Tokens sorted by expert, one ragged product per matrix."""
-    num_tokens, per_token = experts.shape
-    order = jnp.argsort(experts.reshape(-1), stable=True)
-    rows = x[order // per_token]
-    sizes = jnp.bincount(experts.reshape(-1), length=w1.shape[0]).astype(jnp.int32)
+    """Tokens sorted by expert, one ragged product per matrix, for the experts from `first` on that
+    the matrices hold; others add nothing. Float32 [T, D]."""
+    w1, w2, w3 = (to_array(matrix, dtype=x.dtype) for matrix in matrices)
+    (num_tokens, per_token), num_experts = experts.shape, w1.shape[0]
+    own = experts.reshape(-1) - first
+    is_own = (own >= 0) & (own < num_experts)
+    own = jnp.where(is_own, own, num_experts)
+    # A token asks no expert twice, so this is room for all, whatever the router does.
+    room = num_tokens * min(per_token, num_experts)
+    order = jnp.argsort(own, stable=True)[:room]
+    sizes = jnp.bincount(own, length=num_experts + 1).astype(jnp.int32)[:num_experts]
+    # What lies behind the last group is undefined in a product and in its gradient.
+    filled = (jnp.arange(room) < sizes.sum())[:, None]
 
-    def product(rows: jax.Array, weight: Leaf) -> jax.Array:
-        matrix: Any = to_array(weight, dtype=x.dtype)
-        out = jax.lax.ragged_dot(
-            rows,
-            matrix.swapaxes(1, 2),
-            sizes,
-            preferred_element_type=jnp.dtype(compute.accumulation_dtype),
-        )
-        return out.astype(x.dtype)
+    def product(rows: jax.Array, matrices: jax.Array) -> jax.Array:
+        return jnp.where(filled, _grouped_dot(rows, matrices, sizes, compute), 0).astype(x.dtype)
 
+    rows = jnp.where(filled, x[order // per_token], 0)
     hidden = jax.nn.silu(product(rows, w1)) * product(rows, w3)
     scaled = product(hidden, w2).astype(jnp.float32) * weights.reshape(-1)[order][:, None]
-    mixed = jnp.zeros((num_tokens, x.shape[-1]), jnp.float32).at[order // per_token].add(scaled)
-    return mixed.astype(x.dtype)
+    return jnp.zeros((num_tokens, x.shape[-1]), jnp.float32).at[order // per_token].add(scaled)
+
+
+def _grouped_dot(
+    rows: jax.Array, matrices: jax.Array, sizes: jax.Array, compute: Compute
+) -> jax.Array:
+    if compute.moe == "megablox":
+        return megablox.grouped_dot(rows, matrices, sizes)
+    return jax.lax.ragged_dot(
+        rows,
+        matrices.swapaxes(1, 2),
+        sizes,
+        preferred_element_type=jnp.dtype(compute.accumulation_dtype),
+    )
+
+
+def computed_share(per_token: int, num_experts: int, parts: int) -> float:
+    """The part of the rows of all grouped products that hold a token, when `parts` devices share
+    the experts of a layer: what a product that leaves empty rows out computes."""
+    return per_token / (parts * min(per_token, num_experts // parts))

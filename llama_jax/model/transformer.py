@@ -17,8 +17,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from llama_jax import tree
-from llama_jax.config import Compute, ModelConfig
+from llama_jax.config import Compute, LogicalRules, ModelConfig
 from llama_jax.kernels import splash
+from llama_jax.mesh.sequence import (
+    balanced_places,
+    from_balanced,
+    gather_keys,
+    length_parts,
+    to_balanced,
+    undivided,
+)
 from llama_jax.mesh.sharding import constrain, gathered
 from llama_jax.model import cache as kv
 from llama_jax.model import moe, rope
@@ -101,7 +109,10 @@ class Attention(nnx.Module):
                 query, key, value, context.segment_ids, sliding_window=window, rules=rules
             )
             return self.o_proj(mixed.reshape(batch, length, -1)), None
+        is_divided = length_parts(rules) > 1
         if layer_cache is None:
+            if is_divided:
+                key, value = (gather_keys(x, "kv_heads", rules) for x in (key, value))
             keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
         else:
             assert context.cursor is not None
@@ -110,7 +121,7 @@ class Attention(nnx.Module):
             layer_cache = (keys, values)
             visible = context.mask.shape[-1]
             keys, values = keys[..., :visible], values[..., :visible, :]
-        mixed = attend(query, keys, values, context.mask)
+        mixed = attend(query, keys, values, context.mask, is_divided=is_divided)
         return self.o_proj(mixed.reshape(batch, length, -1)), layer_cache
 
     def _project(self, x: jax.Array) -> Sequence[jax.Array]:
@@ -162,8 +173,9 @@ class SparseMoe(nnx.Module):
         logits = dot(flat.astype(jnp.float32), self.gate.get_value(), compute=self.compute)
         weights, chosen, probabilities = moe.route(logits, self.config.moe.num_experts_per_tok)
         w1, w2, w3 = (weight.get_value() for weight in (self.w1, self.w2, self.w3))
-        mixed = moe.mix(flat, weights, chosen, w1, w2, w3, compute=self.compute)
-        return mixed.reshape(x.shape), moe.router_stats(chosen, probabilities, real.reshape(-1))
+        share, experts = (array.reshape(*x.shape[:-1], -1) for array in (weights, chosen))
+        mixed = moe.mix(x, share, experts, w1, w2, w3, compute=self.compute)
+        return mixed, moe.router_stats(chosen, probabilities, real.reshape(-1))
 
 
 class DecoderLayer(nnx.Module):
@@ -223,10 +235,17 @@ class Llama(nnx.Module):
         cache: kv.KVCache | None = None,
         visible: int | None = None,
     ) -> tuple[Float[Array, "B T D"], kv.KVCache | None, moe.RouterStats | None]:
+        rules = self.compute.rules
+        parts = length_parts(rules)
+        if parts > 1:
+            if positions is None:
+                positions = _positions(tokens, segment_ids)
+            tokens, positions = to_balanced(tokens, rules), to_balanced(positions, rules)
+            segment_ids = None if segment_ids is None else to_balanced(segment_ids, rules)
         x = embed(self.embed_tokens.get_value(), tokens, compute=self.compute)
-        x = constrain(x, ("batch", "length", None), self.compute.rules)
+        x = constrain(x, ("batch", "length", None), rules)
         if cache is None:
-            context = _context(self.config, tokens, positions, segment_ids)
+            context = _context(self.config, tokens, positions, segment_ids, rules)
         elif positions is None:
             context, cache = _cached_context(self.config, tokens, segment_ids, cache, visible)
         else:
@@ -240,7 +259,7 @@ class Llama(nnx.Module):
         if cache is not None:
             keys, values = layers
             cache = dataclasses.replace(cache, keys=keys, values=values)
-        return self.norm(x), cache, stats
+        return from_balanced(self.norm(x), rules), cache, stats
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         weight = self.embed_tokens if self.lm_head is None else self.lm_head
@@ -336,23 +355,34 @@ def _context(
     tokens: jax.Array,
     positions: jax.Array | None,
     segment_ids: jax.Array | None,
+    rules: LogicalRules,
 ) -> Context:
     batch, length = tokens.shape
-    places = jnp.arange(length, dtype=jnp.int32)[None]
+    places = key_places = jnp.arange(length, dtype=jnp.int32)[None]
+    key_segments = segment_ids
     if positions is None:
-        positions = places if segment_ids is None else restarted_positions(segment_ids)
+        positions = _positions(tokens, segment_ids)
     if segment_ids is not None:
         positions = jnp.where(segment_ids > 0, positions, 0)  # padding is no length
+    if (parts := length_parts(rules)) > 1:
+        # Queries are in balanced order, keys, gathered, in that of the text.
+        places = jnp.asarray(balanced_places(length, parts))[None]
+        key_segments = None if segment_ids is None else from_balanced(segment_ids, rules)
     mask = causal_mask(
         places,
-        places,
+        key_places,
         sliding_window=config.sliding_window,
         query_segments=segment_ids,
-        key_segments=segment_ids,
+        key_segments=key_segments,
     )
     cos, sin = rope.angles(config, jnp.broadcast_to(positions, (batch, length)))
     real = _real(tokens, segment_ids)
     return Context(cos=cos, sin=sin, mask=mask, real=real, segment_ids=segment_ids, cursor=None)
+
+
+def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return places if segment_ids is None else restarted_positions(segment_ids)
 
 
 def _cached_context(
@@ -403,12 +433,22 @@ def hidden_states(
 
     segment_ids: 0 is padding, equal ids attend to each other; with a cache they only say how many
     tokens of each row are real (a prefix of it). visible: how many leading slots of the cache to
-    look at, static; the caller knows that the rest is empty. None means all.
+    look at, static; the caller knows that the rest is empty. None means all. The mesh divides
+    sequences only without a cache and where their length allows it.
     """
+    compute = _fitting(compute, tokens.shape[1] if cache is None else 1)
     model = Llama(config, params, compute=compute)
     return model.hidden_states(
         tokens, positions=positions, segment_ids=segment_ids, cache=cache, visible=visible
     )
+
+
+def _fitting(compute: Compute, length: int) -> Compute:
+    """With sequences undivided where the mesh in force does not divide this length."""
+    parts = length_parts(compute.rules)
+    if parts == 1 or length % (2 * parts) == 0:
+        return compute
+    return dataclasses.replace(compute, rules=undivided(compute.rules))
 
 
 def head_weight(config: ModelConfig, params: Params) -> Leaf:
@@ -420,6 +460,7 @@ def logits(
     config: ModelConfig, params: Params, hidden: Float[Array, "*B D"], *, compute: Compute
 ) -> Float[Array, "*B V"]:
     """Float32 logits of normed hidden states."""
+    compute = _fitting(compute, hidden.shape[-2] if hidden.ndim > 2 else 1)
     return Llama(config, params, compute=compute).logits(hidden)
 
 

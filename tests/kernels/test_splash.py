@@ -9,6 +9,7 @@ import pytest
 
 from llama_jax.config import DEFAULT_RULES, Compute
 from llama_jax.kernels import splash
+from llama_jax.mesh.sequence import balanced_places
 from llama_jax.mesh.sharding import make_mesh
 from llama_jax.model import transformer
 from llama_jax.model.attention import attend, causal_mask
@@ -107,3 +108,28 @@ def test_the_visited_share_is_that_of_blocks_with_something_to_see(length, windo
     count = length // block
     blocks = mask.reshape(count, block, count, block).any(axis=(1, 3))
     assert splash.visited_share(length, window) == blocks.mean()
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_divided_sequences_equal_one_device(window):
+    """Queries in balanced order on each device, keys gathered into that of the text."""
+    length = 1024
+    shapes = [(2, length, heads, SIZE) for heads in (4, 2, 2)]
+    keys = jax.random.split(jax.random.key(1), 3)
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    ids = jnp.asarray([[1] * 300 + [2] * 700 + [0] * 24] * 2, jnp.int32)
+    order = balanced_places(length, 4)
+
+    def loss(q, k, v, ids):
+        mixed = splash.attend(
+            q, k, v, ids, sliding_window=window, rules=DEFAULT_RULES, interpret=True
+        )
+        return jnp.sum(jnp.sin(mixed)), mixed
+
+    gradients = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+    expected, plain = gradients(*arrays, ids)
+    with jax.set_mesh(make_mesh({"tensor": 2, "context": 4})):
+        got, mixed = jax.jit(gradients)(*(x[:, order] for x in arrays), ids[:, order])
+    np.testing.assert_allclose(mixed, plain[:, order], atol=2e-5)
+    for ours, theirs in zip(got, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs[:, order], atol=1e-4)

@@ -1,5 +1,7 @@
 """Routing by hand-computed values; both ways to run agree; nothing depends on neighbours."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from llama_jax.config import Compute
+from llama_jax.kernels import megablox
+from llama_jax.mesh.sharding import make_mesh
 from llama_jax.model import moe, transformer
 from tests.reference import reference_model
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
@@ -33,7 +37,7 @@ def inputs(tokens=24, seed=0):
     w1, w3 = (jax.random.normal(k, (4, 24, 16)) * 0.2 for k in keys[1:3])
     w2 = jax.random.normal(keys[3], (4, 16, 24)) * 0.2
     weights, experts, _ = moe.route(jax.random.normal(keys[4], (tokens, 4)), 2)
-    return x, weights, experts, w1, w2, w3
+    return x[None], weights[None], experts[None], w1, w2, w3
 
 
 def test_grouped_equals_dense_forward_and_backward():
@@ -57,10 +61,43 @@ def test_a_crowded_expert_drops_no_token(way):
     crowded = jnp.broadcast_to(jnp.asarray([2, 0]), weights.shape)
     compute = Compute(moe=way)
     together = moe.mix(x, weights, crowded, w1, w2, w3, compute=compute)
-    for index in range(0, x.shape[0], 7):
-        one = slice(index, index + 1)
+    for index in range(0, x.shape[1], 7):
+        one = (slice(None), slice(index, index + 1))
         alone = moe.mix(x[one], weights[one], crowded[one], w1, w2, w3, compute=compute)
         np.testing.assert_allclose(together[one], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["grouped", "megablox"])
+@pytest.mark.parametrize(
+    "sizes", [{"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "context": 2}], ids=str
+)
+def test_experts_on_several_devices_equal_one(sizes, kernel, monkeypatch):
+    """Forward and backward, evenly routed and with all tokens at one expert."""
+    monkeypatch.setattr(megablox, "grouped_dot", partial(megablox.grouped_dot, interpret=True))
+    x, weights, routed, *matrices = inputs(tokens=32)
+    x, weights, routed = (array.reshape(8, 4, -1) for array in (x, weights, routed))
+    compute = Compute(moe=kernel)
+
+    def loss(x, weights, experts, *matrices, compute):
+        mixed = moe.mix(x, weights, experts, *matrices, compute=compute)
+        return jnp.sum(jnp.sin(mixed)), mixed
+
+    for experts in (routed, jnp.broadcast_to(jnp.asarray([3, 1]), routed.shape)):
+        arrays = (x, weights, experts, *matrices)
+        both = partial(jax.value_and_grad, argnums=(0, 1, 3, 4, 5), has_aux=True)
+        expected = both(partial(loss, compute=Compute(moe="dense")))(*arrays)
+        # The kernel's own code promotes.
+        promotion = jax.numpy_dtype_promotion("standard" if kernel == "megablox" else "strict")
+        with jax.set_mesh(make_mesh(sizes)), promotion:
+            got = jax.jit(both(partial(loss, compute=compute)))(*arrays)
+        for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_share_of_rows_that_hold_a_token():
+    assert moe.computed_share(2, 8, 1) == 1
+    assert moe.computed_share(2, 8, 4) == 0.25  # two experts a device, room for both choices
+    assert moe.computed_share(2, 8, 8) == 0.25
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -164,7 +164,8 @@ def test_sections_are_checked_when_built_in_python_too():
         ScheduleSection(warmup_steps=-1)
     with pytest.raises(ValueError, match="model.init is 'zeros'"):
         ModelSection(name="m", init="zeros")
-    assert MeshSection(data=2).sizes() == {"data": 2, "fsdp": -1, "tensor": 1, "expert": 1}
+    rest = {"tensor": 1, "context": 1, "expert": 1}
+    assert MeshSection(data=2).sizes() == {"data": 2, "fsdp": -1, **rest}
 
 
 def test_the_shipped_schema_is_current():
