@@ -110,7 +110,8 @@ class Engine(Protocol):
         """Unloads an adapter once its running requests have ended."""
 
     def start(self) -> None:
-        """Compiles or loads every shape it will use, then takes requests. Blocks."""
+        """Compiles or loads every shape it will use, then takes requests. Blocks. May be called
+        again once the engine is broken or stopped."""
 
     def stop(self, drain_seconds: float) -> None:
         """Takes no more requests, waits for the running ones, fails what is left. Blocks."""

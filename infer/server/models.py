@@ -313,6 +313,7 @@ class Models:
         fails, the version before answers. Raises ApiError with the reason.
         """
         self._registered(name, version)
+        self._check_switchable(name)
         async with self._changing:
             await self._load((name, version))
             state = self._state(name, name)
@@ -331,8 +332,7 @@ class Models:
 
     async def roll_back(self, name: str) -> State:
         """Ends a canary if there is one; else the version that answered before answers again."""
-        if name in self._sources:
-            raise ApiError(409, f"{name} was given at the start and has one version only")
+        self._check_switchable(name)
         async with self._changing:
             state = self._state(name, name)
             if state.canary is not None:
@@ -397,9 +397,12 @@ class Models:
         if self._registry is None or version not in self._registry.versions(name):
             raise _unknown(name, f"there is no version {version[:100]!r} of {name[:100]!r}")
 
-    async def _set_state(self, name: str, state: State) -> State:
-        if self._registry is None or name in self._sources:
+    def _check_switchable(self, name: str) -> None:
+        if name in self._sources:
             raise ApiError(409, f"{name} was given at the start and has one version only")
+
+    async def _set_state(self, name: str, state: State) -> State:
+        assert self._registry is not None
         await asyncio.to_thread(self._registry.set_state, name, state)
         self._states[name] = state
         return state
@@ -442,7 +445,7 @@ class Models:
             built.engine.start()
             for adapter, folder in source.adapters.items():
                 built.engine.add_adapter(adapter, str(folder))
-            _probe(built)
+            _probe(built.engine, built.tokenizer)
         except BaseException:
             built.engine.stop(0)
             raise
@@ -515,25 +518,28 @@ class Models:
         extra = {"model": broken.name, "version": broken.version}
         logger.error("engine broke; it is started again", extra=extra)
         self.on_restart(broken)
-        await asyncio.to_thread(broken.engine.stop, 0)
         wait = 1.0
         while key in self._loaded:
             try:
-                fresh = await asyncio.to_thread(self._build_version, key)
+                await asyncio.to_thread(_start_again, broken)
             except (ValueError, OSError, RuntimeError) as error:
                 logger.error("engine did not start", extra=extra, exc_info=error)
                 await asyncio.sleep(wait)
                 wait = min(2 * wait, LONGEST_BACKOFF_SECONDS)
             else:
-                fresh.last_used = self._clock()
-                self._loaded[key] = fresh
                 logger.info("engine started again", extra=extra)
                 return
 
 
-def _probe(built: Built) -> None:
+def _start_again(loaded: Loaded) -> None:
+    """In a thread: the same weights, a fresh loop."""
+    loaded.engine.stop(0)
+    loaded.engine.start()
+    _probe(loaded.engine, loaded.tokenizer)
+
+
+def _probe(engine: Engine, tokenizer: "Tokenizer | None") -> None:
     """Has the engine answer a few tokens. Raises RuntimeError when it does not."""
-    tokenizer = built.tokenizer
     first = None if tokenizer is None else tokenizer.bos_token_id
     ended = threading.Event()
     last: list[Event] = []
@@ -549,7 +555,7 @@ def _probe(built: Built) -> None:
         params=SamplingParams(temperature=0.0, max_tokens=PROBE_TOKENS),
         tenant="probe",
     )
-    built.engine.submit(request, listen)
+    engine.submit(request, listen)
     if not ended.wait(PROBE_SECONDS):
         raise RuntimeError(f"no answer to a probe within {PROBE_SECONDS:g} seconds")
     if isinstance(last[0], Failed):

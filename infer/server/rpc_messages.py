@@ -44,6 +44,13 @@ def _as_dict(message: Message) -> dict[str, Any]:
     return values
 
 
+def _body(values: dict[str, Any]) -> dict[str, Any]:
+    """With the groups of the message as the fields that REST has in their place."""
+    unpacked = {**_response_format(values), **_sampling(values)}
+    # What is empty is not sent, and a model must be named.
+    return {"model": "", **values, **unpacked}
+
+
 def _sampling(values: dict[str, Any]) -> dict[str, Any]:
     sampling: dict[str, Any] = values.pop("sampling", {})
     if "seed" in sampling:
@@ -81,7 +88,7 @@ def completion_body(message: Message) -> dict[str, Any]:
     ids = values.pop("prompt_token_ids", None)
     if ids is not None:
         values["prompt"] = ids.get("ids", [])
-    return {**values, **_response_format(values), **_sampling(values)}
+    return _body(values)
 
 
 def chat_body(message: Message) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def chat_body(message: Message) -> dict[str, Any]:
         values["tool_choice"] = {"type": "function", "function": {"name": choice}}
     if "top_logprobs" in values:
         values["logprobs"] = True
-    return {**values, **_response_format(values), **_sampling(values)}
+    return _body(values)
 
 
 def _tool(values: dict[str, Any]) -> dict[str, Any]:

@@ -63,6 +63,7 @@ class ScriptedEngine:
         time.sleep(self.start_seconds)
         if self.start_error is not None:
             raise self.start_error
+        self._breaks = False
         self.state = "ready"
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()

@@ -11,11 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from infer.server.api_types import ChatRequest
-from infer.server.models import Built
 from infer.server.openapi import openapi
 from infer.server.settings import Secret, Tenant
 from tests.infer.server.running import byte_tokenizer, running, until
-from tests.infer.server.scripted_engine import ScriptedEngine
 
 KEY, OTHER, ADMIN = "key-of-tenant-a", "key-of-tenant-b", "key-of-the-admin"
 
@@ -449,28 +447,21 @@ def test_what_is_left_after_the_drain_gets_an_error_event():  # R102
 
 
 def test_an_engine_that_breaks_is_reported_and_started_again():
-    made = []
-
-    def build(source):
-        engine = ScriptedEngine(byte_tokenizer(), **slow(0.01))
-        made.append(engine)
-        return Built(engine, byte_tokenizer())
-
-    with running(build) as server:
+    with running(engine_options=slow(0.01)) as server:
         connection, response = open_stream(server, max_tokens=8000)
         lines = data_lines(response)
         next(lines)
         waiting = ThreadPoolExecutor(1).submit(lambda: server.complete(max_tokens=8000))
-        until(lambda: len(made[0].seen) == 3)  # the probe is the first
-        made[0].break_down()
+        until(lambda: len(server.engine.seen) == 3)  # the probe is the first
+        server.engine.break_down()
         *_, last = lines
         assert json.loads(last)["error"]["code"] == "engine_failed"
         status, body, _ = waiting.result(10)
         assert (status, body["error"]["code"]) == (500, "engine_failed")
         connection.close()
-        until(lambda: len(made) == 2 and server.call("/readyz")[0] == 200)
+        until(lambda: server.metric("llama_jax_engine_restarts_total") == 1)
+        until(lambda: server.call("/readyz")[0] == 200)
         assert server.complete(max_tokens=3)[0] == 200
-        assert server.metric("llama_jax_engine_restarts_total") == 1
 
 
 # Logs

@@ -1,0 +1,77 @@
+"""Copies a model into a registry as a new version, which a running server can load.
+
+The registry is a folder models/NAME/VERSION/. A version never changes once it is written: its
+manifest lists every file with its SHA-256, and the server checks them before it loads it."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+HELP = "add a version of a model to a registry"
+EXAMPLE = "llama-jax register smollm2-135m --models-dir models --name smollm2 --version 1"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL")
+    parser.add_argument("--models-dir", required=True, metavar="DIR", help="the registry")
+    parser.add_argument("--name", required=True, help="what requests will call it")
+    parser.add_argument("--version", required=True, metavar="V", help="such as 1 or 2026-03-01")
+    parser.add_argument("--adapter", metavar="DIR", help="a PEFT adapter to put on it")
+    parser.add_argument("--template", metavar="FILE", help="a chat template in place of its own")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    from infer.registry import Manifest, register
+    from llama_jax.load import find_model, load_abstract
+
+    for path in (args.adapter, args.template):
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{path} does not exist")
+    # What cannot be read is refused before anything is copied.
+    model = load_abstract(args.model)
+    target = register(
+        args.models_dir,
+        args.name,
+        args.version,
+        find_model(args.model),
+        source=args.model,
+        quantization=_quantization(model.params),
+        adapter=None if args.adapter is None else Path(args.adapter),
+        template=None if args.template is None else Path(args.template),
+    )
+    manifest = Manifest.read(target)
+    return {
+        "path": str(target),
+        "name": args.name,
+        "version": args.version,
+        "files": len(manifest.files),
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "quantization": manifest.quantization,
+    }
+
+
+def _quantization(params: Any) -> str | None:
+    """The types that quantized leaves are stored in, such as int8 or nf4."""
+    import jax.numpy as jnp
+    from qwix import QArray
+
+    from llama_jax import tree
+    from llama_jax.weights.tensors import PackedTensor
+
+    kinds = set()
+    for leaf in tree.flatten(params).values():
+        if isinstance(leaf, PackedTensor):
+            kinds.add(leaf.codebook)
+        elif isinstance(leaf, QArray):
+            kinds.add(str(jnp.dtype(leaf.qtype)))
+    return ", ".join(sorted(kinds)) or None
+
+
+def show(report: dict[str, Any], args: argparse.Namespace) -> None:
+    from llama_jax.commands.report import to_size
+
+    del args
+    print(
+        f"{report['name']} version {report['version']}: {report['files']} files, "
+        f"{to_size(report['bytes'])}, in {report['path']}"
+    )

@@ -1,0 +1,253 @@
+"""gRPC: the same answers, keys and limits as REST; health and reflection."""
+
+import json
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf import descriptor_pb2
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+import infer.server
+from infer.server.rpc_messages import SERVICE, message_class, service
+from infer.server.settings import Secret, Tenant
+from tests.infer.server.running import running, until
+from tests.infer.server.test_operation import KEY, slow
+
+FOLDER = Path(infer.server.__file__).parent
+OPTIONS = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
+
+
+class Client:
+    """Calls by method name, from the service's own description."""
+
+    def __init__(self, server, *, key=None):
+        self.channel = grpc.insecure_channel(f"127.0.0.1:{server.address.grpc_port}", OPTIONS)
+        self.metadata = [] if key is None else [("authorization", f"Bearer {key}")]
+
+    def __call__(self, name, timeout=20, **fields):
+        method = service().methods_by_name[name]
+        make = self.channel.unary_stream if method.server_streaming else self.channel.unary_unary
+        call = make(
+            f"/{SERVICE}/{name}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=message_class(method.output_type.name).FromString,
+        )
+        request = message_class(method.input_type.name)(**fields)
+        return call(request, timeout=timeout, metadata=self.metadata)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with running(grpc_port=0) as running_server:
+        yield running_server
+
+
+@pytest.fixture
+def client(server):
+    made = Client(server)
+    yield made
+    made.channel.close()
+
+
+def refused(call):
+    with pytest.raises(grpc.RpcError) as raised:
+        list(call) if hasattr(call, "__iter__") else call()
+    return raised.value
+
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+
+
+def test_the_compiled_description_is_that_of_the_source(tmp_path):
+    from grpc_tools import protoc
+
+    out = tmp_path / "out.binpb"
+    arguments = [f"-I{FOLDER}", f"--descriptor_set_out={out}", "inference.proto"]
+    assert protoc.main(["protoc", *arguments]) == 0
+    fresh = descriptor_pb2.FileDescriptorSet.FromString(out.read_bytes())
+    kept = descriptor_pb2.FileDescriptorSet.FromString((FOLDER / "inference.binpb").read_bytes())
+    assert fresh == kept
+
+
+def test_generation_whole_and_streamed_is_that_of_rest(client, server):
+    whole = client("Complete", model="m", prompt="hi")
+    rest = server.complete()[1]
+    assert whole.choices[0].text == rest["choices"][0]["text"]
+    assert whole.choices[0].finish_reason == "stop"
+    assert whole.version == "m@1"
+    assert whole.usage.completion_tokens == rest["usage"]["completion_tokens"]
+    *pieces, last = client("StreamComplete", model="m", prompt="hi")
+    assert "".join(piece.choices[0].text for piece in pieces) == "Hello there"
+    assert last.usage == whole.usage and not last.choices
+    answer = client("Chat", **CHAT)
+    assert (answer.choices[0].message.role, answer.choices[0].message.content) == (
+        "assistant",
+        "Hello there",
+    )
+    pieces = list(client("StreamChat", **CHAT))
+    assert pieces[0].choices[0].message.role == "assistant"
+    assert "".join(p.choices[0].message.content for p in pieces if p.choices) == "Hello there"
+
+
+def test_parameters_reach_the_engine(client, server):
+    sampling = {
+        "max_tokens": 7, "temperature": 0.5, "top_p": 0.75, "top_k": 9, "min_p": 0.125,
+        "repetition_penalty": 1.25, "frequency_penalty": 0.25, "presence_penalty": -0.5,
+        "seed": 2**40, "stop": ["q"], "n": 2, "logit_bias": {65: 2.5}, "min_tokens": 3,
+        "ignore_eos": True,
+    }  # fmt: skip
+    whole = client(
+        "Complete", model="m", prompt_token_ids={"ids": [1, 2]}, sampling=sampling,
+        logprobs=2, echo=True, response_format={"json_schema": '{"minItems": 1}'},
+    )  # fmt: skip
+    request = server.engine.seen[-1]
+    assert request.prompt_token_ids == (1, 2)
+    for name, value in {**sampling, "stop": ("q",), "logprobs": 2, "echo": True}.items():
+        assert getattr(request.params, name) == value, name
+    assert json.loads(request.structure.source) == {"minItems": 1}
+    first, second, *_ = whole.choices[0].logprobs
+    assert not first.HasField("logprob") and second.logprob == -0.5
+    assert len(second.top) == 2
+    client("Chat", **CHAT, top_logprobs=1, sampling={"temperature": 0})
+    assert server.engine.seen[-1].params.temperature == 0
+    assert server.engine.seen[-1].params.logprobs == 1
+
+
+def test_the_other_calls(client):
+    assert [(m.id, m.max_model_len) for m in client("ListModels").data] == [("m", 256)]
+    answer = client("Embed", model="m", input=["a", "abc"])
+    assert [list(row.values) for row in answer.data] == [[1.0, 1.0, -0.5], [3.0, 1.0, -0.5]]
+    tokens = client("Tokenize", model="m", prompt="hé").tokens
+    assert client("Detokenize", model="m", tokens=tokens).prompt == "hé"
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "code"),
+    [
+        ("Complete", {"model": "../../outside", "prompt": "x"}, "NOT_FOUND"),  # R116
+        ("Complete", {"model": "a\\b", "prompt": "x"}, "NOT_FOUND"),
+        ("Complete", {"model": "", "prompt": "x"}, "NOT_FOUND"),
+        ("StreamChat", {**CHAT, "model": "/etc"}, "NOT_FOUND"),
+        ("Complete", {"model": "m"}, "INVALID_ARGUMENT"),
+        ("Complete", {"model": "m", "prompt": ""}, "INVALID_ARGUMENT"),
+        ("Complete", {"model": "m", "prompt_token_ids": {"ids": [5] * 300}}, "INVALID_ARGUMENT"),
+        ("Complete", {"model": "m", "prompt": "x", "logprobs": 10**6}, "INVALID_ARGUMENT"),
+        ("StreamChat", {**CHAT, "sampling": {"n": 10**6}}, "INVALID_ARGUMENT"),
+        ("Chat", {**CHAT, "sampling": {"temperature": -1}}, "INVALID_ARGUMENT"),
+        ("Chat", {**CHAT, "sampling": {"temperature": float("nan")}}, "INVALID_ARGUMENT"),
+        ("Chat", {**CHAT, "sampling": {"logit_bias": {5: float("inf")}}}, "INVALID_ARGUMENT"),
+        ("Chat", {**CHAT, "response_format": {"json_schema": "{"}}, "INVALID_ARGUMENT"),
+        ("Chat", {**CHAT, "tools": [{"name": "f", "parameters": "{"}]}, "INVALID_ARGUMENT"),
+        ("Chat", {"model": "m"}, "INVALID_ARGUMENT"),
+        ("Detokenize", {"model": "m", "tokens": [-1]}, "INVALID_ARGUMENT"),
+    ],
+)  # fmt: skip
+def test_wrong_requests_have_their_code(client, server, method, fields, code):
+    def call():
+        answer = client(method, **fields)
+        return list(answer) if method.startswith("Stream") else answer
+
+    error = refused(call)
+    assert error.code().name == code, error.details()
+    assert "Traceback" not in error.details()
+    assert server.complete()[0] == 200
+
+
+def test_messages_have_a_limit(server):  # R121
+    with running(grpc_port=0, max_body_bytes=10_000) as small:
+        client = Client(small)
+        error = refused(lambda: client("Complete", model="m", prompt="x" * 20_000))
+        assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        client.channel.close()
+
+
+def test_every_call_but_health_needs_a_key():  # R119
+    with running(grpc_port=0, tenants=(Tenant("a", Secret(KEY)),), wait_ready=False) as server:
+        for key in (None, "wrong-key-entirely"):
+            client = Client(server, key=key)
+            for method in service().methods:
+                fields = {} if method.name == "ListModels" else {"model": "m"}
+
+                def call(method=method, fields=fields, client=client):
+                    answer = client(method.name, **fields)
+                    return list(answer) if method.server_streaming else answer
+
+                assert refused(call).code() == grpc.StatusCode.UNAUTHENTICATED
+            stub = reflection_pb2_grpc.ServerReflectionStub(client.channel)
+            asked = [reflection_pb2.ServerReflectionRequest(list_services="")]
+            error = refused(stub.ServerReflectionInfo(iter(asked)))
+            assert error.code() == grpc.StatusCode.UNAUTHENTICATED
+            health = health_pb2_grpc.HealthStub(client.channel)
+            assert health.Check(health_pb2.HealthCheckRequest()).status in (1, 2)
+            client.channel.close()
+        until(lambda: server.engine.state == "ready")
+        client = Client(server, key=KEY)
+        assert client("Complete", model="m", prompt="x").choices[0].text == "Hello there"
+        assert server.engine.seen[-1].tenant == "a"
+        client.channel.close()
+
+
+def test_reflection_names_the_service(client):
+    stub = reflection_pb2_grpc.ServerReflectionStub(client.channel)
+    asked = [
+        reflection_pb2.ServerReflectionRequest(list_services=""),
+        reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE),
+    ]
+    listed, described = stub.ServerReflectionInfo(iter(asked))
+    names = [each.name for each in listed.list_services_response.service]
+    assert {SERVICE, "grpc.health.v1.Health"} <= set(names)
+    [raw] = described.file_descriptor_response.file_descriptor_proto
+    assert descriptor_pb2.FileDescriptorProto.FromString(raw).name == "inference.proto"
+
+
+def test_health_follows_readiness():
+    with running(grpc_port=0, wait_ready=False, engine_options={"start_seconds": 0.5}) as server:
+        client = Client(server)
+        health = health_pb2_grpc.HealthStub(client.channel)
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        assert health.Check(request, wait_for_ready=True).status == 2
+        error = refused(lambda: client("Complete", model="m", prompt="x"))
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        until(lambda: health.Check(request).status == 1)
+        client.channel.close()
+
+
+def test_a_call_that_is_cancelled_frees_its_place():  # R97
+    with running(grpc_port=0, engine_options=slow(0.01)) as server:
+        client = Client(server)
+        stream = client("StreamComplete", model="m", prompt="x", sampling={"max_tokens": 4000})
+        next(stream)
+        stream.cancel()
+        until(lambda: server.engine.is_idle, seconds=2)
+        assert server.engine.aborts == 1
+        # A deadline cancels too.
+        begin = time.monotonic()
+        error = refused(
+            lambda: client(
+                "Complete", timeout=0.3, model="m", prompt="x", sampling={"max_tokens": 4000}
+            )
+        )
+        assert error.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        until(lambda: server.engine.is_idle, seconds=2)
+        assert time.monotonic() - begin < 3
+        client.channel.close()
+
+
+def test_a_full_queue_is_resource_exhausted():  # R101
+    with running(grpc_port=0, engine_options=slow(0.01, slots=1, queue_limit=1)) as server:
+        client = Client(server)
+        running_calls = [
+            client("StreamComplete", model="m", prompt="x", sampling={"max_tokens": 4000})
+            for _ in range(6)
+        ]
+        until(lambda: len(server.engine.seen) >= 2)
+        error = refused(lambda: client("Complete", model="m", prompt="x"))
+        assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert dict(error.trailing_metadata())["retry-after"] == "3"
+        for call in running_calls:
+            call.cancel()
+        until(lambda: server.engine.is_idle)
+        client.channel.close()

@@ -1,0 +1,110 @@
+"""Settings: where they come from, which win, what is refused."""
+
+import dataclasses
+
+import pytest
+
+from infer.server.settings import Secret, Settings, flag_fields, read_settings
+
+
+def test_flags_win_over_variables_and_variables_over_the_file(tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text("models: [m]\nport: 1\nhost: a\nmax_slots: 3\nopen_metrics: true\n")
+    environment = {"LLAMA_JAX_PORT": "2", "LLAMA_JAX_HOST": "b", "LLAMA_JAX_CACHE_DIR": "off"}
+    settings = read_settings({"port": 4, "host": None}, config=path, environment=environment)
+    assert (settings.port, settings.host, settings.max_slots) == (4, "b", 3)
+    assert settings.open_metrics and settings.models == ("m",)
+
+
+def test_every_setting_can_be_spelled_as_a_text():
+    spelled = {
+        "models": "a,b", "models_dir": "d", "host": "h", "cors_origins": "https://a, https://b",
+        "log_level": "debug", "dtype": "float32", "api_key": "key-number-1",
+        "admin_key": "key-number-2",
+    }  # fmt: skip
+    for each in flag_fields():
+        if each.name not in spelled:
+            spelled[each.name] = "true" if each.type is bool else "2048"
+    environment = {f"LLAMA_JAX_{name.upper()}": text for name, text in spelled.items()}
+    settings = read_settings({}, environment=environment)
+    assert settings.models == ("a", "b")
+    assert settings.cors_origins == ("https://a", "https://b")
+    defaults = Settings(models=("m",))
+    for each in dataclasses.fields(Settings):
+        if each.name not in ("tenants", "max_connections", "max_header_bytes"):
+            value = getattr(settings, each.name)
+            default = getattr(defaults, each.name)
+            assert value != default or each.type is bool, each.name
+            kinds = (type(default),) if default is not None else (int, float, str, Secret)
+            assert isinstance(value, kinds), each.name
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("modles: [m]", "no setting 'modles'; did you mean models"),
+        ("models: m", "must be a list"),
+        ("models: [m]\nport: '8'", "must be of type int"),
+        ("models: [m]\nport: 70000", "ports end"),
+        ("models: [m]\nport: -1", "at least 0"),
+        ("models: [m]\nqueue_limit: 0", "at least 1"),
+        ("models: [m]\nopen_metrics: 1", "must be of type bool"),
+        ("models: [m]\ndrain_seconds: .nan", "must be of type float"),
+        ("models: [m]\nlog_level: loud", "log_level is 'loud'"),
+        ("port: 1", "nothing to serve"),
+        ("- m", "must be a mapping"),
+        ("models: [", "is not YAML"),
+        ("models: [m]\napi_key: short", "at least 8"),
+        ("models: [m]\napi_key: 12345678", "must be of type str"),
+        ("models: [m]\napi_key: same-key-twice\nadmin_key: same-key-twice", "are the same"),
+        ("models: [m]\ntenants: [{name: a}]", "key is missing"),
+        ("models: [m]\ntenants: [{name: a, key: key-of-a-tenant, rate: 1}]", "no field 'rate'"),
+        ("models: [m]\ntenants: [{name: a b, key: key-of-a-tenant}]", "name 'a b'"),
+        (
+            "models: [m]\ntenants: [{name: a, key: key-of-a-tenant, requests_per_minute: 0}]",
+            "above 0",
+        ),
+        (
+            "models: [m]\ntenants:\n- {name: a, key: key-of-a-1}\n- {name: a, key: key-of-a-2}",
+            "appears twice",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_named(tmp_path, text, said):
+    path = tmp_path / "serve.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said) as raised:
+        read_settings({}, config=path, environment={})
+    assert "12345678" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "said"),
+    [
+        ("LLAMA_JAX_API_KEYS", "x", "did you mean LLAMA_JAX_API_KEY"),
+        ("LLAMA_JAX_PORT", "tcp://10.0.0.1:80", "must be an integer"),
+        ("LLAMA_JAX_OPEN_METRICS", "maybe", "true or false"),
+        ("LLAMA_JAX_DRAIN_SECONDS", "inf", "finite number"),
+        ("LLAMA_JAX_API_KEY", "", "is empty"),
+    ],
+)
+def test_what_is_wrong_in_a_variable_is_named(variable, text, said):
+    with pytest.raises(ValueError, match=said):
+        read_settings({"models": ("m",)}, environment={variable: text})
+
+
+def test_variables_that_kubernetes_makes_are_no_settings():
+    names = (
+        "LLAMA_JAX_SERVICE_HOST LLAMA_JAX_SERVICE_PORT LLAMA_JAX_SERVICE_PORT_REST "
+        "LLAMA_JAX_PORT_8000_TCP LLAMA_JAX_PORT_8000_TCP_ADDR LLAMA_JAX_SERVE_PORT_80_TCP_PROTO"
+    )
+    environment = dict.fromkeys(names.split(), "x")
+    assert read_settings({"models": ("m",)}, environment=environment).models == ("m",)
+
+
+def test_secrets_are_shown_as_stars():  # R106
+    settings = Settings(models=("m",), api_key=Secret("key-number-1"))
+    for shown in (repr(settings), str(settings), f"{settings.api_key}", f"{settings.api_key!r}"):
+        assert "key-number-1" not in shown
+    assert "***" in repr(settings)
+    assert settings.secrets == ("key-number-1",)

@@ -1,0 +1,300 @@
+"""Versions of a running server: loading, switching, rolling back, canaries, adapters."""
+
+import json
+import threading
+import time
+
+import pytest
+
+from infer.registry import Registry, State, register
+from infer.server.models import Built
+from infer.server.settings import Secret
+from tests.infer.server.running import byte_tokenizer, running, until
+from tests.infer.server.scripted_engine import ScriptedEngine
+from tests.infer.server.test_operation import data_lines, open_stream
+
+ADMIN = "key-of-the-admin"
+
+
+@pytest.fixture
+def models_dir(tmp_path):
+    """Three versions, each of which says its number."""
+    root = tmp_path / "models"
+    for version in ("1", "2", "3"):
+        source = tmp_path / f"source-{version}"
+        source.mkdir()
+        for name in ("config.json", "shard-1", "shard-2"):
+            (source / name).write_text(version)
+        register(root, "m", version, source, source="a test")
+    Registry(root).set_state("m", State(active="1"))
+    return root
+
+
+class Fleet:
+    """Scripted engines that say which version they are; `adjust` changes those made later."""
+
+    def __init__(self):
+        self.built = []
+        self.options = {}
+
+    def __call__(self, source):
+        said = (source.model / "config.json").read_text()
+        tokenizer = byte_tokenizer()
+        ids = tokenizer.encode(f"v{said}" * 20, add_special_tokens=False)
+        options = {"step_seconds": 0.002, **self.options.get(source.version, {})}
+        engine = ScriptedEngine(tokenizer, lambda request, index: ids, **options)
+        self.built.append((source.version, engine))
+        return Built(engine, tokenizer)
+
+
+@pytest.fixture
+def fleet():
+    return Fleet()
+
+
+def serving(models_dir, fleet, **settings):
+    return running(
+        fleet,
+        sources=[],
+        models=(),
+        models_dir=str(models_dir),
+        admin_key=Secret(ADMIN),
+        **settings,
+    )
+
+
+def admin(server, what, **body):
+    return server.call(f"/admin/{what}", {"model": "m", **body}, key=ADMIN)
+
+
+def said(server, model="m"):
+    status, body, headers = server.call("/v1/completions", {"model": model, "prompt": "x"})
+    assert status == 200, body
+    assert body["system_fingerprint"] == headers["x-llama-jax-version"]
+    version = body["system_fingerprint"].split("@")[1]
+    assert body["choices"][0]["text"] == f"v{version}" * 20
+    return version
+
+
+def test_the_first_request_loads_the_active_version_once(models_dir, fleet):
+    fleet.options["1"] = {"start_seconds": 0.3}
+    with serving(models_dir, fleet) as server:
+        assert server.call("/v1/models")[1]["data"][0]["loaded"] is False
+        versions = []
+        threads = [threading.Thread(target=lambda: versions.append(said(server))) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert versions == ["1"] * 5
+        assert [version for version, _ in fleet.built] == ["1"]
+        entry = server.call("/v1/models")[1]["data"][0]
+        assert (entry["loaded"], entry["version"]) == (True, "1")
+        assert said(server, "m@3") == "3"
+
+
+def test_a_switch_waits_for_a_probe_and_never_mixes(models_dir, fleet):  # R109
+    fleet.options["2"] = {"start_seconds": 0.5}
+    with serving(models_dir, fleet) as server:
+        assert said(server) == "1"
+        connection, response = open_stream(server, max_tokens=100)
+        lines = data_lines(response)
+        chunks = [json.loads(next(lines))]
+        answers, done = [], threading.Event()
+
+        def ask():
+            while not done.is_set():
+                answers.append(said(server))
+
+        asking = threading.Thread(target=ask)
+        asking.start()
+        begin = time.monotonic()
+        status, body, _ = admin(server, "models/activate", version="2")
+        assert (status, body["active"], body["previous"]) == (200, "2", ["1"])
+        assert time.monotonic() - begin >= 0.5
+        assert [r.tenant for r in fleet.built[-1][1].seen][:1] == ["probe"]
+        assert said(server) == "2"
+        done.set()
+        asking.join()
+        # No gap: the old one answered until the new one did, and then only the new one.
+        assert answers[0] == "1" and answers == sorted(answers)
+        chunks += [json.loads(line) for line in lines if line != "[DONE]"]
+        assert {chunk["system_fingerprint"] for chunk in chunks} == {"m@1"}
+        assert "".join(c["choices"][0]["text"] for c in chunks) == "v1" * 20
+        connection.close()
+        assert server.metric("llama_jax_requests_total", version="2") >= 1
+
+
+@pytest.mark.parametrize("reason", ["shard-2 is missing", "the engine is sick"])
+def test_a_switch_that_fails_says_why_and_changes_nothing(models_dir, fleet, reason):  # R109
+    if "shard" in reason:
+        _remove(models_dir)
+    else:
+        fleet.options["2"] = {"start_error": ValueError(reason)}
+    with serving(models_dir, fleet) as server:
+        assert said(server) == "1"
+        status, body, _ = admin(server, "models/activate", version="2")
+        assert status == 503 and reason in body["error"]["message"]
+        assert said(server) == "1"
+        assert Registry(models_dir).state("m").active == "1"
+        # A client who asks for it hears less: files are not its business.
+        status, body, _ = server.call("/v1/completions", {"model": "m@2", "prompt": "x"})
+        assert status == 503 and reason not in body["error"]["message"]
+
+
+def _remove(root):
+    path = root / "m" / "2" / "model" / "shard-2"
+    path.parent.chmod(0o755)
+    path.unlink()
+
+
+def test_rolling_back_gives_the_same_answers_and_survives_a_restart(models_dir, fleet):  # R109
+    with serving(models_dir, fleet) as server:
+        for version in ("2", "3"):
+            assert admin(server, "models/activate", version=version)[0] == 200
+        assert said(server) == "3"
+        status, body, _ = admin(server, "models/rollback")
+        assert (status, body["active"], body["previous"]) == (200, "2", ["1"])
+        assert said(server) == "2"
+    with serving(models_dir, fleet) as server:
+        assert said(server) == "2"
+        assert admin(server, "models/rollback")[1]["active"] == "1"
+        assert said(server) == "1"
+        status, body, _ = admin(server, "models/rollback")
+        assert status == 409 and "was active before" in body["error"]["message"]
+
+
+def test_a_canary_gets_its_share_and_the_same_id_the_same_version(models_dir, fleet):
+    with serving(models_dir, fleet) as server:
+        assert admin(server, "models/activate", version="2", share=0.25)[0] == 200
+        versions = [
+            server.call(
+                "/v1/completions",
+                {"model": "m", "prompt": "x", "max_tokens": 1},
+                headers={"x-request-id": f"request-{number}"},
+            )[1]["system_fingerprint"]
+            for _ in range(2)
+            for number in range(60)
+        ]
+        assert versions[:60] == versions[60:]
+        assert 5 <= versions[:60].count("m@2") <= 26
+        assert admin(server, "models/rollback")[1]["canary"] is None
+        assert {said(server) for _ in range(10)} == {"1"}
+        assert admin(server, "models/activate", version="1", share=0.5)[0] == 409
+
+
+def test_versions_that_are_not_used_make_room(models_dir, fleet):
+    with serving(models_dir, fleet, max_loaded=2) as server:
+        for version in ("1", "2", "3"):
+            assert said(server, f"m@{version}") == version
+        states = {
+            row["version"]: row["state"]
+            for row in server.call("/admin/models", key=ADMIN)[1]["models"][0]["versions"]
+        }
+        assert states == {"1": "unloaded", "2": "ready", "3": "ready"}
+        assert fleet.built[0][1].state == "stopped"
+
+
+def test_idle_versions_are_unloaded_by_policy(models_dir, fleet):
+    with serving(models_dir, fleet, idle_unload_seconds=0.2) as server:
+        assert said(server) == "1"
+        until(lambda: fleet.built[0][1].state == "stopped")
+        assert said(server) == "1"
+        assert len(fleet.built) == 2
+
+
+def test_unloading_waits_for_running_requests(models_dir, fleet):
+    fleet.options["1"] = {"step_seconds": 0.01}
+    with serving(models_dir, fleet, drain_seconds=10.0) as server:
+        connection, response = open_stream(server, max_tokens=100)
+        lines = data_lines(response)
+        next(lines)
+        assert admin(server, "models/unload", version="1")[0] == 200
+        assert list(lines)[-1] == "[DONE]"
+        connection.close()
+        assert admin(server, "models/unload", version="1")[0] == 409
+
+
+def test_loading_on_demand_can_be_off(models_dir, fleet):
+    with serving(models_dir, fleet, load_on_demand=False) as server:
+        status, body, _ = server.call("/v1/completions", {"model": "m", "prompt": "x"})
+        assert (status, body["error"]["code"]) == (503, "model_not_loaded")
+        assert admin(server, "models/load", version="1")[0] == 200
+        assert said(server) == "1"
+
+
+@pytest.mark.parametrize(
+    "name", ["../../outside", "/etc", "a/../../b", "a\\b", "", "m/1", "adapters", "state.json"]
+)
+def test_admins_name_things_too_and_never_paths(models_dir, fleet, name):  # R116
+    with serving(models_dir, fleet) as server:
+        for what in ("models/load", "models/activate", "models/unload"):
+            body = {"model": name, "version": "1"}
+            assert server.call(f"/admin/{what}", body, key=ADMIN)[0] == 404
+            assert admin(server, what, version=name)[0] == 404
+        for what in ("models/rollback",):
+            assert server.call(f"/admin/{what}", {"model": name}, key=ADMIN)[0] == 404
+        for what in ("adapters/load", "adapters/unload"):
+            assert admin(server, what, adapter="a", version=name)[0] in (404, 409)
+            assert (
+                server.call(f"/admin/{what}", {"model": name, "adapter": "a"}, key=ADMIN)[0] == 404
+            )
+        assert fleet.built == []
+    assert not list(models_dir.parent.glob("outside*"))
+
+
+def test_adapters_come_and_go_while_the_model_serves(models_dir, fleet):
+    for name in ("poet", "bad"):
+        (models_dir / "m" / "adapters" / name).mkdir(parents=True)
+    with serving(models_dir, fleet) as server:
+        assert said(server) == "1"
+        assert server.call("/v1/completions", {"model": "m:poet", "prompt": "x"})[0] == 404
+        status, body, _ = admin(server, "adapters/load", adapter="poet")
+        assert (status, body) == (200, {"model": "m:poet", "version": "1"})
+        engine = fleet.built[0][1]
+        assert engine.adapters == {"poet": str(models_dir / "m" / "adapters" / "poet")}
+        assert server.call("/v1/completions", {"model": "m:poet", "prompt": "x"})[0] == 200
+        assert engine.seen[-1].adapter == "poet"
+        ids = [entry["id"] for entry in server.call("/v1/models")[1]["data"]]
+        assert ids == ["m", "m:poet"]
+        assert admin(server, "adapters/load", adapter="poet")[0] == 409
+        status, body, _ = admin(server, "adapters/load", adapter="bad")
+        assert status == 409 and "is no adapter" in body["error"]["message"]
+        for name in ("..", "../poet", "nothing", ""):
+            assert admin(server, "adapters/load", adapter=name)[0] == 404
+        assert admin(server, "adapters/unload", adapter="poet")[0] == 200
+        assert engine.adapters == {}
+        assert server.call("/v1/completions", {"model": "m:poet", "prompt": "x"})[0] == 404
+
+
+def test_models_given_at_the_start_stay():
+    with running(admin_key=Secret(ADMIN)) as server:
+        for what, body in (
+            ("models/unload", {"version": "1"}),
+            ("models/rollback", {}),
+            ("models/activate", {"version": "1"}),
+        ):
+            assert admin(server, what, **body)[0] == 409
+        assert server.complete()[0] == 200
+
+
+def test_a_start_that_cannot_load_ends_with_an_error():
+    from infer.server.models import Source
+
+    def build(source):
+        raise ValueError("no such thing")
+
+    with (
+        pytest.raises(AssertionError, match=r"\[1\]"),
+        running(build, sources=[Source("m", "1", "m")], wait_ready=False) as server,
+    ):
+        until(lambda: not _answers(server))
+
+
+def _answers(server):
+    import urllib.error
+
+    try:
+        return server.call("/healthz")[0] == 200
+    except (urllib.error.URLError, ConnectionError):
+        return False

@@ -1,0 +1,112 @@
+"""Versions on the disk: whole or not at all, found by name, checked before use."""
+
+import json
+
+import pytest
+
+from infer.registry import Registry, State, UnknownNameError, register
+
+
+@pytest.fixture
+def root(tmp_path):
+    model = tmp_path / "source"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    (model / "weights-1.bin").write_bytes(b"one")
+    (model / "weights-2.bin").write_bytes(b"two")
+    root = tmp_path / "models"
+    for version in ("1", "2"):
+        register(root, "m", version, model, source="a test")
+    return root
+
+
+def test_a_version_is_a_checked_read_only_copy(root):
+    registry = Registry(root)
+    assert registry.names() == ["m"] and registry.versions("m") == ["1", "2"]
+    manifest = registry.verify("m", "1", hashes=True)
+    assert (manifest.model, manifest.adapter, manifest.source) == ("model", None, "a test")
+    assert set(manifest.files) == {
+        f"model/{name}" for name in ("config.json", "weights-1.bin", "weights-2.bin")
+    }
+    for name in manifest.files:
+        assert (root / "m" / "1" / name).stat().st_mode & 0o222 == 0
+
+
+def test_a_version_that_exists_is_never_written_again(root, tmp_path):
+    with pytest.raises(ValueError, match="exists; versions never change"):
+        register(root, "m", "1", tmp_path / "source", source="again")
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "a\\b", "", ".", "..", ".hidden", "x" * 65])
+def test_names_that_could_be_paths_are_refused(root, tmp_path, name):  # R116
+    with pytest.raises(ValueError, match="must be 1 to 64"):
+        register(root, name, "1", tmp_path / "source", source="x")
+    with pytest.raises(ValueError, match="must be 1 to 64"):
+        register(root, "m", name, tmp_path / "source", source="x")
+    registry = Registry(root)
+    assert registry.versions(name) == []
+    assert registry.adapters(name) == {}
+    for call in (lambda: registry.folder(name, "1"), lambda: registry.folder("m", name)):
+        with pytest.raises(UnknownNameError):
+            call()
+
+
+def test_a_copy_that_fails_leaves_nothing(root, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        register(root, "n", "1", tmp_path / "nothing", source="x")
+    assert list((root / "n").iterdir()) == []
+    assert Registry(root).names() == ["m"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda path: path.unlink(), "weights-2.bin is missing"),
+        (lambda path: path.write_bytes(b"twoo"), "has 4 bytes, the manifest says 3"),
+        (lambda path: path.write_bytes(b"owt"), "not what the manifest says"),
+    ],
+)
+def test_damage_is_named(root, damage, said):
+    path = root / "m" / "2" / "model" / "weights-2.bin"
+    path.chmod(0o644)
+    damage(path)
+    registry = Registry(root)
+    with pytest.raises(ValueError, match=said):
+        registry.verify("m", "2", hashes=True)
+    registry.verify("m", "1", hashes=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"model": "../../outside"}, "no path inside"),
+        ({"model": "/etc"}, "no path inside"),
+        ({"adapter": "a\\b"}, "no path inside"),
+        ({"files": {"model/../../x": {"bytes": 1, "sha256": "x"}}}, "no path inside"),
+        ({"files": {"model/x": {"bytes": 1}}}, "sha256"),
+        ({"format": 2}, "format 1"),
+        ({"speed": 1}, "no field 'speed'"),
+        ({"version": "9"}, "moved or copied"),
+    ],
+)
+def test_manifests_are_read_strictly(root, change, said):
+    path = root / "m" / "1" / "manifest.json"
+    path.chmod(0o644)
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=said):
+        Registry(root).manifest("m", "1")
+
+
+def test_the_state_is_kept_and_the_only_version_is_active(root, tmp_path):
+    registry = Registry(root)
+    assert registry.state("m") == State(active=None)
+    register(root, "n", "1", tmp_path / "source", source="x")
+    assert registry.state("n") == State(active="1")
+    state = State(active="2", previous=("1",), canary="1", share=0.25)
+    registry.set_state("m", state)
+    assert Registry(root).state("m") == state
+    (root / "m" / "state.json").write_text('{"active": 1')
+    with pytest.raises(ValueError, match=r"state\.json is damaged"):
+        registry.state("m")
+    with pytest.raises(UnknownNameError):
+        registry.set_state("nothing", state)
