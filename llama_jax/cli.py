@@ -28,6 +28,7 @@ COMMANDS = (
     "export",
     "convert",
     "quantize",
+    "register",
     "merge",
     "launch",
     "doctor",

@@ -1,0 +1,237 @@
+"""Tool calls: what the template sees, what is forced, what comes back in OpenAI's form."""
+
+import json
+
+import openai
+import pytest
+
+from infer.server.api_types import Tool
+from infer.server.models import Built
+from infer.server.tools import ToolParser, parse_calls
+from tests.infer.server.running import byte_tokenizer, running
+from tests.infer.server.scripted_engine import ScriptedEngine
+from tests.infer.server.test_generation_routes import events_of
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "Of a place",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string"}}},
+    },
+}
+TIME = {"type": "function", "function": {"name": "time"}}
+TOOLS = [WEATHER, TIME]
+TEMPLATE = (
+    "{% if tools %}{{ tools | tojson }}{% endif %}{% for m in messages %}<{{ m.role }}>"
+    "{{ m.content }}{% for call in m.tool_calls or [] %}"
+    "{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}{% endfor %}"
+)
+CALL = '{"name": "weather", "arguments": {"place": "Bern"}}'
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+class Says:
+    text = ""
+
+    def __call__(self, source):
+        def script(request, index):
+            return byte_tokenizer().encode_plain(self.text)
+
+        engine = ScriptedEngine(byte_tokenizer(), script, max_context=4096)
+        return Built(engine, byte_tokenizer())
+
+
+@pytest.fixture(scope="module")
+def says():
+    return Says()
+
+
+@pytest.fixture(scope="module")
+def server(says):
+    with running(says) as running_server:
+        yield running_server
+
+
+def chat(server, says, text, **fields):
+    says.text = text
+    fields = {"tools": TOOLS, "chat_template": TEMPLATE, **fields}
+    status, body, _ = server.chat(**fields)
+    assert status == 200, body
+    choice = body["choices"][0]
+    *chunks, _ = events_of(server, "/v1/chat/completions", {"messages": MESSAGES, **fields})
+    deltas = [chunk["choices"][0] for chunk in chunks]
+    streamed = "".join(each["delta"].get("content") or "" for each in deltas)
+    assert streamed == (choice["message"]["content"] or "")
+    assert deltas[-1]["finish_reason"] == choice["finish_reason"]
+    calls = [call for each in deltas for call in each["delta"].get("tool_calls", ())]
+    whole = choice["message"].get("tool_calls", [])
+    assert [call["function"] for call in calls] == [call["function"] for call in whole]
+    assert [call["index"] for call in calls] == list(range(len(calls)))
+    return choice
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        CALL,
+        f"  {CALL}\n",
+        CALL.replace("arguments", "parameters"),
+        f"<|python_tag|>{CALL}",
+        f"[TOOL_CALLS] [{CALL}]",
+        f"[{CALL}]",
+        f"<tool_call>\n{CALL}\n</tool_call>",
+        f'{{"type": "function", "function": {CALL}}}',
+    ],
+)
+def test_known_forms_of_a_call(server, says, text):
+    choice = chat(server, says, text)
+    [call] = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert call["type"] == "function" and call["id"].startswith("call_")
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"]) == {"place": "Bern"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [f"{CALL};{CALL}", f"{CALL}\n{CALL}", f"[{CALL}, {CALL}]",
+     f"<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>"],
+)  # fmt: skip
+def test_several_calls(server, says, text):
+    choice = chat(server, says, text)
+    assert len(choice["message"]["tool_calls"]) == 2
+    assert len({call["id"] for call in choice["message"]["tool_calls"]}) == 2
+
+
+def test_text_before_a_call_is_content(server, says):
+    choice = chat(server, says, f"Let me see. <tool_call>{CALL}</tool_call>")
+    assert choice["message"]["content"] == "Let me see. "
+    assert len(choice["message"]["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Plain words",
+        "",
+        "a < b and <tool",
+        '{"name": "unknown", "arguments": {}}',
+        '{"name": "weather", "argum',
+        "[1, 2]",
+        "{not json}",
+        '"text"',
+        f"{CALL} and then some",
+        "<tool_call>{broken}</tool_call>",
+    ],
+)
+def test_what_is_no_call_comes_out_as_it_is(server, says, text):
+    choice = chat(server, says, text)
+    assert choice["message"]["content"] == text
+    assert "tool_calls" not in choice["message"] and choice["finish_reason"] == "stop"
+
+
+def test_text_that_is_no_call_is_not_held_back(server, says):
+    says.text = "Plain words"
+    fields = {"messages": MESSAGES, "tools": TOOLS, "chat_template": TEMPLATE}
+    chunks = events_of(server, "/v1/chat/completions", fields)[:-1]
+    assert len(chunks) == 2 + len(says.text)  # role, a chunk a byte, the reason
+
+
+@pytest.mark.parametrize("cut", range(1, 12))
+def test_the_parser_does_not_depend_on_how_text_is_cut(cut):
+    text = f"Let me see < this. <tool_call>{CALL}</tool_call>"
+    parser = ToolParser([Tool(**WEATHER)])
+    shown = "".join(parser.push(text[begin : begin + cut]) for begin in range(0, len(text), cut))
+    rest, calls = parser.finish()
+    assert (shown + rest, len(calls)) == ("Let me see < this. ", 1)
+
+
+def test_calls_nested_without_end_are_no_calls():
+    assert parse_calls("[" * 100_000, {"weather"}) == []
+
+
+def test_without_tools_json_is_text(server, says):
+    says.text = CALL
+    body = server.chat()[1]
+    assert body["choices"][0]["message"]["content"] == CALL
+    body = server.chat(tools=TOOLS, tool_choice="none")[1]
+    assert body["choices"][0]["message"]["content"] == CALL
+
+
+def test_the_template_sees_tools_calls_and_results(server, says):
+    says.text = "ok"
+    messages = [
+        *MESSAGES,
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "id": "call_1",
+                    "type": "function",
+                    "function": {"name": "weather", "arguments": '{"place": "Bern"}'},
+                }
+            ],
+        },
+        {"role": "tool", "tool_call_id": "call_1", "content": "rain"},
+    ]
+    assert server.chat(messages=messages, tools=TOOLS, chat_template=TEMPLATE)[0] == 200
+    ids = server.engine.seen[-1].prompt_token_ids
+    prompt = byte_tokenizer().decode(ids, skip_special_tokens=False)
+    assert '"description": "Of a place"' in prompt
+    assert 'weather({"place": "Bern"})' in prompt  # a value, not a text of a text
+    assert "<tool>rain" in prompt
+
+
+def test_a_call_can_be_forced(server, says):
+    says.text = CALL
+    for choice, names in (
+        ("required", ["weather", "time"]),
+        ({"type": "function", "function": {"name": "weather"}}, ["weather"]),
+    ):
+        fields = {"tools": TOOLS, "chat_template": TEMPLATE, "tool_choice": choice}
+        assert server.chat(**fields)[1]["choices"][0]["finish_reason"] == "tool_calls"
+        structure = server.engine.seen[-1].structure
+        assert structure.kind == "json_schema"
+        schema = json.loads(structure.source)
+        one = schema.get("items", schema)
+        options = one.get("anyOf", [one])
+        assert [each["properties"]["name"]["const"] for each in options] == names
+        assert options[0]["properties"]["arguments"] == WEATHER["function"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tools": TOOLS}, "tools"),  # the model's own template knows none
+        ({"tools": TOOLS * 65}, "tools"),
+        ({"tools": [WEATHER, WEATHER], "chat_template": TEMPLATE}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tool_choice",
+        ),
+        (
+            {
+                "tools": TOOLS,
+                "chat_template": TEMPLATE,
+                "response_format": {"type": "json_object"},
+            },
+            "response_format",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(server, fields, param):
+    status, body, _ = server.chat(**fields)
+    assert (status, body["error"]["param"]) == (400, param), body
+
+
+def test_the_openai_client_reads_calls(server, says):
+    says.text = CALL
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="x") as client:
+        answer = client.chat.completions.create(
+            model="m", messages=MESSAGES, tools=TOOLS, extra_body={"chat_template": TEMPLATE}
+        )
+        [call] = answer.choices[0].message.tool_calls
+        assert (call.function.name, call.type) == ("weather", "function")
