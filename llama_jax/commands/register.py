@@ -58,7 +58,7 @@ def _quantization(params: Any) -> str | None:
     from llama_jax import tree
     from llama_jax.weights.tensors import PackedTensor
 
-    kinds = set()
+    kinds: set[str] = set()
     for leaf in tree.flatten(params).values():
         if isinstance(leaf, PackedTensor):
             kinds.add(leaf.codebook)
