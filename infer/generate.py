@@ -205,7 +205,7 @@ class Generator:
         rows = []
         for index, (prompt, wishes) in enumerate(zip(listed, each, strict=True)):
             ids = self.encode(prompt, chat=chat, where=f"prompt {index}")
-            self._check_wishes(wishes, where=f"prompt {index}")
+            self.check_wishes(wishes, where=f"prompt {index}")
             seed = secrets.randbits(63) if wishes.seed is None else wishes.seed
             rows += [
                 Row(
@@ -259,7 +259,7 @@ class Generator:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         return list(encode_chat(self.tokenizer, messages, add_generation_prompt=True))
 
-    def _check_wishes(self, wishes: SamplingParams, *, where: str) -> None:
+    def check_wishes(self, wishes: SamplingParams, *, where: str) -> None:
         if wishes.stop and self.tokenizer is None:
             raise ValueError(f"{where} has stop strings, but the model has no tokenizer")
         for token in wishes.logit_bias:

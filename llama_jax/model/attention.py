@@ -83,20 +83,20 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array)
     groups = heads // kv_heads
     query = query.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
     query = query.reshape(batch, kv_heads, groups * length, size).astype(key.dtype)
-    product = _product if length > 1 else _few_rows_product
-    scores = product(query, key).reshape(batch, kv_heads, groups, length, slots) * size**-0.5
+    multiply = many_rows_product if length > 1 else few_rows_product
+    scores = multiply(query, key).reshape(batch, kv_heads, groups, length, slots) * size**-0.5
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = product(weights.reshape(batch, kv_heads, groups * length, slots), value)
+    mixed = multiply(weights.reshape(batch, kv_heads, groups * length, slots), value)
     mixed = mixed.astype(dtype).reshape(batch, kv_heads, groups, length, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 
 
-def _product(left: Float[Array, "B K m c"], right: Float[Array, "B K c n"]) -> jax.Array:
+def many_rows_product(left: Float[Array, "B K m c"], right: Float[Array, "B K c n"]) -> jax.Array:
     return jnp.einsum("bkmc,bkcn->bkmn", left, right, preferred_element_type=jnp.float32)
 
 
-def _few_rows_product(left: Float[Array, "B K m c"], right: Float[Array, "B K c n"]) -> jax.Array:
+def few_rows_product(left: Float[Array, "B K m c"], right: Float[Array, "B K c n"]) -> jax.Array:
     """The same for a decoding step's one query per head: bound by reading `right` once.
 
     XLA's CPU backend runs many tiny products slowly; multiply-and-sum over the second-to-last

@@ -31,6 +31,7 @@ from llama_jax.mesh.sharding import constrain, gathered
 from llama_jax.model import cache as kv
 from llama_jax.model import moe, rope
 from llama_jax.model.attention import attend, causal_mask
+from llama_jax.model.slot_cache import SlotCache, SlotRows, attend_slots
 from llama_jax.weights.dot import dot, embed
 from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import Leaf, is_adapted, is_quantized
@@ -43,7 +44,8 @@ Params = tree.Tree
 class Context:
     """What every layer needs and none owns: rotary angles, who sees whom (as a mask, and as the
     segment ids it came from, which kernels take), which tokens are real, and,
-    with a cache, the slot where the new keys go."""
+    with a cache, the slot where the new keys go; with a cache of slots, `rows` says all that the
+    mask and the cursor say else."""
 
     cos: Float[Array, "B T half"]
     sin: Float[Array, "B T half"]
@@ -51,6 +53,7 @@ class Context:
     real: Float[Array, "B T"]
     segment_ids: Int[Array, "B T"] | None
     cursor: Int[Array, ""] | None
+    rows: SlotRows | None = None
 
 
 class RMSNorm(nnx.Module):
@@ -103,6 +106,13 @@ class Attention(nnx.Module):
         query = rope.rotate(heads(query, "heads"), context.cos, context.sin)
         key = rope.rotate(heads(key, "kv_heads"), context.cos, context.sin)
         value = heads(value, "kv_heads")
+        if context.rows is not None:
+            assert layer_cache is not None
+            window = self.config.sliding_window
+            mixed, layer_cache = attend_slots(
+                query, key, value, layer_cache, context.rows, sliding_window=window
+            )
+            return self.o_proj(mixed.reshape(batch, length, -1)), layer_cache
         if layer_cache is None and self.compute.attention == "splash":
             window = self.config.sliding_window
             mixed = splash.attend(
@@ -232,9 +242,9 @@ class Llama(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: kv.KVCache | None = None,
+        cache: kv.KVCache | SlotCache | None = None,
         visible: int | None = None,
-    ) -> tuple[Float[Array, "B T D"], kv.KVCache | None, moe.RouterStats | None]:
+    ) -> tuple[Float[Array, "B T D"], Any, moe.RouterStats | None]:
         rules = self.compute.rules
         parts = length_parts(rules)
         if parts > 1:
@@ -246,6 +256,10 @@ class Llama(nnx.Module):
         x = constrain(x, ("batch", "length", None), rules)
         if cache is None:
             context = _context(self.config, tokens, positions, segment_ids, rules)
+        elif isinstance(cache, SlotCache):
+            if not isinstance(self.layers, nnx.List):
+                raise ValueError("a cache of slots wants unrolled layers; call unstack_layers")
+            context = _slot_context(self.config, tokens, cache)
         elif positions is None:
             context, cache = _cached_context(self.config, tokens, segment_ids, cache, visible)
         else:
@@ -255,6 +269,7 @@ class Llama(nnx.Module):
         elif cache is None:
             x, layers, stats = self._scanned(x, context)
         else:
+            assert isinstance(cache, kv.KVCache)
             x, layers, stats = self._scanned_cached(x, context, cache)
         if cache is not None:
             keys, values = layers
@@ -267,7 +282,9 @@ class Llama(nnx.Module):
         axes = ("batch", "length", "vocab") if wide.ndim == 3 else ("batch", "vocab")
         return constrain(wide.astype(jnp.float32), axes, self.compute.rules)
 
-    def _unrolled(self, x: jax.Array, context: Context, cache: kv.KVCache | None) -> Any:
+    def _unrolled(
+        self, x: jax.Array, context: Context, cache: kv.KVCache | SlotCache | None
+    ) -> Any:
         assert isinstance(self.layers, nnx.List)
         keys, values, total = [], [], None
         for index, layer in enumerate(self.layers):
@@ -403,6 +420,22 @@ def _cached_context(
     return context, after
 
 
+def _slot_context(config: ModelConfig, tokens: jax.Array, cache: SlotCache) -> Context:
+    assert cache.rows is not None
+    cos, sin = rope.angles(config, cache.rows.positions)
+    real = _real(tokens, None)
+    nothing = jnp.zeros((0,), bool)
+    return Context(
+        cos=cos,
+        sin=sin,
+        mask=nothing,
+        real=real,
+        segment_ids=None,
+        cursor=None,
+        rows=cache.rows,
+    )
+
+
 def _real(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
     if segment_ids is None:
         return jnp.ones(tokens.shape, jnp.float32)
@@ -426,10 +459,11 @@ def hidden_states(
     compute: Compute,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    cache: kv.KVCache | None = None,
+    cache: kv.KVCache | SlotCache | None = None,
     visible: int | None = None,
-) -> tuple[Float[Array, "B T D"], kv.KVCache | None, moe.RouterStats | None]:
+) -> tuple[Float[Array, "B T D"], Any, moe.RouterStats | None]:
     """Final normed states, the advanced cache, and the router's sums (None without experts).
+    A cache of slots wants layers that are unrolled.
 
     segment_ids: 0 is padding, equal ids attend to each other; with a cache they only say how many
     tokens of each row are real (a prefix of it). visible: how many leading slots of the cache to

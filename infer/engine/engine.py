@@ -1,0 +1,518 @@
+"""The engine: a thread that computes many requests at once and tells each what came of it.
+
+A turn of the thread: hear what clients want, give slots to who is next, read one piece of one
+prompt, run one token of every choice that has been read. Compiled shapes are fixed and ready before
+the first request, so no request waits for a compilation.
+"""
+
+import logging
+import secrets
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from infer import generate
+from infer.completion import Piece as TextPiece
+from infer.completion import Row, TokenLogprob, make_logprob
+from infer.engine.blocks import BlockManager
+from infer.engine.compilations import compilations_here, count_compilations
+from infer.engine.options import EngineOptions
+from infer.engine.request import (
+    Event,
+    Failed,
+    Finished,
+    NotReadyError,
+    QueueFullError,
+    Request,
+    Started,
+)
+from infer.engine.runner import Runner
+from infer.engine.scheduler import Choice, Piece, Scheduler, plan_pieces
+from infer.sampling import NO_TOKEN, Sampled
+from llama_jax.config import Compute
+
+log = logging.getLogger(__name__)
+
+State = Literal["starting", "ready", "draining", "broken", "stopped"]
+
+
+@dataclass(eq=False)
+class _Active:
+    """A request on its way. choices: those still to end. later: those that wait until the prompt
+    has been read once, because then they find it in the cache."""
+
+    request: Request
+    on_event: Callable[[Event], None]
+    rows: list[Row]
+    choices: list[Choice] = field(default_factory=list)
+    later: list[Row] = field(default_factory=list)
+    num_ended: int = 0
+    is_admitted: bool = False
+    cached_tokens: int = 0
+    submitted: float = field(default_factory=time.monotonic)
+
+
+class BatchingEngine:
+    """Implements `request.Engine` for one model on one host's devices.
+
+    model: what `llama_jax.load` gives, or a tuple (config, params, tokenizer).
+    """
+
+    def __init__(
+        self, model: Any, options: EngineOptions | None = None, *, compute: Compute | None = None
+    ):
+        self.options = options or EngineOptions()
+        config, params, tokenizer = generate.parts_of(model)
+        longest = config.max_position_embeddings
+        scaling = config.rope_scaling
+        if scaling is not None and scaling.rope_type == "dynamic":
+            # Beyond it the angles of a prompt's first tokens would depend on its length.
+            longest = scaling.original_max_position_embeddings or longest
+        size = self.options.block_size
+        self._num_blocks = self.options.num_blocks
+        wanted = min(self.options.max_context or longest, longest)
+        if self._num_blocks is None:
+            self._num_blocks = self.options.max_slots * -(-wanted // size)
+        self._generator = generate.Generator(
+            config,
+            params,
+            tokenizer,
+            compute=compute,
+            layers="unrolled" if isinstance(params["layers"], dict) else "auto",
+            max_context=min(wanted, self._num_blocks * size),
+        )
+        self.model = self._generator.model
+        self._runner = Runner(
+            self.model, self.options, capacity=self.max_context, num_blocks=self._num_blocks
+        )
+        self._state: State = "stopped"
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._begin_afresh()
+
+    def _begin_afresh(self) -> None:
+        assert self._num_blocks is not None
+        self._blocks = BlockManager(self._num_blocks, self.options.block_size)
+        self._scheduler = Scheduler(
+            self._blocks,
+            max_slots=self.options.max_slots,
+            shapes=self._runner.piece_shapes,
+            model_version=self.options.model_version,
+            save=self._save,
+        )
+        self._active: dict[str, _Active] = {}
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._jobs: deque[Generator[None, None, None]] = deque()
+        self._counts: Counter[str] = Counter()
+        self._first_compilation = 0
+        self._owed_seconds = 0.0
+        self._request_seconds = 1.0  # a running mean of how long requests take
+        self._is_over = False
+        self._is_alive = True
+
+    # What clients call, from any thread
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def max_context(self) -> int:
+        return self._generator.max_context
+
+    def start(self) -> None:
+        with self._changed:
+            if self._state not in ("stopped", "broken"):
+                raise NotReadyError(f"the engine is {self._state}; it cannot be started again")
+            self._state = "starting"
+        count_compilations()
+        self._begin_afresh()
+        self._runner.reset()
+        self._runner.warm_up()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        with self._changed:
+            self._state = "ready"
+        self._thread.start()
+
+    def stop(self, drain_seconds: float) -> None:
+        with self._changed:
+            if self._thread is None or self._state in ("stopped", "broken"):
+                self._state = "stopped"
+                return
+            self._state = "draining"
+            self._changed.notify_all()
+            self._changed.wait_for(
+                lambda: not self._active or not self._is_alive, timeout=drain_seconds
+            )
+            self._is_over = True
+            self._changed.notify_all()
+        self._thread.join()
+        with self._changed:
+            if self._is_alive:
+                self._state = "stopped"
+
+    def submit(self, request: Request, on_event: Callable[[Event], None]) -> None:
+        self._check_ready()
+        rows = self._rows(request)
+        active = _Active(request, on_event, rows)
+        with self._changed:
+            self._check_ready()
+            if request.id in self._active:
+                raise ValueError(f"a request with the id {request.id!r} is running; ids are unique")
+            waiting = sum(not each.is_admitted for each in self._active.values())
+            free = max(0, self.options.max_slots - len(self._scheduler.running))
+            if waiting >= self.options.queue_limit + free:
+                seconds = self._request_seconds * (1 + waiting / self.options.max_slots)
+                raise QueueFullError(
+                    f"{waiting} requests wait, as many as may (queue_limit); try again in "
+                    f"{seconds:.0f} seconds",
+                    seconds,
+                )
+            self._active[request.id] = active
+            self._inbox.append(lambda: self._enqueue(active))
+            self._changed.notify_all()
+
+    def cancel(self, request_id: str) -> None:
+        with self._changed:
+            if request_id in self._active:
+                self._inbox.append(lambda: self._cancel(request_id))
+                self._changed.notify_all()
+
+    def embed(self, prompt_token_ids: tuple[int, ...]) -> list[float]:
+        tokens = self._generator.encode(prompt_token_ids, chat=False)
+        future: Future[list[float]] = Future()
+        with self._changed:
+            self._check_ready()
+            self._inbox.append(lambda: self._jobs.append(self._embed(tokens, future)))
+            self._changed.notify_all()
+        return future.result()
+
+    def statistics(self) -> Mapping[str, float]:
+        with self._changed:
+            running = {id(c.request) for c in self._scheduler.running}
+            return {
+                "requests_waiting": sum(not each.is_admitted for each in self._active.values()),
+                "requests_running": len(running),
+                "blocks_total": self._blocks.num_blocks,
+                "blocks_free": self._blocks.num_free,
+                "preemptions_total": self._scheduler.num_preemptions,
+                **{name: self._counts[name] for name in _COUNTERS},
+            }
+
+    def _check_ready(self) -> None:
+        if self._state != "ready":
+            raise NotReadyError(f"the engine is {self._state} and takes no requests")
+
+    def _rows(self, request: Request) -> list[Row]:
+        """A checked row for each choice."""
+        params = request.params
+        if not request.prompt_token_ids:
+            raise ValueError("the prompt has no tokens; it must have at least one")
+        ids = self._generator.encode(request.prompt_token_ids, chat=False)
+        self._generator.check_wishes(params, where="the request")
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        return [
+            Row(
+                prompt=None,
+                prompt_token_ids=ids,
+                params=params,
+                seed=seed,
+                prompt_index=0,
+                index=index,
+                limit=params.limit_tokens(len(ids), self.max_context),
+                end_tokens=self._generator.end_tokens,
+                tokenizer=self._generator.tokenizer,
+                continues_text=request.continues_text,
+            )
+            for index in range(params.n)
+        ]
+
+    # The thread
+
+    def _run(self) -> None:
+        try:
+            self._first_compilation = compilations_here()
+            while self._hear():
+                self._turn()
+            self._fail_all("drained", "the server stopped before the answer was complete")
+        except Exception as error:
+            # The end of the thread, whatever its cause: everyone who waits must hear of it.
+            log.exception("the engine broke")
+            with self._changed:
+                self._state = "broken"
+                self._is_alive = False
+            self._fail_all("engine", f"the engine broke: {error}")
+
+    def _hear(self) -> bool:
+        """Waits for something to do and takes in what clients want; False when it is over."""
+        with self._changed:
+            while not (self._inbox or self._active or self._jobs or self._is_over):
+                self._changed.wait()
+            wishes, self._inbox = self._inbox, deque()
+            if self._is_over:
+                return False
+        for wish in wishes:
+            wish()
+        return True
+
+    def _fail_all(self, reason: Literal["engine", "drained"], message: str) -> None:
+        with self._changed:
+            failed = list(self._active)
+            jobs, self._jobs = self._jobs, deque()
+        for request_id in failed:
+            self._end(self._active[request_id], Failed(reason, message))
+        for job in jobs:
+            job.close()
+
+    def _turn(self) -> None:
+        with self._changed:
+            admitted = self._scheduler.admit()
+        for choice in admitted:
+            self._place(choice)
+        ready = [choice for choice in self._scheduler.running if choice.is_read]
+        if not ready or self._owed_seconds <= 0:
+            self._read_a_piece(stalls_others=bool(ready))
+        if any(choice.is_read for choice in self._scheduler.running):
+            self._decode()
+
+    def _place(self, choice: Choice) -> None:
+        """What a choice brings along goes into its slot."""
+        assert choice.slot is not None
+        active = self._active[choice.request.id]
+        active.is_admitted = True
+        if choice.saved is not None:
+            self._runner.put_back(choice)
+            choice.saved = None
+            return
+        size = self._blocks.block_size
+        if choice.use_cache:
+            self._counts["prefix_query_tokens_total"] += choice.prompt_tokens
+            self._counts["prefix_hit_tokens_total"] += choice.cached
+        if choice.cached:
+            self._runner.load_blocks(choice.slot, choice.blocks[: choice.cached // size])
+
+    def _read_a_piece(self, *, stalls_others: bool) -> None:
+        began = time.perf_counter()
+        found = self._scheduler.next_piece()
+        if found is not None:
+            self._read(*found)
+        elif self._jobs:
+            job = self._jobs[0]
+            if next(job, self) is self:
+                self._jobs.popleft()
+        else:
+            return
+        if stalls_others:
+            share = self.options.prefill_share
+            self._owed_seconds = (time.perf_counter() - began) * (1 - share) / share
+
+    def _read(self, choice: Choice, piece: Piece) -> None:
+        assert choice.slot is not None
+        row = choice.row
+        tokens = row.prompt_token_ids[piece.begin : piece.end]
+        hidden, _ = self._runner.read(choice.slot, tokens, piece.begin, piece.shape)
+        self._counts["prompt_tokens_total"] += len(tokens)
+        with self._changed:
+            begin, end = self._scheduler.piece_done(choice, piece)
+        if self.options.prefix_cache and begin < end:
+            self._runner.save_blocks(choice.slot, choice.blocks, begin, end)
+            self._scheduler.name_blocks(choice, begin, end)
+        if row.wants_prompt_logprobs and row.index == 0:
+            self._score(row, piece, hidden)
+        if choice.is_read:
+            self._answer_begins(choice, hidden, piece.end - 1 - piece.begin)
+
+    def _score(self, row: Row, piece: Piece, hidden: Any) -> None:
+        following = row.prompt_token_ids[piece.begin + 1 : piece.end + 1]
+        logprobs, top, ids = self._runner.score(hidden, following)
+        if row.prompt_logprobs is None:
+            row.prompt_logprobs = [None]
+        for place, token in enumerate(following):
+            row.prompt_logprobs.append(
+                self._logprob(row, token, logprobs[place], top[place], ids[place])
+            )
+
+    def _answer_begins(self, choice: Choice, hidden: Any, place: int) -> None:
+        active, row = self._active[choice.request.id], choice.row
+        sampled = None
+        if row.limit > 0:
+            sampled = self._runner.first_token(hidden, place, choice, None)
+        if row.index == 0:
+            active.cached_tokens = choice.cached
+            self._tell(active, Started(choice.cached, row.prompt_logprobs))
+            later, active.later = active.later, []
+            for each in later:
+                self._add(active, each)
+        for text in row.start():
+            self._tell(active, text)
+        if sampled is None:
+            self._choice_ended(active, choice)
+        else:
+            self._give(active, choice, sampled, 0)
+
+    def _decode(self) -> None:
+        began = time.perf_counter()
+        with self._changed:
+            choices = self._scheduler.decodable()
+        if not choices:
+            return
+        self._close_hole(choices)
+        sampled = self._runner.next_tokens(choices, {})
+        for choice in choices:
+            assert choice.slot is not None
+            self._give(self._active[choice.request.id], choice, sampled, choice.slot)
+        self._owed_seconds -= time.perf_counter() - began
+
+    def _close_hole(self, choices: list[Choice]) -> None:
+        """Moves the choice in the highest slot down where that makes the step smaller."""
+        found = self._scheduler.hole()
+        if found is None:
+            return
+        choice, free = found
+        assert choice.slot is not None
+        shapes = self._runner.row_shapes
+        needed = next(shape for shape in shapes if shape >= len(self._scheduler.running))
+        if choice.slot >= needed:
+            self._runner.move(choice, free)
+            choice.slot = free
+
+    def _give(self, active: _Active, choice: Choice, sampled: Sampled, place: int) -> None:
+        """A choice's new token, which may be its last."""
+        row, token = choice.row, int(sampled.tokens[place])
+        if active.request.id not in self._active:
+            return  # the other choices of a request that failed in this step
+        if token == NO_TOKEN:
+            assert choice.slot is not None
+            self._runner.clear(choice.slot)
+            message = (
+                f"no token can be chosen after {len(row.token_ids)} new tokens, because logits "
+                f"are NaN or infinite, or every token is forbidden; check logit_bias, the weights "
+                f"and compute.dtype ({self.model.compute.dtype})"
+            )
+            self._end(active, Failed("engine", message))
+            return
+        logprob = None
+        if row.params.logprobs is not None:
+            assert sampled.logprob is not None
+            assert sampled.top_logprobs is not None and sampled.top_tokens is not None
+            logprob = self._logprob(
+                row,
+                token,
+                sampled.logprob[place],
+                sampled.top_logprobs[place],
+                sampled.top_tokens[place],
+            )
+        piece = row.push(token, logprob)
+        self._counts["generated_tokens_total"] += 1
+        self._scheduler.took(choice, 1)
+        self._tell(active, piece)
+        if row.finish_reason is not None:
+            self._choice_ended(active, choice)
+
+    def _logprob(
+        self, row: Row, token: int, logprob: Any, top_logprobs: Any, top_tokens: Any
+    ) -> TokenLogprob:
+        num = row.params.logprobs
+        top = zip(top_tokens[:num].tolist(), top_logprobs[:num].tolist(), strict=True)
+        return make_logprob(self.model.tokenizer, token, float(logprob), top)
+
+    # Beginnings and ends, in the thread
+
+    def _enqueue(self, active: _Active) -> None:
+        first, *later = active.rows
+        if first.limit == 0 and not first.wants_prompt_logprobs:
+            active.is_admitted = True
+            self._tell(active, Started(0))
+            for row in active.rows:
+                for text in row.start():
+                    self._tell(active, text)
+            self._finish(active)
+            return
+        active.later = later
+        self._add(active, first)
+
+    def _add(self, active: _Active, row: Row) -> None:
+        use_cache = self.options.prefix_cache
+        if row.wants_prompt_logprobs and row.index == 0:
+            use_cache = False  # every state of the prompt is needed
+        with self._changed:
+            choice = self._scheduler.make_choice(
+                active.request, row, adapter="", use_cache=use_cache
+            )
+            active.choices.append(choice)
+            self._scheduler.add(choice)
+
+    def _cancel(self, request_id: str) -> None:
+        active = self._active.get(request_id)
+        if active is not None:
+            self._counts["aborts_total"] += 1
+            self._end(active, Failed("cancelled", "the request was cancelled"))
+
+    def _choice_ended(self, active: _Active, choice: Choice) -> None:
+        with self._changed:
+            self._scheduler.remove(choice)
+        active.choices.remove(choice)
+        active.num_ended += 1
+        if active.num_ended == len(active.rows):
+            seconds = time.monotonic() - active.submitted
+            self._request_seconds += 0.2 * (seconds - self._request_seconds)
+            self._finish(active)
+
+    def _finish(self, active: _Active) -> None:
+        tokens = sum(len(row.token_ids) for row in active.rows)
+        prompt_tokens = len(active.request.prompt_token_ids)
+        self._end(active, Finished(prompt_tokens, tokens, active.cached_tokens))
+
+    def _end(self, active: _Active, event: Finished | Failed) -> None:
+        """Everything it held is free before it hears of it."""
+        with self._changed:
+            for choice in active.choices:
+                self._scheduler.remove(choice)
+            active.choices, active.later = [], []
+            del self._active[active.request.id]
+            self._counts["compilations_total"] = compilations_here() - self._first_compilation
+            self._changed.notify_all()
+        self._tell(active, event)
+
+    def _tell(self, active: _Active, event: Event | TextPiece) -> None:
+        active.on_event(event)
+
+    def _save(self, choice: Choice) -> Any:
+        assert choice.slot is not None
+        return self._runner.read_out(choice.slot, choice.num_tokens - 1)
+
+    def _embed(
+        self, tokens: list[int], future: "Future[list[float]]"
+    ) -> Generator[None, None, None]:
+        """Reads a prompt in the scratch slot, a piece a turn."""
+        total = np.zeros(self.model.config.hidden_size, np.float32)
+        try:
+            for piece in plan_pieces(len(tokens), self._runner.piece_shapes):
+                part = tokens[piece.begin : piece.end]
+                _, added = self._runner.read(
+                    self._runner.scratch_slot, part, piece.begin, piece.shape
+                )
+                total += added
+                yield
+            future.set_result((total / np.float32(len(tokens))).tolist())
+        finally:
+            if not future.done():
+                future.set_exception(NotReadyError("the engine ended before the prompt was read"))
+
+
+_COUNTERS = (
+    "prefix_hit_tokens_total",
+    "prefix_query_tokens_total",
+    "prompt_tokens_total",
+    "generated_tokens_total",
+    "aborts_total",
+    "compilations_total",
+    "draft_tokens_total",
+    "accepted_tokens_total",
+)

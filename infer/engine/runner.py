@@ -1,0 +1,364 @@
+"""Runs what the scheduler decides: holds the arrays of an engine and calls its compiled steps.
+
+Steps come in few shapes: pieces of prompts of `piece_shapes` tokens, and `row_shapes` rows that
+take a token. On a CPU products of one row sum in another order than products of several, so no
+shape has a single row.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from infer import steps as offline
+from infer.batch import Runnable
+from infer.engine import steps
+from infer.engine.options import EngineOptions
+from infer.engine.scheduler import Choice
+from infer.params import MAX_TOP_LOGPROBS, SamplingParams
+from infer.sampling import Needs, Rows, Sampled
+from llama_jax.model.cache import NEVER
+
+_SHORTEST_PIECE = 32
+_FEWEST_ROWS = 2
+
+# The variants of choosing tokens that are compiled, the cheapest first; each can do what those
+# before it can.
+_VARIANTS = (
+    Needs(sample=False, edit=False, top_logprobs=None),
+    Needs(sample=True, edit=False, top_logprobs=None),
+    Needs(sample=True, edit=True, top_logprobs=MAX_TOP_LOGPROBS),
+)
+
+_FILLER = SamplingParams(temperature=0)
+
+
+def piece_shapes(piece_tokens: int) -> list[int]:
+    """32, 64, …, piece_tokens."""
+    shapes = [piece_tokens]
+    while shapes[0] % 2 == 0 and shapes[0] // 2 >= _SHORTEST_PIECE:
+        shapes.insert(0, shapes[0] // 2)
+    return shapes
+
+
+def row_shapes(max_slots: int) -> list[int]:
+    """2, 4, 8, …, max_slots."""
+    shapes = []
+    size = _FEWEST_ROWS
+    while size < max_slots:
+        shapes.append(size)
+        size *= 2
+    return [*shapes, max(max_slots, _FEWEST_ROWS)]
+
+
+def _variant(params: Sequence[SamplingParams], *, structured: bool) -> Needs:
+    wanted = Needs.of(params)
+    if structured or wanted.edit or wanted.top_logprobs is not None:
+        return _VARIANTS[2]
+    return _VARIANTS[1] if wanted.sample else _VARIANTS[0]
+
+
+class Runner:
+    """The arrays and the steps. Only the engine's thread calls it."""
+
+    def __init__(self, model: Runnable, options: EngineOptions, *, capacity: int, num_blocks: int):
+        self.model, self.options = model, options
+        self.piece_shapes = piece_shapes(options.piece_tokens)
+        self.row_shapes = row_shapes(options.max_slots)
+        # A padded piece may reach past the longest row.
+        self._capacity = capacity + self.piece_shapes[-1]
+        self._num_blocks = num_blocks
+        self._shared: dict[str, Any] = {"compute": model.compute}
+        self._dtype = model.compute.dtype
+        self._words = -(-model.config.vocab_size // 32)
+        self.scratch_slot = self.row_shapes[-1]  # for work that belongs to no choice
+        self._columns: tuple[Any, Rows] | None = None
+
+    def reset(self) -> None:
+        """Allocates everything, empty."""
+        config, slots = self.model.config, self.scratch_slot + 1
+        self._cache = steps.new_cache(
+            config, num_slots=slots, capacity=self._capacity, dtype=self._dtype
+        )
+        self._blocks = steps.new_blocks(
+            config,
+            num_blocks=self._num_blocks,
+            block_size=self.options.block_size,
+            dtype=self._dtype,
+        )
+        self._memory = steps.new_memory(num_slots=slots, vocab_size=config.vocab_size)
+        self._rules = jax.device_put(self.model.rules)
+        self._columns = None
+
+    def warm_up(self) -> None:
+        """Runs every step in every shape once, on nothing that matters."""
+        slot, config = self.scratch_slot, self.model.config
+        hidden: Any = None
+        for shape in self.piece_shapes:
+            hidden, _ = self.read(slot, [0] * shape, 0, shape)
+            self.score(hidden, [0] * shape)
+            self._warm_up_first(hidden)
+        for rows in self.row_shapes:
+            logits = self._logits(rows, {}, 1)
+            for needs in _VARIANTS:
+                columns = _columns([_FILLER] * rows, [0] * rows, [0] * rows, config.vocab_size)
+                self._take(logits[:, 0], [self._nowhere] * rows, None, columns, [0] * rows, needs)
+        self.save_blocks(slot, [0], 0, 1)
+        self.load_blocks(slot, [0])
+        self.clear(slot)
+        self._move(slot, slot, with_memory=True)
+        self._write(slot, self.read_out(slot, 1))
+        self._remember(slot, [0], 1, _FILLER)
+
+    def _warm_up_first(self, hidden: jax.Array) -> None:
+        logits = self._logits_at(hidden, 0)
+        columns = _columns([_FILLER] * 2, [0] * 2, [0] * 2, self.model.config.vocab_size)
+        for needs in _VARIANTS:
+            self._take(logits, [self._nowhere] * 2, None, columns, [0, 0], needs)
+
+    # Prompts
+
+    def read(
+        self, slot: int, tokens: Sequence[int], begin: int, shape: int
+    ) -> tuple[jax.Array, np.ndarray]:
+        """Runs tokens of a slot from position `begin` on: (states [T, D], their sum [D])."""
+        padded = np.zeros(shape, np.int32)
+        padded[: len(tokens)] = tokens
+        self._cache, hidden, total = steps.read_piece(
+            self.model.config,
+            self.model.params,
+            self._cache,
+            padded,
+            np.int32(slot),
+            np.int32(begin),
+            np.int32(len(tokens)),
+            **self._shared,
+        )
+        return hidden, np.asarray(jax.device_get(total))
+
+    def score(self, hidden: jax.Array, following: Sequence[int]) -> list[np.ndarray]:
+        """Log probability of `following[t]` after state t, and the most likely tokens' with ids."""
+        targets = np.zeros((1, hidden.shape[0]), np.int32)
+        targets[0, : len(following)] = following
+        scored = offline.score(
+            self.model.config,
+            self.model.params,
+            hidden[None],
+            targets,
+            num=MAX_TOP_LOGPROBS,
+            **self._shared,
+        )
+        return [np.asarray(each)[0] for each in jax.device_get(scored)]
+
+    def first_token(
+        self, hidden: jax.Array, place: int, choice: Choice, mask: np.ndarray | None
+    ) -> Sampled:
+        """The first new token of a choice from the state at `place`; arrays of two equal rows."""
+        assert choice.slot is not None
+        row = choice.row
+        needs = _variant([row.params], structured=mask is not None)
+        self.remember(choice)
+        logits = self._logits_at(hidden, place)
+        columns = _columns(
+            [row.params] * 2, [row.seed] * 2, [row.index] * 2, self.model.config.vocab_size
+        )
+        masks = None if mask is None else np.stack([mask, mask])
+        slots = [self._memory_of(choice), self._nowhere]
+        return self._take(logits, slots, masks, columns, [0, 0], needs)
+
+    def _logits_at(self, hidden: jax.Array, place: int) -> jax.Array:
+        return steps.logits_at(
+            self.model.config, self.model.params, hidden, np.int32(place), **self._shared
+        )
+
+    # Answers
+
+    def next_tokens(self, choices: Sequence[Choice], masks: dict[int, np.ndarray]) -> Sampled:
+        """Runs the newest token of each choice and takes the next. Row b of the result is slot b.
+
+        masks: by slot, the tokens that its structure allows.
+        """
+        highest = max(choice.slot or 0 for choice in choices)
+        rows = next(shape for shape in self.row_shapes if shape > highest)
+        placed = {
+            choice.slot: (choice.num_tokens - 1, [choice.row.token_ids[-1]]) for choice in choices
+        }
+        logits = self._logits(rows, placed, 1)
+        by_slot = {choice.slot: choice for choice in choices}
+        ordered = [by_slot.get(slot) for slot in range(rows)]
+        key = tuple(-1 if choice is None else choice.arrival for choice in ordered)
+        if self._columns is None or self._columns[0] != key:
+            columns = _columns(
+                [_FILLER if choice is None else choice.row.params for choice in ordered],
+                [0 if choice is None else choice.row.seed for choice in ordered],
+                [0 if choice is None else choice.row.index for choice in ordered],
+                self.model.config.vocab_size,
+            )
+            self._columns = (key, columns)
+        needs = _variant([choice.row.params for choice in choices], structured=bool(masks))
+        slots = [self._nowhere] * rows
+        for choice in choices:
+            slots[choice.slot or 0] = self._memory_of(choice)
+        bits = None
+        if masks:
+            bits = self._no_masks(rows)
+            for slot, mask in masks.items():
+                bits[slot] = mask
+        taken = [0 if choice is None else len(choice.row.token_ids) for choice in ordered]
+        return self._take(logits[:, 0], slots, bits, self._columns[1], taken, needs)
+
+    def _logits(
+        self, rows: int, placed: dict[int | None, tuple[int, list[int]]], length: int
+    ) -> jax.Array:
+        tokens = np.zeros((rows, length), np.int32)
+        positions = np.full((rows, length), NEVER, np.int32)
+        visible = 1
+        for slot, (begin, ids) in placed.items():
+            tokens[slot, : len(ids)] = ids
+            positions[slot, : len(ids)] = np.arange(begin, begin + len(ids))
+            visible = max(visible, begin + len(ids))
+        self._cache, logits = steps.run_tokens(
+            self.model.config,
+            self.model.params,
+            self._cache,
+            tokens,
+            positions,
+            np.int32(visible),
+            **self._shared,
+        )
+        return logits
+
+    def _no_masks(self, rows: int) -> np.ndarray:
+        return np.full((rows, self._words), 2**32 - 1, np.uint32)
+
+    def _take(
+        self,
+        logits: jax.Array,
+        slots: Sequence[int],
+        masks: np.ndarray | None,
+        columns: Rows,
+        taken: Sequence[int],
+        needs: Needs,
+    ) -> Sampled:
+        if needs.edit and masks is None:
+            masks = self._no_masks(len(slots))
+        sampled, memory = steps.take(
+            logits,
+            self._memory if needs.edit else None,
+            np.asarray(slots, np.int32),
+            masks if needs.edit else None,
+            columns,
+            self._rules,
+            np.asarray(taken, np.int32),
+            needs=needs,
+        )
+        if memory is not None:
+            self._memory = memory
+        result: Sampled = jax.device_get(sampled)
+        return result
+
+    # Slots and blocks
+
+    def load_blocks(self, slot: int, ids: Sequence[int]) -> None:
+        """Fills the beginning of a slot."""
+        padded, count = self._padded(ids), np.int32(len(ids))
+        self._cache = steps.load_blocks(self._cache, self._blocks, np.int32(slot), padded, count)
+
+    def save_blocks(self, slot: int, ids: Sequence[int], begin: int, end: int) -> None:
+        """Keeps blocks number begin to end - 1 of a slot, whose blocks are `ids`."""
+        self._blocks = steps.save_blocks(
+            self._blocks,
+            self._cache,
+            np.int32(slot),
+            self._padded(ids),
+            np.int32(begin),
+            np.int32(end),
+        )
+
+    def _padded(self, ids: Sequence[int]) -> np.ndarray:
+        padded = np.zeros(-(-self._capacity // self.options.block_size), np.int32)
+        padded[: len(ids)] = ids
+        return padded
+
+    def move(self, choice: Choice, target: int) -> None:
+        """Copies what a choice has in its slot to another one."""
+        assert choice.slot is not None
+        self._move(choice.slot, target, with_memory=choice.row.params.edits_logits)
+
+    def _move(self, source: int, target: int, *, with_memory: bool) -> None:
+        pair = np.int32(source), np.int32(target)
+        self._cache = steps.copy_slot(self._cache, *pair)
+        if with_memory:
+            self._memory = steps.copy_memory(self._memory, *pair)
+
+    def read_out(self, slot: int, num_tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Keys and values of a slot's first positions, on the host."""
+        content = jax.device_get(steps.read_slot(self._cache, np.int32(slot)))
+        return [(k[..., :num_tokens].copy(), v[:, :num_tokens].copy()) for k, v in content]
+
+    def put_back(self, choice: Choice) -> None:
+        """What a preempted choice had goes into its new slot."""
+        assert choice.slot is not None
+        self._write(choice.slot, choice.saved)
+        self.remember(choice)
+
+    def _write(self, slot: int, content: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+        whole = []
+        for keys, values in content:
+            missing = self._cache.capacity - keys.shape[-1]
+            whole.append(
+                (
+                    np.pad(keys, ((0, 0), (0, 0), (0, missing))),
+                    np.pad(values, ((0, 0), (0, missing), (0, 0))),
+                )
+            )
+        self._cache = steps.write_slot(self._cache, np.int32(slot), whole)
+
+    def clear(self, slot: int) -> None:
+        """Zeros, after numbers that are not finite: those would reach whoever comes next, because
+        0 times NaN is NaN."""
+        heads, size = self.model.config.num_key_value_heads, self.model.config.head_dim
+        empty = np.zeros((heads, size, 0), self._dtype), np.zeros((heads, 0, size), self._dtype)
+        self._write(slot, [empty] * self.model.config.num_hidden_layers)
+
+    def remember(self, choice: Choice) -> None:
+        """Begins or renews what a slot remembers of its tokens, where that matters."""
+        if choice.row.params.edits_logits:
+            assert choice.slot is not None
+            tokens = [*choice.row.prompt_token_ids, *choice.row.token_ids]
+            self._remember(choice.slot, tokens, choice.prompt_tokens, choice.row.params)
+
+    def _remember(
+        self, slot: int, tokens: Sequence[int], num_prompt: int, params: SamplingParams
+    ) -> None:
+        padded = np.zeros(self._capacity, np.int32)
+        padded[: len(tokens)] = tokens
+        bias = np.zeros(self.model.config.vocab_size, np.float32)
+        for token, value in params.logit_bias.items():
+            bias[token] = -np.inf if value <= -100 else value
+        self._memory = steps.remember(
+            self._memory,
+            np.int32(slot),
+            padded,
+            np.int32(num_prompt),
+            np.int32(len(tokens)),
+            bias,
+        )
+
+    @property
+    def _nowhere(self) -> int:
+        """The slot of rows that remember nothing: it reads what the scratch slot has, and what is
+        counted there is dropped."""
+        return self.scratch_slot + 1
+
+    def _memory_of(self, choice: Choice) -> int:
+        assert choice.slot is not None
+        return choice.slot if choice.row.params.edits_logits else self._nowhere
+
+
+def _columns(
+    params: Sequence[SamplingParams], seeds: Sequence[int], choices: Sequence[int], vocab_size: int
+) -> Rows:
+    """Without biases: those stay on the device."""
+    return Rows.of(params, seeds=seeds, choices=choices, vocab_size=vocab_size, needs=_VARIANTS[0])

@@ -1,0 +1,184 @@
+"""The compiled steps of the engine, of fixed shapes: read a piece of a prompt, run a token of every
+row, choose tokens, and move keys and values between slots and blocks.
+
+Module-level jitted functions, so that engines in a process share their compilations. Caches, blocks
+and the memory of seen tokens are donated: updated in place.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt32
+
+from infer.sampling import Needs, Rows, Sampled, Seen, sample
+from infer.steps import Rules
+from llama_jax.config import Compute, ModelConfig
+from llama_jax.model import slot_cache, transformer
+from llama_jax.model.slot_cache import SlotCache, SlotRows
+
+Blocks = list[tuple[jax.Array, jax.Array]]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Memory:
+    """What slots remember for editing logits: the tokens seen, and the biases asked for."""
+
+    seen: Seen
+    bias: Float[Array, "N V"]
+
+
+@partial(jax.jit, static_argnames=("config", "num_slots", "capacity", "dtype"))
+def new_cache(config: ModelConfig, *, num_slots: int, capacity: int, dtype: str) -> SlotCache:
+    return slot_cache.init_slot_cache(config, num_slots, capacity, dtype=jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnames=("config", "num_blocks", "block_size", "dtype"))
+def new_blocks(config: ModelConfig, *, num_blocks: int, block_size: int, dtype: str) -> Blocks:
+    return slot_cache.init_blocks(config, num_blocks, block_size, dtype=jnp.dtype(dtype))
+
+
+@partial(jax.jit, static_argnames=("num_slots", "vocab_size"))
+def new_memory(*, num_slots: int, vocab_size: int) -> Memory:
+    shape = (num_slots, vocab_size)
+    return Memory(
+        Seen(jnp.zeros(shape, bool), jnp.zeros(shape, jnp.int32)), jnp.zeros(shape, jnp.float32)
+    )
+
+
+@partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache",))
+def read_piece(
+    config: ModelConfig,
+    params: Any,
+    cache: SlotCache,
+    tokens: Int[Array, " T"],
+    slot: Int[Array, ""],
+    begin: Int[Array, ""],
+    num_real: Int[Array, ""],
+    *,
+    compute: Compute,
+) -> tuple[SlotCache, Float[Array, "T D"], Float[Array, " D"]]:
+    """Runs tokens at positions begin, … of a slot, of which the first num_real are real.
+
+    Gives the final states, and the sum of the real ones in float32.
+    """
+    places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    rows = SlotRows(slot, (begin + places)[None], begin + num_real)
+    hidden, after, _ = transformer.hidden_states(
+        config, params, tokens[None], compute=compute, cache=dataclasses.replace(cache, rows=rows)
+    )
+    real = (places < num_real)[:, None]
+    total = jnp.where(real, hidden[0].astype(jnp.float32), 0.0).sum(axis=0)
+    return dataclasses.replace(after, rows=None), hidden[0], total
+
+
+@partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache",))
+def run_tokens(
+    config: ModelConfig,
+    params: Any,
+    cache: SlotCache,
+    tokens: Int[Array, "B T"],
+    positions: Int[Array, "B T"],
+    visible: Int[Array, ""],
+    *,
+    compute: Compute,
+) -> tuple[SlotCache, Float[Array, "B T V"]]:
+    """Runs tokens of the first B slots; logits after each."""
+    rows = SlotRows(jnp.int32(0), positions, visible)
+    hidden, after, _ = transformer.hidden_states(
+        config, params, tokens, compute=compute, cache=dataclasses.replace(cache, rows=rows)
+    )
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    logits = transformer.logits(config, params, flat, compute=compute)
+    return dataclasses.replace(after, rows=None), logits.reshape(*tokens.shape, -1)
+
+
+@partial(jax.jit, static_argnames=("config", "compute"))
+def logits_at(
+    config: ModelConfig,
+    params: Any,
+    hidden: Float[Array, "T D"],
+    place: Int[Array, ""],
+    *,
+    compute: Compute,
+) -> Float[Array, "2 V"]:
+    """Logits of one state, twice: products of a single row are slow on a CPU in narrow types."""
+    state = jax.lax.dynamic_index_in_dim(hidden, place, 0)
+    return transformer.logits(config, params, jnp.tile(state, (2, 1)), compute=compute)
+
+
+@partial(jax.jit, static_argnames=("needs",), donate_argnames=("memory",))
+def take(
+    logits: Float[Array, "B V"],
+    memory: Memory | None,
+    slots: Int[Array, " B"],
+    masks: UInt32[Array, "B W"] | None,
+    rows: Rows,
+    rules: Rules,
+    step: Int[Array, " B"],
+    *,
+    needs: Needs,
+) -> tuple[Sampled, Memory | None]:
+    """The next token of each row. memory and masks are given when `needs.edit`: the memory of all
+    slots, of which row b is slots[b] (beyond the last: none), and a bit for each token that a
+    row's structure allows, the lowest bit of a word first."""
+    seen = None
+    if needs.edit:
+        assert memory is not None and masks is not None
+        seen = jax.tree.map(lambda each: each[slots], memory.seen)
+        bits = masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1
+        fits = bits.reshape(masks.shape[0], -1)[:, : logits.shape[-1]] > 0
+        rows = dataclasses.replace(rows, bias=jnp.where(fits, memory.bias[slots], -jnp.inf))
+    sampled = sample(
+        logits,
+        rows,
+        step=step,
+        needs=needs,
+        seen=seen,
+        allowed=rules.allowed,
+        end_tokens=rules.end_tokens,
+    )
+    if memory is not None:
+        output = memory.seen.output.at[slots, sampled.tokens].add(1, mode="drop")
+        memory = dataclasses.replace(memory, seen=dataclasses.replace(memory.seen, output=output))
+    return sampled, memory
+
+
+@partial(jax.jit, donate_argnames=("memory",))
+def remember(
+    memory: Memory,
+    slot: Int[Array, ""],
+    tokens: Int[Array, " S"],
+    num_prompt: Int[Array, ""],
+    num_all: Int[Array, ""],
+    bias: Float[Array, " V"],
+) -> Memory:
+    """Begins a slot's memory: `num_prompt` tokens of a prompt, the others up to `num_all` of an
+    answer."""
+    vocab_size = bias.shape[0]
+    places = jnp.arange(tokens.shape[0])
+    in_prompt = jnp.zeros(vocab_size, bool).at[tokens].max(places < num_prompt)
+    counted = ((places >= num_prompt) & (places < num_all)).astype(jnp.int32)
+    output = jnp.zeros(vocab_size, jnp.int32).at[tokens].add(counted)
+    seen = Seen(memory.seen.prompt.at[slot].set(in_prompt), memory.seen.output.at[slot].set(output))
+    return Memory(seen, memory.bias.at[slot].set(bias))
+
+
+@partial(jax.jit, donate_argnames=("cache",))
+def copy_slot(cache: SlotCache, source: Int[Array, ""], target: Int[Array, ""]) -> SlotCache:
+    return slot_cache.copy_slot(cache, source, target)
+
+
+@partial(jax.jit, donate_argnames=("memory",))
+def copy_memory(memory: Memory, source: Int[Array, ""], target: Int[Array, ""]) -> Memory:
+    return jax.tree.map(lambda each: each.at[target].set(each[source]), memory)
+
+
+read_slot = jax.jit(slot_cache.read_slot)
+write_slot = jax.jit(slot_cache.write_slot, donate_argnums=0)
+save_blocks = jax.jit(slot_cache.save_blocks, donate_argnums=0)
+load_blocks = jax.jit(slot_cache.load_blocks, donate_argnums=0)
