@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "dots", "full", "offload")  # from the cheapest to the smallest
 ATTENTION_KERNELS = ("reference", "splash")
 MOE_PRODUCTS = ("dense", "grouped", "megablox")
 
@@ -260,7 +260,8 @@ class Compute:
     param_dtype: of the trained parameters; None keeps the dtype they were loaded in.
     accumulation_dtype: of the sums inside products.
     remat: what the backward pass recomputes: `none` keeps every activation, `full` keeps only the
-      input of each layer, `dots` keeps the results of the weight products.
+      input of each layer, `dots` keeps the results of the weight products, `offload` does what
+      `full` does and keeps the inputs in the host's memory.
     attention: `reference` is plain JAX and runs anywhere; `splash` is the TPU kernel, for whole
       sequences (a step of decoding takes the reference).
     moe: `dense` multiplies every token by every expert (reference); `grouped` sorts tokens by
@@ -272,7 +273,7 @@ class Compute:
     dtype: str = "float32"
     param_dtype: str | None = None
     accumulation_dtype: str = "float32"
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "dots", "offload"] = "none"
     attention: Literal["reference", "splash"] = "reference"
     moe: Literal["dense", "grouped", "megablox"] = "grouped"
     loss_chunk_tokens: int = 256

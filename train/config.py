@@ -228,6 +228,11 @@ class OptimizerSection(Section):
         default=1.0,
         above=0.0,
     )
+    stochastic_rounding: bool = option(
+        "round updated bfloat16 weights up or down by chance, so that updates too small for their "
+        "last bit still add up; needs compute.param_dtype bfloat16",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -458,6 +463,12 @@ class RunConfig(Section):
             raise ValueError(
                 "train.keep_best is set, but there is nothing to evaluate on; set data.eval or "
                 "data.eval_fraction"
+            )
+        if self.optimizer.stochastic_rounding and self.compute.param_dtype != "bfloat16":
+            raise ValueError(
+                f"optimizer.stochastic_rounding is true, but compute.param_dtype is "
+                f"{self.compute.param_dtype or 'that of the weights'}: only bfloat16 weights are "
+                f"rounded so; set it to bfloat16, or leave the rounding out"
             )
         missing = {axis for axis, _ in DEFAULT_RULES} - {axis for axis, _ in self.compute.rules}
         if missing:

@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from llama_jax import tree
-from llama_jax.config import ModelConfig
+from llama_jax.config import REMAT_POLICIES, ModelConfig
 from llama_jax.kernels.splash import visited_share
 from llama_jax.mesh.compile import Compiled, compile_for
 from llama_jax.mesh.flops import count_flops
@@ -239,8 +239,10 @@ def advice(result: Fit) -> list[str]:
             else f"no {wanted.generation.name} slice holds weights and moments; use more slices, "
             f"another generation, or method lora"
         )
-    if run.compute.remat != "full":
+    if run.compute.remat in ("none", "dots"):
         found.append("compute.remat=full keeps only the input of each layer")
+    if run.compute.remat != "offload":
+        found.append("compute.remat=offload keeps that in the host's memory")
     if run.compute.attention == "reference":
         found.append("compute.attention=splash never holds the scores")
     rows = run.train.batch_size // run.train.gradient_accumulation_steps
@@ -287,7 +289,7 @@ def largest_batches(run: RunConfig, wanted: Slice, say: Say) -> Iterator[Fit]:
     """For each recomputation policy, the cheapest first, compiles for batch sizes by doubling and
     bisection; the largest that fits of each is the answer."""
     unit = _batch_unit(run, wanted)
-    for remat in ("none", "dots", "full"):
+    for remat in REMAT_POLICIES:
         good, bad, size = 0, None, 1
         while bad is None or bad - good > 1:
             trial = _with(run, remat=remat, batch_size=size * unit)

@@ -66,21 +66,24 @@ class OptimizerState:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """An Optax chain, the schedule, and the norm that gradients are clipped to."""
+    """An Optax chain, the schedule, the norm that gradients are clipped to, and whether new
+    bfloat16 parameters are rounded by chance."""
 
     rule: optax.GradientTransformation
     schedule: Schedule
     max_grad_norm: float | None
+    stochastic_rounding: bool = False
 
     def init(self, trained: tree.Tree) -> OptimizerState:
         return OptimizerState(jnp.zeros((), jnp.int32), self.rule.init(_wide(trained)))
 
     def update(
-        self, gradients: tree.Tree, state: OptimizerState, trained: tree.Tree
+        self, gradients: tree.Tree, state: OptimizerState, trained: tree.Tree, key: jax.Array
     ) -> tuple[tree.Tree, OptimizerState, dict[str, jax.Array]]:
         """(new trained parameters, new state, learning_rate and grad_norm before clipping).
 
-        Moments and updates are float32 whatever the parameters are; the sum is rounded once.
+        Moments and updates are float32 whatever the parameters are; the sum is rounded once. key:
+        of the run; each update draws its own from it.
         """
         gradients, wide = _wide(gradients), _wide(trained)
         norm = optax.tree.norm(gradients)
@@ -92,9 +95,29 @@ class Optimizer:
         # Optax raises Python floats to integer powers, which strict promotion refuses.
         with jax.numpy_dtype_promotion("standard"):
             steps, inner = self.rule.update(gradients, state.inner, wide)
-        updated = jax.tree.map(lambda p, w, u: (w - rate * u).astype(p.dtype), trained, wide, steps)
+        new = jax.tree.map(lambda w, u: w - rate * u, wide, steps)
+        updated = self._rounded(new, trained, jax.random.fold_in(key, state.count))
         metrics = {"learning_rate": rate, "grad_norm": norm}
         return updated, OptimizerState(state.count + 1, inner), metrics
+
+    def _rounded(self, new: tree.Tree, like: tree.Tree, key: jax.Array) -> tree.Tree:
+        leaves, structure = jax.tree.flatten(new)
+        rounded = [
+            stochastically_rounded(leaf, jax.random.fold_in(key, index))
+            if self.stochastic_rounding and old.dtype == jnp.bfloat16
+            else leaf.astype(old.dtype)
+            for index, (leaf, old) in enumerate(zip(leaves, jax.tree.leaves(like), strict=True))
+        ]
+        return jax.tree.unflatten(structure, rounded)
+
+
+def stochastically_rounded(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Float32 to one of its two neighbours in bfloat16, with chances that make the mean exact
+    (Zamirai et al. 2020, arXiv:2010.06192): a random number is added to the bits that are cut."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    cut = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(x), cut, x).astype(jnp.bfloat16)
 
 
 def _wide(arrays: tree.Tree) -> tree.Tree:
@@ -117,7 +140,9 @@ def make_optimizer(
     if section.weight_decay:
         # A transformation of its own and not optax.masked, whose placeholder holes would be.
         rules.append(_decayed_weights(section.weight_decay, decays))
-    return Optimizer(optax.chain(*rules), schedule, section.max_grad_norm)
+    return Optimizer(
+        optax.chain(*rules), schedule, section.max_grad_norm, section.stochastic_rounding
+    )
 
 
 def _decayed_weights(rate: float, decays: tree.Tree) -> optax.GradientTransformation:

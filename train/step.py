@@ -72,7 +72,9 @@ def make_train_step(
         )
         weight = jnp.maximum(sums["weight"], 1.0)
         gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
-        updated, opt_state, metrics = optimizer.update(gradients, state.opt_state, trained)
+        updated, opt_state, metrics = optimizer.update(
+            gradients, state.opt_state, trained, state.rng
+        )
         healthy = jnp.isfinite(sums["loss"]) & jnp.isfinite(metrics["grad_norm"])
         apply = (sums["weight"] > 0) & healthy
 

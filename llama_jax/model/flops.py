@@ -78,7 +78,7 @@ def executed_flops(
     total += once * (1 + (3.5 if splash else 2))
     if compute.remat == "none":
         return total
-    if compute.remat == "full":
+    if compute.remat in ("full", "offload"):
         # The last product of a layer is no part of any gradient, so it is not recomputed.
         last = (
             0

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax import tree
@@ -37,6 +38,8 @@ from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import Leaf, is_adapted, is_quantized
 
 Params = tree.Tree
+
+_INPUT = "layer_input"  # what `remat: offload` sends to the host
 
 
 @jax.tree_util.register_dataclass
@@ -358,13 +361,24 @@ def _gathered(config: ModelConfig, compute: Compute, layer: Any) -> Any:
 
 
 def _rematerialized(run: Callable[..., Any], compute: Compute) -> Callable[..., Any]:
-    if compute.remat == "none":
-        return run
-    policies = {
-        "full": jax.checkpoint_policies.nothing_saveable,
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }
-    return jax.checkpoint(run, policy=policies[compute.remat])
+    """`run(layer, x, context, …)` with what its gradient needs kept as `compute.remat` says."""
+    policies = jax.checkpoint_policies
+    match compute.remat:
+        case "full":
+            return jax.checkpoint(run, policy=policies.nothing_saveable)
+        case "dots":
+            return jax.checkpoint(run, policy=policies.dots_with_no_batch_dims_saveable)
+        case "offload":
+            return jax.checkpoint(
+                lambda layer, x, *rest: run(layer, checkpoint_name(x, _INPUT), *rest),
+                policy=policies.save_and_offload_only_these_names(
+                    names_which_can_be_saved=[],
+                    names_which_can_be_offloaded=[_INPUT],
+                    offload_src="device",
+                    offload_dst="pinned_host",
+                ),
+            )
+    return run
 
 
 def _context(

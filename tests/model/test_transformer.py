@@ -95,7 +95,7 @@ def test_packed_documents_do_not_see_each_other():
     np.testing.assert_allclose(logits(first)[:, 3:], alone, atol=1e-6)
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload"])
 def test_recomputation_changes_no_gradient(remat):
     config = FAMILIES["llama-tied"]
     params = tiny_params(config)

@@ -11,8 +11,8 @@ from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.select import trainable_mask
 from tests.tiny import FAMILIES, tiny_config, tiny_params
-from train.config import OPTIMIZER_DEFAULTS, OptimizerSection, ScheduleSection
-from train.optim import Optimizer, make_optimizer, make_schedule
+from train.config import OPTIMIZER_DEFAULTS, OptimizerSection, RunConfig, ScheduleSection
+from train.optim import Optimizer, make_optimizer, make_schedule, stochastically_rounded
 
 CONFIG = FAMILIES["llama-biases"]
 
@@ -63,6 +63,9 @@ def test_wsd_stays_and_falls_at_the_end():
     np.testing.assert_allclose(found, [0, 0.5, 1, 1, 1, 1, 1, 0.875, 0.75, 0.625], atol=1e-6)
 
 
+KEY = jax.random.key(0)
+
+
 def toy(params, mask, section: OptimizerSection, rate: float) -> tuple[Optimizer, dict]:
     """An optimizer over norms of a tiny model, which stand for any two arrays."""
     return make_optimizer(CONFIG, params, mask, section, constant(rate)), tree.partition(
@@ -80,7 +83,7 @@ def test_r47_a_frozen_array_gets_no_update():
     params, mask = two_arrays()
     optimizer, trained = toy(params, mask, OptimizerSection(name="sgd"), 0.1)
     gradients = jax.tree.map(jnp.ones_like, trained)
-    updated, _, _ = optimizer.update(gradients, optimizer.init(trained), trained)
+    updated, _, _ = optimizer.update(gradients, optimizer.init(trained), trained, KEY)
     after = tree.combine(updated, tree.partition(params, mask)[1])
     np.testing.assert_allclose(after["norm"]["weight"] - 1.0, -0.1, atol=1e-7)
     assert after["lm_head"]["weight"] is params["lm_head"]["weight"]
@@ -96,10 +99,10 @@ def test_r48_clipping_sees_trained_arrays_alone():
         return jax.tree.map(lambda x: jnp.full_like(x, value), trained)
 
     # The frozen gradient of norm 4 does not exist: only the 3 of the trained array is there.
-    updated, _, metrics = optimizer.update(gradient(3.0), state, trained)
+    updated, _, metrics = optimizer.update(gradient(3.0), state, trained, KEY)
     assert float(metrics["grad_norm"]) == 3.0
     assert float(updated["norm"]["weight"][0]) == 1.0 - 3.0
-    updated, _, metrics = optimizer.update(gradient(6.0), state, trained)
+    updated, _, metrics = optimizer.update(gradient(6.0), state, trained, KEY)
     assert float(metrics["grad_norm"]) == 6.0, "the norm before clipping is reported"
     assert float(updated["norm"]["weight"][0]) == 1.0 - 3.0
 
@@ -132,7 +135,7 @@ def test_r50_adapters_decay_and_nothing_frozen_does():
     zero = jax.tree.map(jnp.zeros_like, trained)
     now = trained
     for _ in range(10):
-        now, state, _ = optimizer.update(zero, state, now)
+        now, state, _ = optimizer.update(zero, state, now, KEY)
     factor = (1 - 0.1 * 0.1) ** 10
     before, after = tree.flatten_arrays(trained), tree.flatten_arrays(now)
     for path in before:
@@ -148,7 +151,7 @@ def test_r51_decay_is_by_role(name):
     section = OptimizerSection(name=name, weight_decay=0.1)
     optimizer = make_optimizer(CONFIG, params, mask, section, constant(0.5))
     zero = jax.tree.map(jnp.zeros_like, params)
-    after, _, _ = optimizer.update(zero, optimizer.init(params), params)
+    after, _, _ = optimizer.update(zero, optimizer.init(params), params, KEY)
     for path, old in tree.flatten_arrays(params).items():
         new = tree.flatten_arrays(after)[path]
         if "norm" in path or path.endswith("bias"):
@@ -229,7 +232,7 @@ def test_updates_equal_optax(section):
     with jax.numpy_dtype_promotion("standard"):
         their_params, their_state = start[0], theirs.init(start[0])
         for gradient in gradients:
-            params, state, _ = optimizer.update(nested(gradient), state, params)
+            params, state, _ = optimizer.update(nested(gradient), state, params, KEY)
             updates, their_state = theirs.update(gradient[0], their_state, their_params)
             their_params = optax.apply_updates(their_params, updates)
     ours = jax.tree.leaves(params)[0][0]
@@ -245,7 +248,7 @@ def test_muon_takes_matrices_and_adam_the_rest():
     optimizer = make_optimizer(CONFIG, params, mask, section, constant(1.0))
     rng = np.random.default_rng(0)
     gradients = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
-    after, _, _ = optimizer.update(gradients, optimizer.init(params), params)
+    after, _, _ = optimizer.update(gradients, optimizer.init(params), params, KEY)
     steps = tree.flatten_arrays(jax.tree.map(jnp.subtract, params, after))
     # Adam's first update is the sign of the gradient; Muon's is an orthogonal matrix, scaled.
     np.testing.assert_allclose(np.abs(steps["lm_head.weight"]), 1.0, atol=1e-3)
@@ -261,5 +264,47 @@ def test_moments_and_updates_are_float32_for_bfloat16_parameters():
     optimizer = make_optimizer(config, params, mask, OptimizerSection(), constant(1e-2))
     state = optimizer.init(params)
     assert {x.dtype for x in jax.tree.leaves(state.inner) if x.ndim} == {jnp.dtype("float32")}
-    after, _, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params)
+    after, _, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), state, params, KEY)
     assert {x.dtype for x in jax.tree.leaves(after)} == {jnp.dtype("bfloat16")}
+
+
+def test_rounding_by_chance_is_exact_on_average_and_keeps_what_needs_none():
+    exact = jnp.asarray([1.0, -2.5, 0.0, jnp.inf, -jnp.inf], jnp.float32)
+    assert stochastically_rounded(exact, KEY).tolist() == exact.tolist()
+    assert jnp.isnan(stochastically_rounded(jnp.float32(jnp.nan), KEY))
+    # A quarter of the way from 1 to its neighbour, and the same below zero.
+    value = 1 + 2.0**-9
+    rounded = stochastically_rounded(jnp.full(20_000, value), KEY).astype(jnp.float32)
+    assert set(rounded.tolist()) == {1.0, 1 + 2.0**-7}
+    assert float(rounded.mean()) == pytest.approx(value, abs=2.0**-7 * 0.02)
+    below = stochastically_rounded(jnp.full(20_000, -value), KEY).astype(jnp.float32)
+    assert float(below.mean()) == pytest.approx(-value, abs=2.0**-7 * 0.02)
+
+
+@pytest.mark.parametrize("by_chance", [True, False])
+def test_small_updates_of_bfloat16_add_up_only_when_rounded_by_chance(by_chance):
+    params = {"lm_head": {"weight": jnp.ones((100, 10), jnp.bfloat16)}}
+    section = OptimizerSection(name="sgd", max_grad_norm=None, stochastic_rounding=by_chance)
+    mask = {"lm_head": {"weight": True}}
+    optimizer = make_optimizer(CONFIG, params, mask, section, constant(2.0**-11))
+    state = optimizer.init(params)
+    for _ in range(32):  # together four times the last bit of a number just below one
+        gradients = jax.tree.map(jnp.ones_like, params)
+        params, state, _ = optimizer.update(gradients, state, params, KEY)
+    mean = float(params["lm_head"]["weight"].astype(jnp.float32).mean())
+    assert mean == pytest.approx(1 - 2.0**-6 if by_chance else 1.0, abs=0.0006)
+
+
+def test_rounding_by_chance_needs_bfloat16_weights():
+    values = {
+        "model": {"name": "m"},
+        "data": {"train": "a.jsonl"},
+        "method": "full",
+        "train": {"steps": 1, "batch_size": 1, "sequence_length": 8},
+        "optimizer": {"stochastic_rounding": True},
+        "output": "o",
+    }
+    with pytest.raises(ValueError, match="compute.param_dtype is float32: only bfloat16"):
+        RunConfig.from_dict(values)
+    values["compute"] = {"param_dtype": "bfloat16"}
+    assert RunConfig.from_dict(values).optimizer.stochastic_rounding
