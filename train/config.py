@@ -19,11 +19,11 @@ from llama_jax.weights.lora_config import LoraConfig
 from train.typed import Section, from_dict, json_schema, option, to_dict
 
 
-def _check_architecture(name: str) -> None:
+def _check_architecture(name: str, field_name: str = "model.architecture") -> None:
     from llama_jax.presets import presets
 
     if name not in presets:
-        raise ValueError(f"model.architecture {name!r} is no preset; they are {', '.join(presets)}")
+        raise ValueError(f"{field_name} {name!r} is no preset; they are {', '.join(presets)}")
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class ModelSection(Section):
         "a Hugging Face folder, a .gguf file, a checkpoint folder, a name of `llama-jax models`, "
         "smollm2-135m of the demo extra, or a Hub id"
     )
-    init: Literal["weights", "random"] = option(
-        "start from the model's weights, or from random ones of its shape", default="weights"
+    init: Literal["weights", "random", "slices"] = option(
+        "start from the model's weights, from random ones of its shape, or from slices of the "
+        "weights: layers spread evenly and the first units of every width, as overrides say",
+        default="weights",
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = option(
         "what weights are held in; null: as stored. Trained ones are in compute.param_dtype",
@@ -53,17 +55,26 @@ class ModelSection(Section):
     )
     overrides: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"doc": "fields of the architecture, with `init: random` only"},
+        metadata={
+            "doc": "fields of the architecture, with `init: random`; with `init: slices` the sizes "
+            "to cut to: num_hidden_layers, hidden_size, intermediate_size, num_attention_heads, "
+            "num_key_value_heads"
+        },
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.architecture is not None:
             _check_architecture(self.architecture)
-        if self.overrides and self.init != "random":
+        if self.overrides and self.init == "weights":
             raise ValueError(
                 "model.overrides changes the architecture, which the stored weights do not fit; "
-                "set model.init: random or remove the overrides"
+                "set model.init: random, or slices to cut them, or remove the overrides"
+            )
+        if self.init == "slices" and not self.overrides:
+            raise ValueError(
+                "model.init is slices, but model.overrides does not say to what sizes the weights "
+                "are cut; set, for example, overrides: {num_hidden_layers: 8}"
             )
 
 
@@ -407,6 +418,70 @@ class DpoSection(Section):
 
 
 @dataclass(frozen=True)
+class RampSection(Section):
+    """A number that goes linearly from one value to another and stays there."""
+
+    start: float = option("at the first step")
+    end: float = option("when it has arrived")
+    steps: int | None = option("how many steps it takes; null: the whole run", default=None, low=1)
+
+
+@dataclass(frozen=True)
+class DistillSection(Section):
+    """Learning from a teacher: its distributions beside the labels of the rows."""
+
+    teacher: str = option(
+        "the model to learn from, quantized or not: a Hugging Face folder, a .gguf file, a "
+        "checkpoint folder, smollm2-135m, or a Hub id; it must have the student's tokenizer"
+    )
+    teacher_dtype: Literal["float32", "bfloat16", "float16"] | None = option(
+        "what the teacher's weights are held in; null: as stored", default=None
+    )
+    teacher_architecture: str | None = option(
+        "a name of `llama-jax models` whose shape the teacher has: `fit` then works before it is "
+        "there; null: what it says itself",
+        default=None,
+    )
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = option(
+        "forward_kl: KL(teacher || student); reverse_kl: KL(student || teacher); jensen_shannon: "
+        "the mean of both to their average",
+        default="forward_kl",
+    )
+    temperature: float | RampSection = option(  # noqa: RUF009 - it makes a field
+        "logits of both are divided by it, and the divergence is multiplied by its square",
+        default=1.0,
+        above=0.0,
+    )
+    soft_weight: float | RampSection = option(  # noqa: RUF009 - it makes a field
+        "of the divergence; the labels' cross entropy has the rest to 1",
+        default=0.5,
+        low=0.0,
+        high=1.0,
+    )
+    step: Literal["jit", "pmap"] = option(
+        "jit: both models lie on the mesh by its rules; pmap: a copy of both on every device, for "
+        "meshes of the data axis alone",
+        default="jit",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.teacher.strip():
+            raise ValueError("distill.teacher is empty; name the model to learn from")
+        if self.teacher_architecture is not None:
+            _check_architecture(self.teacher_architecture, "distill.teacher_architecture")
+        for name, low, high in (("temperature", 1e-6, None), ("soft_weight", 0.0, 1.0)):
+            value = getattr(self, name)
+            if not isinstance(value, RampSection):
+                continue
+            for end in ("start", "end"):
+                number = getattr(value, end)
+                if number < low or (high is not None and number > high):
+                    allowed = "above 0" if high is None else f"between {low} and {high}"
+                    raise ValueError(f"distill.{name}.{end} is {number}; it must be {allowed}")
+
+
+@dataclass(frozen=True)
 class WandbSection(Section):
     """The run in Weights & Biases too. Its key is read from the environment or from `wandb login`,
     never from a config."""
@@ -431,11 +506,13 @@ class RunConfig(Section):
     model: ModelSection
     data: DataSection
     train: TrainSection
-    method: Literal["pretrain", "full", "lora", "qlora", "dpo"] = option(
+    method: Literal["pretrain", "full", "lora", "qlora", "dpo", "distill"] = option(
         "pretrain: every token of every row counts, all weights train; full: only answers of chat "
         "and instruction rows count, all weights train; lora: adapters train; qlora: adapters "
         "train on a quantized base; dpo: preference rows, with a section lora adapters train, on a "
-        "quantized base with a section quantization, without either all weights do"
+        "quantized base with a section quantization, without either all weights do; distill: a "
+        "student learns from the teacher of section distill, on adapters where there is a section "
+        "lora"
     )
     output: str = option("the run folder; an existing one of the same config is resumed")
     optimizer: OptimizerSection = OptimizerSection()
@@ -445,6 +522,7 @@ class RunConfig(Section):
     lora: LoraConfig | None = None
     quantization: QuantizationSection | None = None
     dpo: DpoSection | None = None
+    distill: DistillSection | None = None
     wandb: WandbSection | None = None
 
     def __post_init__(self) -> None:
@@ -481,12 +559,17 @@ class RunConfig(Section):
 
     def _check_method_sections(self) -> None:
         uses = {"lora": ("lora",), "qlora": ("lora", "quantization"), "dpo": ("dpo",)}
-        may_use = {"dpo": ("lora", "quantization")}
-        for name, default in (
+        may_use = {
+            "dpo": ("lora", "quantization"),
+            "distill": ("distill", "lora", "quantization"),
+        }
+        defaults: tuple[tuple[str, Any], ...] = (
             ("lora", LoraConfig()),
             ("quantization", QuantizationSection()),
             ("dpo", DpoSection()),
-        ):
+            ("distill", None),
+        )
+        for name, default in defaults:
             given = getattr(self, name) is not None
             if name in uses.get(self.method, ()) and not given:
                 object.__setattr__(self, name, default)
@@ -495,15 +578,17 @@ class RunConfig(Section):
                     f"section {name} is set, but method {self.method} does not read it; remove the "
                     f"section or choose another method"
                 )
-        if self.dpo is not None:
-            self._check_dpo(self.dpo)
-
-    def _check_dpo(self, dpo: DpoSection) -> None:
-        if self.quantization is not None and self.lora is None:
+        if self.method in may_use and self.quantization is not None and self.lora is None:
             raise ValueError(
                 "section quantization is set, but quantized weights cannot be trained; add a "
                 "section lora, whose adapters can"
             )
+        if self.dpo is not None:
+            self._check_dpo(self.dpo)
+        if self.method == "distill":
+            self._check_distill()
+
+    def _check_dpo(self, dpo: DpoSection) -> None:
         if dpo.reference is None:
             chosen = "cached" if self.lora is None else "adapter_off"
             object.__setattr__(self, "dpo", dpo.replace(reference=chosen))
@@ -515,6 +600,19 @@ class RunConfig(Section):
         if self.data.packing:
             raise ValueError(
                 "data.packing is true, but method dpo compares whole sequences; set it to false"
+            )
+
+    def _check_distill(self) -> None:
+        if self.distill is None:
+            raise ValueError("section distill is missing; method distill needs a distill.teacher")
+        if self.distill.step == "jit":
+            return
+        split = [name for name, size in self.mesh.sizes().items() if name != "data" and size != 1]
+        if split:
+            raise ValueError(
+                f"distill.step is pmap, which copies both models to every device, but mesh."
+                f"{split[0]} is {self.mesh.sizes()[split[0]]}; set data: -1 and the other axes of "
+                f"the mesh to 1, or choose distill.step: jit"
             )
 
     def _check_lengths(self) -> None:

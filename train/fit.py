@@ -26,6 +26,7 @@ from llama_jax.model.flops import Trained, executed_flops, model_flops
 from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import LoraTensor
 from train.config import RunConfig
+from train.distill_teacher import read_teacher_shape
 from train.setup import Setup, make_setup, rows_per_item
 from train.start import read_shape
 
@@ -127,23 +128,28 @@ def fit(run: RunConfig, wanted: Slice) -> Fit:
     """
     config, params = read_shape(run)
     mesh = make_mesh(run.mesh.sizes(), devices=slice_devices(wanted))
-    setup = make_setup(run, config, params, mesh)
+    if run.distill is not None and run.distill.step == "pmap":
+        raise ValueError(
+            "distill.step is pmap, which runs on the devices that are there and is not compiled "
+            "for others; prove distill.step=jit, which needs as much on a mesh of the data axis"
+        )
+    setup = make_setup(run, config, params, mesh, teacher=read_teacher_shape(run, config))
     batch = setup.batch_struct(run.train.batch_size)
     with jax.set_mesh(mesh):
-        traced = setup.step.trace(setup.abstract, batch)
+        traced = setup.step.trace(setup.abstract, batch, *setup.beside)
         parts = length_parts(run.compute.rules)
         shares = _computed_shares(run, config, parts, mesh)
         flops = count_flops(traced.jaxpr, kernel_shares=shares)
         compiled = compile_for(
             traced.lower(),
             wanted,
-            argument_bytes=_device_bytes((setup.abstract, batch)),
+            argument_bytes=_device_bytes((setup.abstract, batch, setup.beside)),
         )
     trained = trained_weights(setup, config)
     rows = run.train.batch_size * setup.rows_per_item
     length = run.train.sequence_length
     sizes: dict[str, Any] = {"tokens": rows * length, "length": length, "trained": trained}
-    has_form = run.dpo is None and _is_uniform(setup, config)
+    has_form = run.dpo is None and run.distill is None and _is_uniform(setup, config)
     num_trained, num_parameters = setup.num_parameters()
     return Fit(
         run=run,

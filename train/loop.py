@@ -29,6 +29,7 @@ from train.data.build import RunData, build_data
 from train.data.pipeline import TrainingBatches, evaluation_batches
 from train.data.report import colored, spans
 from train.data.row_set import read_run_rows
+from train.distill_teacher import load_teacher, read_teacher
 from train.generations import Sampler, read_generations
 from train.goodput import Goodput
 from train.interrupt import (
@@ -87,6 +88,7 @@ class _Job:
     saver: Saver
     goodput: Goodput
     sampler: Sampler | None = None
+    beside: tuple[tree.Tree, ...] = ()
     counters: Counter[str] = field(default_factory=Counter)
 
 
@@ -174,6 +176,7 @@ def train(
         job = _Job(start, setup, data, batches, folder, share, saver, goodput, sampler)
         with goodput.cause("resume"):
             state = first_state(folder.checkpoints, setup, start, batches, job.counters)
+            job.beside = load_teacher(setup)
         run_on_main("write the config", lambda: write_config(folder, run))
         if needs_reference(setup):
             with goodput.cause("resume"):
@@ -191,12 +194,15 @@ def _build(run: RunConfig) -> tuple[Start, Setup, RunData]:
     """From what costs least to what costs most, so that mistakes come out early."""
     rows, held_out = read_run_rows(run)
     start = read_start(run)
+    teacher = read_teacher(run, start.tokenizer)
     data = build_data(run, rows, held_out, start.tokenizer)
-    return start, make_setup(run, start.config, start.params, open_mesh(run.mesh)), data
+    mesh = open_mesh(run.mesh)
+    return start, make_setup(run, start.config, start.params, mesh, teacher=teacher), data
 
 
 def _lower(setup: Setup) -> Any:
-    return setup.step.lower(setup.abstract, setup.batch_struct(setup.run.train.batch_size))
+    batch = setup.batch_struct(setup.run.train.batch_size)
+    return setup.step.lower(setup.abstract, batch, *setup.beside)
 
 
 def _show_data(data: RunData, tokenizer: Any) -> None:
@@ -241,7 +247,7 @@ def _steps(
             with goodput.cause("step"):
                 ballot = vote(request)
                 profiler.before(number, running)
-                state, metrics = step(state, batch)
+                state, metrics = step(state, batch, *job.beside)
                 profiler.after(number, metrics)
             before, running = running, _Step(number, metrics, job.batches.samples)
             if before is not None:
@@ -449,6 +455,7 @@ def _evaluate(job: _Job, state: TrainState) -> dict[str, float]:
     """Over all evaluation rows: the mean of the loss, and of what else it gives."""
     assert job.data.eval is not None
     setup, totals = job.setup, dict[str, float]()
+    beside = (state.step, *job.beside) if job.beside else ()
     items = setup.micro_batch_size
     share = setup.share(items * job.data.eval.rows_per_item)
     with job.goodput.cause("eval"):
@@ -458,7 +465,7 @@ def _evaluate(job: _Job, state: TrainState) -> dict[str, float]:
             process_index=share.index,
             process_count=share.count,
         ):
-            sums = setup.eval_step(state.params, setup.place(batch, share))
+            sums = setup.eval_step(state.params, setup.place(batch, share), *beside)
             for name, value in _to_numbers(sums).items():
                 totals[name] = totals.get(name, 0.0) + value
     tokens, weight = totals.pop("trained_tokens"), totals.pop("weight")

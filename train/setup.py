@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax import tree
-from llama_jax.config import Compute, ModelConfig
+from llama_jax.config import Compute, LogicalRules, ModelConfig
 from llama_jax.mesh.distributed import WHOLE, Share, place_rows, row_share
 from llama_jax.mesh.sharding import batch_sharding, check_batch, make_mesh, replicated, shardings
 from llama_jax.mesh.slices import slice_named
@@ -25,10 +25,12 @@ from llama_jax.weights.select import trainable_mask
 from llama_jax.weights.table import abstract_params, init_params
 from train.config import MeshSection, RunConfig
 from train.data.preference import PreferenceBatch
+from train.distill import DistillLoss, Teacher
+from train.distill_pmap import AXIS, make_pmap_step
 from train.dpo import make_dpo_loss
 from train.optim import Optimizer, make_optimizer, make_schedule
 from train.state import TrainState, init_state, state_shardings
-from train.step import make_eval_step, make_train_step
+from train.step import Loss, make_eval_step, make_train_step
 
 # What each use of the run's seed folds into its key.
 _WEIGHTS, _ADAPTERS, _STEPS = 0, 1, 2
@@ -59,7 +61,8 @@ def open_mesh(section: MeshSection) -> Mesh:
 @dataclass(frozen=True)
 class Setup:
     """A run made ready. `abstract` is the state as shape structs with shardings; `step` and
-    `eval_step` are jitted and not compiled yet."""
+    `eval_step` are jitted and not compiled yet. `beside`: what they get beside the state, as shape
+    structs with shardings: the parameters of a teacher."""
 
     run: RunConfig
     config: ModelConfig
@@ -69,6 +72,7 @@ class Setup:
     abstract: TrainState
     step: Any
     eval_step: Any
+    beside: tuple[Any, ...] = ()
 
     @property
     def compute(self) -> Compute:
@@ -116,10 +120,17 @@ class Setup:
         return count[0], count[1]
 
 
-def make_setup(run: RunConfig, config: ModelConfig, base: tree.Tree, mesh: Mesh) -> Setup:
+def make_setup(
+    run: RunConfig,
+    config: ModelConfig,
+    base: tree.Tree,
+    mesh: Mesh,
+    *,
+    teacher: Teacher | None = None,
+) -> Setup:
     """Works out shapes, places and functions; allocates nothing.
 
-    base: the weights that training starts from, as shape structs.
+    base: the weights that training starts from, as shape structs. teacher: that of method distill.
 
     Raises ValueError for whatever does not fit the model or the mesh.
     """
@@ -139,7 +150,9 @@ def make_setup(run: RunConfig, config: ModelConfig, base: tree.Tree, mesh: Mesh)
     state = jax.eval_shape(first_state, params)
     places = state_shardings(config, state, mesh, rules)
     batch_place = batch_sharding(mesh, rules)
-    loss = next_token_loss if run.dpo is None else make_dpo_loss(run.dpo)
+    loss = _make_loss(run, teacher)
+    beside = () if teacher is None else (_placed_teacher(teacher, mesh, rules),)
+    by_pmap = run.distill is not None and run.distill.step == "pmap"
     step = make_train_step(
         config,
         compute,
@@ -148,7 +161,9 @@ def make_setup(run: RunConfig, config: ModelConfig, base: tree.Tree, mesh: Mesh)
         loss=loss,
         rows_per_item=rows_per_item(run),
         accumulation_steps=run.train.gradient_accumulation_steps,
+        axis=AXIS if by_pmap else None,
     )
+    beside_places = jax.tree.map(lambda struct: struct.sharding, beside)
     return Setup(
         run=run,
         config=config,
@@ -156,18 +171,39 @@ def make_setup(run: RunConfig, config: ModelConfig, base: tree.Tree, mesh: Mesh)
         mask=mask,
         optimizer=optimizer,
         abstract=jax.tree.map(_placed, state, places),
-        step=jax.jit(
+        step=make_pmap_step(step, config, mesh, num_beside=len(beside))
+        if by_pmap
+        else jax.jit(
             step,
             donate_argnums=0,
-            in_shardings=(places, batch_place),
+            in_shardings=(places, batch_place, *beside_places),
             out_shardings=(places, replicated(mesh)),
         ),
         eval_step=jax.jit(
             make_eval_step(config, compute, loss=loss),
-            in_shardings=(places.params, batch_place),
+            in_shardings=(
+                places.params,
+                batch_place,
+                *((replicated(mesh), *beside_places) if beside else ()),
+            ),
             out_shardings=replicated(mesh),
         ),
+        beside=beside,
     )
+
+
+def _make_loss(run: RunConfig, teacher: Teacher | None) -> Loss:
+    if run.dpo is not None:
+        return make_dpo_loss(run.dpo)
+    if run.distill is None:
+        return next_token_loss
+    assert teacher is not None, "method distill has a teacher"
+    return DistillLoss(run.distill, teacher.config, teacher.num_ids, run.train.steps)
+
+
+def _placed_teacher(teacher: Teacher, mesh: Mesh, rules: LogicalRules) -> tree.Tree:
+    places = shardings(teacher.config, teacher.params, mesh, rules)
+    return jax.tree.map(_placed, teacher.params, places)
 
 
 def _placed(array: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:

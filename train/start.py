@@ -10,7 +10,9 @@ from jax.sharding import Mesh
 from llama_jax import tree
 from llama_jax.config import LogicalRules, ModelConfig, check_keys
 from llama_jax.load import load, load_abstract
+from llama_jax.mesh.sharding import shardings
 from llama_jax.presets import presets
+from llama_jax.weights.cut import check_smaller, first_slices
 from llama_jax.weights.table import abstract_params, weight_table
 from train.config import ModelSection, RunConfig
 from train.data.files import PACKAGE_PREFIX, package_path
@@ -89,7 +91,9 @@ def _shape(
 ) -> tuple[ModelConfig, tree.Tree, Any]:
     section = run.model
     config, params, tokenizer = stored
-    if section.init == "random":
+    if section.init == "slices":
+        _check_slices(section, config, params)
+    if section.init != "weights":
         config, params = _overridden(section, config), None
     if section.dtype is not None and section.dtype != config.dtype:
         if params is not None and not _is_plain(params):
@@ -105,6 +109,18 @@ def _shape(
             f"(max_position_embeddings)"
         )
     return config, abstract_params(config) if params is None else params, tokenizer
+
+
+def _check_slices(section: ModelSection, config: ModelConfig, params: tree.Tree | None) -> None:
+    if params is not None and not _is_plain(params):
+        raise ValueError(
+            f"model.init is slices, but {section.name} holds quantized or adapted weights; export "
+            f"it with --merge first"
+        )
+    try:
+        check_smaller(config, _overridden(section, config))
+    except ValueError as error:
+        raise ValueError(f"model.overrides: {error}") from error
 
 
 def _overridden(section: ModelSection, config: ModelConfig) -> ModelConfig:
@@ -127,7 +143,15 @@ def _is_plain(params: tree.Tree) -> bool:
 
 
 def load_weights(run: RunConfig, start: Start, *, mesh: Mesh, rules: LogicalRules) -> tree.Tree:
-    """The stored weights, each straight to its place on the mesh."""
+    """The stored weights, or slices of them, each straight to its place on the mesh."""
     # Named even when it is the declared one: files may hold single tensors in another.
     dtype = start.config.dtype if _is_plain(start.params) else None
-    return load(run.model.name, mesh=mesh, rules=rules, dtype=dtype).params
+    loaded = load(run.model.name, mesh=mesh, rules=rules, dtype=dtype)
+    if run.model.init != "slices":
+        return loaded.params
+    places = shardings(start.config, start.params, mesh, rules)
+
+    def cut(params: tree.Tree) -> tree.Tree:
+        return first_slices(loaded.config, params, start.config)[1]
+
+    return jax.jit(cut, out_shardings=places)(loaded.params)

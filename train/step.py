@@ -16,7 +16,7 @@ from train.optim import Optimizer
 from train.state import TrainState
 
 Metrics = dict[str, jax.Array]
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Step = Callable[..., tuple[TrainState, Metrics]]
 
 
 class LossSums(NamedTuple):
@@ -45,8 +45,14 @@ def make_train_step(
     loss: Loss = next_token_loss,
     accumulation_steps: int = 1,
     rows_per_item: int = 1,
+    axis: str | None = None,
 ) -> Step:
-    """`step(state, batch) -> (state, metrics)` over arrays [B, T].
+    """`step(state, batch, *beside) -> (state, metrics)` over arrays [B, T].
+
+    What stands beside the state, such as a teacher, goes to the loss, which then is also told the
+    number of the step: `loss(config, params, batch, *beside, step=…, compute=…)`.
+
+    axis: of `jax.pmap`, when each device has a part of the batch's rows.
 
     Only what `mask` selects is differentiated. With `accumulation_steps` the batch is taken in that
     many parts, whose sums of loss and gradient are added before the one division by the number of
@@ -60,9 +66,9 @@ def make_train_step(
     other means, aux_loss (with experts), grad_norm (trained arrays, before clipping),
     learning_rate, trained_tokens, tokens (padding left out), updated (0 or 1).
     """
-    gradient = _make_gradient(config, compute, loss)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, batch: Batch, *beside: Any) -> tuple[TrainState, Metrics]:
+        gradient = _make_gradient(config, compute, _bound(loss, state.step, beside))
         trained, frozen = tree.partition(state.params, mask)
         sums, gradients = _accumulate(
             lambda part: gradient(trained, frozen, part),
@@ -70,6 +76,7 @@ def make_train_step(
             (accumulation_steps, rows_per_item),
             compute,
         )
+        sums, gradients = _over_devices((sums, gradients), axis)
         weight = jnp.maximum(sums["weight"], 1.0)
         gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
         updated, opt_state, metrics = optimizer.update(
@@ -92,11 +99,26 @@ def make_train_step(
             if name not in ("weight", "trained_tokens"):
                 metrics[name] = sums[name] / sums["weight"]
         metrics["trained_tokens"] = sums["trained_tokens"]
-        metrics["tokens"] = (batch.segment_ids > 0).sum()
+        metrics["tokens"] = _over_devices((batch.segment_ids > 0).sum(), axis)
         metrics["updated"] = apply.astype(jnp.int32)
         return after, metrics
 
     return step
+
+
+def _bound(loss: Loss, step: jax.Array, beside: tuple[Any, ...], **options: Any) -> Loss:
+    """The loss with what it gets beside parameters and batch."""
+    if not beside:
+        return loss
+
+    def bound(config: ModelConfig, params: tree.Tree, batch: Batch, *, compute: Compute) -> Any:
+        return loss(config, params, batch, *beside, step=step, compute=compute, **options)
+
+    return bound
+
+
+def _over_devices(values: Any, axis: str | None) -> Any:
+    return values if axis is None else jax.lax.psum(values, axis)
 
 
 def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
@@ -156,11 +178,13 @@ def _accumulate(
 
 def make_eval_step(
     config: ModelConfig, compute: Compute, *, loss: Loss = next_token_loss
-) -> Callable[[tree.Tree, Batch], Metrics]:
+) -> Callable[..., Metrics]:
     """`eval_step(params, batch)` -> sums over the batch: loss and the loss's other means, to be
-    divided by weight, and trained_tokens."""
+    divided by weight, and trained_tokens. With something beside the state `eval_step(params, batch,
+    step, *beside)`, and the loss is asked to measure more."""
 
-    def eval_step(params: tree.Tree, batch: Batch) -> Metrics:
-        return _named_sums(LossSums(*loss(config, params, batch, compute=compute)), batch)
+    def eval_step(params: tree.Tree, batch: Batch, step: Any = None, *beside: Any) -> Metrics:
+        bound = _bound(loss, step, beside, measure=True)
+        return _named_sums(LossSums(*bound(config, params, batch, compute=compute)), batch)
 
     return eval_step

@@ -1,0 +1,207 @@
+"""Whole runs of distillation: stopped and gone on with, by pmap, from slices, and refusals."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from llama_jax import tree
+from llama_jax.config import ModelConfig
+from llama_jax.formats.checkpoint import save_model
+from llama_jax.formats.hf import save_hf
+from llama_jax.load import load
+from llama_jax.weights.quantize import quantize
+from llama_jax.weights.table import init_params
+from tests.train.test_loop import TINY, config, same_bits
+from tests.train.tiny_data import byte_tokenizer
+from train import loop
+from train.config import RunConfig
+from train.loop import train
+from train.metrics import read_metrics
+
+TEACHER = ModelConfig(
+    model_type="llama",
+    rms_norm_eps=1e-5,
+    bos_token_id=None,
+    **{
+        **TINY,
+        "vocab_size": 272,
+        "hidden_size": 48,
+        "num_hidden_layers": 3,
+        "eos_token_id": (258,),
+    },
+)
+ALONE = {"cpu_devices": 1}
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("teacher") / "model"
+    params = init_params(TEACHER.replace(initializer_range=0.2), jax.random.key(7))
+    save_hf(folder, TEACHER, params, tokenizer=byte_tokenizer())
+    return str(folder)
+
+
+def distill(folder: Path, teacher: str, **changes) -> RunConfig:
+    section = {"teacher": teacher, **changes.pop("distill", {})}
+    changes = {
+        "mesh": ALONE,
+        "train__batch_size": 4,
+        "train__steps": 5,
+        "train__eval_every_steps": 5,
+        **changes,
+    }
+    return config(folder, method="distill", distill=section, **changes)
+
+
+KEEP = ("step", "loss", "hard_loss", "soft_loss", "grad_norm", "eval_kl", "eval_agreement")
+
+
+def numbers(result) -> list[dict]:
+    entries = read_metrics(result.run_dir / "metrics.jsonl")
+    return [{name: entry.get(name) for name in KEEP} for entry in entries]
+
+
+def test_a_run_stopped_and_gone_on_with_equals_one_that_was_not(tmp_path, teacher):
+    section = {"temperature": {"start": 2.0, "end": 1.0}, "soft_weight": {"start": 1, "end": 0}}
+    for name in ("whole", "stopped"):
+        (tmp_path / name).mkdir()
+    before = {path: path.read_bytes() for path in Path(teacher).iterdir()}
+    whole = train(distill(tmp_path / "whole", teacher, distill=section))
+    entries = numbers(whole)
+    assert entries[-1]["eval_kl"] is not None and entries[-1]["eval_agreement"] is not None
+    first = entries[0]
+    assert first["loss"] == pytest.approx(first["soft_loss"], rel=1e-5), "soft_weight begins at 1"
+    again = distill(tmp_path / "stopped", teacher, distill=section)
+    train(again, stop_after=3)
+    result = train(again)
+    assert numbers(result) == entries
+    same_bits(result.params, whole.params)
+    assert {path: path.read_bytes() for path in Path(teacher).iterdir()} == before
+    stored = load(str(result.run_dir))
+    assert stored.config.vocab_size == TINY["vocab_size"], "the student alone is saved"
+
+
+def test_the_pmap_run_is_the_jit_run(tmp_path, teacher):
+    found = []
+    for step in ("jit", "pmap"):
+        (tmp_path / step).mkdir()
+        mesh = {"data": -1, "fsdp": 1, "cpu_devices": 4}
+        run = distill(tmp_path / step, teacher, distill={"step": step}, mesh=mesh)
+        found.append(numbers(train(run)))
+    assert found[0][-1]["eval_kl"] is not None
+    for one, other in zip(*found, strict=True):
+        there = {name: value for name, value in one.items() if value is not None}
+        assert there == pytest.approx({name: other[name] for name in there}, rel=1e-4, abs=1e-4)
+
+
+def test_a_quantized_teacher_and_an_adapted_student(tmp_path, teacher):
+    model = load(teacher)
+    folder = tmp_path / "quantized"
+    params = quantize(model.config, model.params, scheme="int8")
+    save_model(folder, model.config, params, model.tokenizer)
+    result = train(distill(tmp_path, str(folder), lora={"r": 4}, train__steps=3))
+    assert numbers(result)[-1]["eval_kl"] > 0
+    with pytest.raises(ValueError, match="teacher_dtype is bfloat16, but .* quantized"):
+        loop._build(distill(tmp_path, str(folder), distill={"teacher_dtype": "bfloat16"}))
+
+
+def test_slices_of_the_teacher_begin_nearer_to_it(tmp_path, teacher):
+    start = {"name": teacher, "init": "slices", "overrides": {"num_hidden_layers": 2}}
+    run = distill(
+        tmp_path,
+        teacher,
+        model=start,
+        train__steps=1,
+        schedule={},
+        optimizer={"learning_rate": 0.0},
+    )
+    result = train(run)
+    whole = load(teacher)
+    for path, leaf in tree.flatten(result.params).items():
+        expected = tree.flatten(whole.params)[path]
+        expected = expected[np.asarray([0, 2])] if path.startswith("layers.") else expected
+        np.testing.assert_array_equal(leaf, expected)
+    start = {**start, "overrides": {"num_hidden_layers": 3}}
+    (tmp_path / "same").mkdir()
+    run = distill(
+        tmp_path / "same",
+        teacher,
+        model=start,
+        train__steps=1,
+        schedule={},
+        optimizer={"learning_rate": 0.0},
+    )
+    assert numbers(train(run))[-1]["eval_kl"] == pytest.approx(0, abs=1e-6)
+
+
+def lowered(run: RunConfig) -> str:
+    _, setup, _ = loop._build(run)
+    with jax.set_mesh(setup.mesh):
+        return loop._lower(setup).as_text()
+
+
+def test_every_field_of_the_section_changes_the_step(tmp_path, teacher):
+    sections = [
+        {},
+        {"temperature": 2.0},
+        {"soft_weight": 0.9},
+        {"soft_weight": {"start": 0.9, "end": 0.1}},
+        {"soft_weight": {"start": 0.9, "end": 0.1, "steps": 2}},
+        {"divergence": "reverse_kl"},
+        {"divergence": "jensen_shannon"},
+        {"teacher_dtype": "bfloat16"},
+    ]
+    texts = {lowered(distill(tmp_path, teacher, distill=section)) for section in sections}
+    assert len(texts) == len(sections)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(tmp_path, teacher):
+    with pytest.raises(ValueError, match=r"have different tokenizers: of \d+ ids \d+ differ \("):
+        loop._build(distill(tmp_path, "smollm2-135m"))
+    bare = tmp_path / "bare"
+    save_hf(bare, TEACHER, init_params(TEACHER, jax.random.key(0)))
+    with pytest.raises(ValueError, match="brings no tokenizer"):
+        loop._build(distill(tmp_path, str(bare)))
+    short = tmp_path / "short"
+    small = TEACHER.replace(max_position_embeddings=16)
+    save_hf(short, small, init_params(small, jax.random.key(0)), tokenizer=byte_tokenizer())
+    with pytest.raises(ValueError, match="reads at most 16 positions"):
+        loop._build(distill(tmp_path, str(short)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill": {"temperature": 0}}, "distill.temperature is 0"),
+        ({"distill": {"soft_weight": 1.5}}, "distill.soft_weight is 1.5"),
+        ({"distill": {"soft_weight": {"start": 0, "end": 2}}}, "distill.soft_weight.end is 2"),
+        ({"distill": {"temperature": {"start": 0, "end": 2}}}, "distill.temperature.start is 0"),
+        ({"distill": {"tempreature": 1}}, "did you mean 'temperature'"),
+        ({"distill": {"divergence": "kl"}}, "allowed are forward_kl"),
+        ({"distill": {"teacher": ""}}, "distill.teacher is empty"),
+        ({"distill": {"teacher_architecture": "x"}}, "teacher_architecture 'x' is no preset"),
+        ({"distill": {"step": "pmap"}, "mesh": {"fsdp": 2}}, "mesh.fsdp is 2"),
+        ({"distill": {"step": "pmap"}}, "mesh.fsdp is -1"),
+        ({"quantization": {}}, "quantized weights cannot be trained"),
+    ],
+)
+def test_sections_are_checked(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        distill(tmp_path, "t", **changes)
+
+
+def test_the_section_belongs_to_its_method(tmp_path):
+    with pytest.raises(ValueError, match="section distill is missing"):
+        config(tmp_path, method="distill")
+    with pytest.raises(ValueError, match="method lora does not read it"):
+        config(tmp_path, distill={"teacher": "t"})
+    with pytest.raises(ValueError, match="init is slices, but model.overrides does not say"):
+        config(tmp_path, model={"name": "x", "init": "slices"})
+    run = config(
+        tmp_path,
+        model={"name": "smollm2-135m", "init": "slices", "overrides": {"num_hidden_layers": 40}},
+    )
+    with pytest.raises(ValueError, match="model.overrides: num_hidden_layers is 40, but"):
+        loop._build(run)

@@ -1,0 +1,150 @@
+"""Distillation: a loss that draws a student's distributions to a teacher's.
+
+    loss = (1 - soft_weight) * cross entropy of the labels + soft_weight * T^2 * divergence
+
+The teacher's parameters stand beside the state: they are never differentiated, have no optimizer
+state and are not saved with the run. Both models' logits exist for one chunk of positions at a time
+(`model.chunked`), with the vocabulary divided over the mesh as in the cross entropy.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax import tree
+from llama_jax.config import Compute, LogicalRules, ModelConfig
+from llama_jax.mesh.sharding import constrain, loss_rules
+from llama_jax.model import transformer
+from llama_jax.model.chunked import chunked_sums
+from llama_jax.model.divergence import divergences, same_ids
+from llama_jax.model.losses import Batch, dealt_head, in_chunks
+from llama_jax.weights.dot import dot
+from llama_jax.weights.tensors import Leaf
+from train.config import DistillSection, RampSection
+from train.step import LossSums
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What is learned from. params: shape structs or arrays; num_ids: how many ids stand for
+    tokens, which is where both vocabularies' padding begins."""
+
+    config: ModelConfig
+    params: tree.Tree
+    num_ids: int
+
+
+def ramp(value: float | RampSection, step: Any, total_steps: int) -> jax.Array:
+    """The value of a number that may follow a schedule, at the step counted from 0."""
+    if not isinstance(value, RampSection):
+        return jnp.float32(value)
+    length = value.steps or total_steps
+    done = jnp.clip(jnp.asarray(step).astype(jnp.float32) / max(length, 1), 0.0, 1.0)
+    return value.start + (value.end - value.start) * done
+
+
+@dataclass(frozen=True)
+class DistillLoss:
+    """The loss of a batch [B, T], in sums over counted targets.
+
+    Means beside the loss: hard_loss, the cross entropy; soft_loss, the divergence times T^2; and in
+    evaluations kl, KL(teacher || student) at temperature 1, and agreement, how often both find the
+    same token likeliest.
+    """
+
+    section: DistillSection
+    teacher: ModelConfig
+    num_ids: int
+    total_steps: int
+
+    def __call__(
+        self,
+        config: ModelConfig,
+        params: tree.Tree,
+        batch: Batch,
+        teacher: tree.Tree,
+        *,
+        step: jax.Array,
+        compute: Compute,
+        measure: bool = False,
+    ) -> LossSums:
+        hidden, stats = _hidden(config, params, batch, compute)
+        taught, _ = _hidden(self.teacher, jax.lax.stop_gradient(teacher), batch, compute)
+        taught = jax.lax.stop_gradient(taught)
+        heads = [
+            transformer.head_weight(config, params),
+            jax.lax.stop_gradient(transformer.head_weight(self.teacher, teacher)),
+        ]
+        rules = [loss_rules(head.shape[0], compute.rules) for head in heads]
+        heads = [dealt_head(head, rule) for head, rule in zip(heads, rules, strict=True)]
+        chunk = _Chunk(self.section, self.num_ids, compute, rules[0], rules[1], measure)
+        mask = batch.loss_mask.astype(jnp.float32)
+        pieces = in_chunks(compute, hidden, taught, batch.targets, mask)
+        numbers = tuple(
+            ramp(value, step, self.total_steps)
+            for value in (self.section.soft_weight, self.section.temperature)
+        )
+        loss, means = chunked_sums(chunk, pieces[0], heads[0], pieces[1:], (heads[1], *numbers))
+        return LossSums(loss=loss, weight=mask.sum(), stats=stats, means=means)
+
+
+def _hidden(config: ModelConfig, params: tree.Tree, batch: Batch, compute: Compute) -> Any:
+    hidden, _, stats = transformer.hidden_states(
+        config,
+        params,
+        batch.tokens,
+        compute=compute,
+        positions=batch.positions,
+        segment_ids=batch.segment_ids,
+    )
+    return hidden, stats
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """The sums of one chunk of positions."""
+
+    section: DistillSection
+    num_ids: int
+    compute: Compute
+    student_rules: LogicalRules
+    teacher_rules: LogicalRules
+    measure: bool
+
+    def __call__(
+        self, hidden: jax.Array, head: Leaf, part: Any, constants: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        taught, targets, mask = part
+        teacher_head, soft_weight, temperature = constants
+        mask = constrain(mask, ("loss_batch", None), self.student_rules)
+        counted = mask > 0
+        student = self._logits(hidden, head, self.student_rules)
+        teacher = self._logits(taught, teacher_head, self.teacher_rules)
+        # What does not count may hold anything, also what is not finite.
+        teacher = jnp.where(counted[..., None], teacher, 0.0)
+        hard = jnp.sum(_cross_entropy(student, targets) * mask)
+        student, teacher = same_ids(student, teacher, self.num_ids)
+        soft = jnp.sum(
+            mask
+            * divergences(student, teacher, kind=self.section.divergence, temperature=temperature)
+        )
+        means = {"hard_loss": hard, "soft_loss": soft}
+        if self.measure:
+            means["kl"] = jnp.sum(mask * divergences(student, teacher, kind="forward_kl"))
+            same = student.argmax(axis=-1) == teacher.argmax(axis=-1)
+            means["agreement"] = jnp.sum(mask * same.astype(jnp.float32))
+        return (1.0 - soft_weight) * hard + soft_weight * soft, means
+
+    def _logits(self, hidden: jax.Array, head: Leaf, rules: LogicalRules) -> jax.Array:
+        hidden = constrain(hidden, ("loss_batch", None, None), rules)
+        logits = dot(hidden, head, compute=self.compute, keep_accumulator=True)
+        return constrain(logits.astype(jnp.float32), ("loss_batch", None, "loss_vocab"), rules)
+
+
+def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log softmax(logits)[target], as `losses.token_losses` has it."""
+    total = jax.nn.logsumexp(logits, axis=-1)
+    is_target = jnp.arange(logits.shape[-1], dtype=targets.dtype) == targets[..., None]
+    return total - jnp.where(is_target, logits, 0.0).sum(axis=-1)

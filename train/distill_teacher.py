@@ -1,0 +1,108 @@
+"""The teacher of a distillation: found, checked against the student's tokenizer, and loaded."""
+
+from typing import Any
+
+import jax
+
+from llama_jax import tree
+from llama_jax.config import ModelConfig
+from llama_jax.load import load, load_abstract
+from llama_jax.presets import presets
+from llama_jax.weights.table import abstract_params
+from train.config import DistillSection, RunConfig
+from train.distill import Teacher
+from train.setup import Setup
+
+_SHOWN = 3
+
+
+def read_teacher(run: RunConfig, tokenizer: Any) -> Teacher | None:
+    """The teacher on shapes; None for other methods.
+
+    Raises ValueError for a teacher whose tokenizer is another than the student's, or that brings
+    none, and for one that reads fewer positions than the rows have.
+    """
+    section = run.distill
+    if section is None:
+        return None
+    stored = load_abstract(section.teacher)
+    _check_tokenizer(section.teacher, stored.tokenizer, tokenizer)
+    config, params = _held(section, stored.config, stored.params)
+    _check_length(run, config)
+    return Teacher(config, params, tokenizer.vocab_size)
+
+
+def read_teacher_shape(run: RunConfig, student: ModelConfig) -> Teacher | None:
+    """As `read_teacher`, of `distill.teacher_architecture` if it is given, so that the teacher need
+    not be there. Without tokenizers every id that both models have is taken for a token."""
+    section = run.distill
+    if section is None:
+        return None
+    if section.teacher_architecture is None:
+        stored = load_abstract(section.teacher)
+        config, params = _held(section, stored.config, stored.params)
+    else:
+        config = presets[section.teacher_architecture]
+        config, params = _held(section, config, abstract_params(config))
+    _check_length(run, config)
+    return Teacher(config, params, min(student.vocab_size, config.vocab_size))
+
+
+def load_teacher(setup: Setup) -> tuple[tree.Tree, ...]:
+    """What stands beside the state: the teacher's parameters, on the mesh, or nothing."""
+    section = setup.run.distill
+    if section is None:
+        return ()
+    rules = setup.compute.rules
+    loaded = load(section.teacher, mesh=setup.mesh, rules=rules, dtype=section.teacher_dtype)
+    places = jax.tree.map(lambda struct: struct.sharding, setup.beside[0])
+    return (jax.device_put(loaded.params, places),)
+
+
+def _held(
+    section: DistillSection, config: ModelConfig, params: tree.Tree
+) -> tuple[ModelConfig, tree.Tree]:
+    if section.teacher_dtype is None or section.teacher_dtype == config.dtype:
+        return config, params
+    if not all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in tree.flatten(params).values()):
+        raise ValueError(
+            f"distill.teacher_dtype is {section.teacher_dtype}, but {section.teacher} holds "
+            f"quantized or adapted weights, whose numbers have types of their own; leave it out"
+        )
+    config = config.replace(dtype=section.teacher_dtype)
+    return config, abstract_params(config)
+
+
+def _check_length(run: RunConfig, config: ModelConfig) -> None:
+    assert run.distill is not None
+    length, limit = run.train.sequence_length, config.max_position_embeddings
+    if length > limit:
+        raise ValueError(
+            f"train.sequence_length is {length}, but the teacher {run.distill.teacher} reads at "
+            f"most {limit} positions (max_position_embeddings)"
+        )
+
+
+def _check_tokenizer(teacher: str, theirs: Any, ours: Any) -> None:
+    """The teacher must know every token of the student under the same id; it may know more."""
+    if theirs is None:
+        raise ValueError(
+            f"distill.teacher {teacher} brings no tokenizer, so it cannot be told whether its ids "
+            f"mean what the student's do; put the tokenizer's files into its folder"
+        )
+    student, found = (
+        {i: token for token, i in each.backend.get_vocab(with_added_tokens=True).items()}
+        for each in (ours, theirs)
+    )
+    different = [i for i in sorted(student) if student[i] != found.get(i)]
+    if different:
+        shown = ", ".join(
+            f"{i} is {student[i]!r} to the student and {found.get(i)!r} to the teacher"
+            for i in different[:_SHOWN]
+        )
+        raise ValueError(
+            f"the student and distill.teacher {teacher} have different tokenizers: of "
+            f"{len(student)} ids {len(different)} differ ({shown}). Their distributions are over "
+            f"different texts and cannot be compared; choose a teacher with the student's "
+            f"tokenizer, or set model.tokenizer to the teacher's and train a student for it"
+        )
