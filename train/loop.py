@@ -488,15 +488,20 @@ def _sample(job: _Job, state: TrainState) -> Sequence[str] | None:
 
 def _write_report(job: _Job, goodput: dict[str, Any]) -> None:
     sample = job.data.train.samples[0]
+    data = {
+        name: report.to_dict()
+        for name, report in (("train", job.data.train_report), ("eval", job.data.eval_report))
+        if report is not None
+    }
+    for name, share in job.batches.progress().items():
+        data["train"][f"{name}: trained on"] = (
+            f"{share['items']} rows, {share['epochs']:.2f} times all"
+        )
     write_report(
         job.folder.report,
         config=job.setup.run.to_dict(),
         metrics=read_metrics(job.folder.metrics),
-        data={
-            name: report.to_dict()
-            for name, report in (("train", job.data.train_report), ("eval", job.data.eval_report))
-            if report is not None
-        },
+        data=data,
         sample=spans(sample, job.start.tokenizer),
         counters=dict(job.counters),
         parameters=job.setup.num_parameters(),

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -116,6 +117,7 @@ def test_the_run_folder_holds_what_it_should(whole):
 
 def test_the_report_stands_alone_and_shows_the_run(whole):
     page = (whole[1].run_dir / "report.html").read_text()
+    assert re.search(r": trained on</td><td>\d+ rows, \d+\.\d\d times all", page)
     assert page.count("<polyline") >= 4
     assert "http" not in page and "<script" not in page
     for text in ("trained_tokens", "eval_fraction", "<mark>it is 0&lt;|im_end|&gt;</mark>"):
