@@ -5,6 +5,7 @@ prompt, run one token of every choice that has been read. Compiled shapes are fi
 the first request, so no request waits for a compilation.
 """
 
+import itertools
 import logging
 import secrets
 import threading
@@ -13,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from infer.completion import Piece as TextPiece
 from infer.completion import Row, TokenLogprob, make_logprob
 from infer.engine.blocks import BlockManager
 from infer.engine.compilations import compilations_here, count_compilations
+from infer.engine.drafts import look_up
 from infer.engine.options import EngineOptions
 from infer.engine.request import (
     Event,
@@ -34,12 +36,23 @@ from infer.engine.request import (
 )
 from infer.engine.runner import Runner
 from infer.engine.scheduler import Choice, Piece, Scheduler, plan_pieces
+from infer.engine.structure import Grammars, TextMatcher
 from infer.sampling import NO_TOKEN, Sampled
 from llama_jax.config import Compute
 
 log = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
+
 State = Literal["starting", "ready", "draining", "broken", "stopped"]
+
+
+@dataclass(frozen=True)
+class _Adapter:
+    """place: its number in the stack. identity: no two that were ever loaded share it."""
+
+    place: int
+    identity: str
 
 
 @dataclass(eq=False)
@@ -50,6 +63,8 @@ class _Active:
     request: Request
     on_event: Callable[[Event], None]
     rows: list[Row]
+    adapter: "_Adapter | None"
+    matcher: TextMatcher | None
     choices: list[Choice] = field(default_factory=list)
     later: list[Row] = field(default_factory=list)
     num_ended: int = 0
@@ -91,6 +106,12 @@ class BatchingEngine:
         self._runner = Runner(
             self.model, self.options, capacity=self.max_context, num_blocks=self._num_blocks
         )
+        tokenizer = self._generator.tokenizer
+        self._grammars: Grammars | None = None
+        if tokenizer is not None:
+            ends = self._generator.end_tokens
+            self._grammars = Grammars(tokenizer, vocab_size=config.vocab_size, end_tokens=ends)
+        self._serials = itertools.count()
         self._state: State = "stopped"
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -114,7 +135,14 @@ class BatchingEngine:
         self._owed_seconds = 0.0
         self._request_seconds = 1.0  # a running mean of how long requests take
         self._is_over = False
+        self._has_ended = False
         self._is_alive = True
+        self._adapters: dict[str, _Adapter] = {}
+        self._leaving: set[int] = set()
+        if self._runner.adapters is not None:
+            for place in range(self._runner.adapters.count):
+                self._runner.adapters.put(place, {})
+            self._runner.use_adapters()
 
     # What clients call, from any thread
 
@@ -159,10 +187,10 @@ class BatchingEngine:
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> None:
         self._check_ready()
-        rows = self._rows(request)
-        active = _Active(request, on_event, rows)
+        rows, matcher = self._rows(request), self._matcher(request)
         with self._changed:
             self._check_ready()
+            active = _Active(request, on_event, rows, self._adapter(request), matcher)
             if request.id in self._active:
                 raise ValueError(f"a request with the id {request.id!r} is running; ids are unique")
             waiting = sum(not each.is_admitted for each in self._active.values())
@@ -187,11 +215,92 @@ class BatchingEngine:
     def embed(self, prompt_token_ids: tuple[int, ...]) -> list[float]:
         tokens = self._generator.encode(prompt_token_ids, chat=False)
         future: Future[list[float]] = Future()
+        self._wish(lambda: self._jobs.append(self._embed(tokens, future)))
+        return self._outcome(future)
+
+    def add_adapter(self, name: str, folder: str) -> None:
+        stack = self._runner.adapters
+        if stack is None:
+            raise ValueError("this engine serves no adapters; start it with max_adapters above 0")
+        factors = stack.read(folder)
+        done: Future[None] = Future()
+
+        def load() -> None:
+            taken = {adapter.place for adapter in self._adapters.values()} | self._leaving
+            free = [place for place in range(stack.count) if place not in taken]
+            if name in self._adapters:
+                done.set_exception(ValueError(f"an adapter {name!r} is loaded; remove it first"))
+            elif not free:
+                message = f"{stack.count} adapters are loaded, as many as may (max_adapters)"
+                done.set_exception(ValueError(message))
+            else:
+                stack.put(free[0], factors)
+                self._runner.use_adapters()
+                identity = f"{name} {next(self._serials)}"
+                self._adapters[name] = _Adapter(free[0], identity)
+                done.set_result(None)
+
+        self._wish(load)
+        self._outcome(done)
+
+    def remove_adapter(self, name: str) -> None:
+        stack = self._runner.adapters
         with self._changed:
             self._check_ready()
-            self._inbox.append(lambda: self._jobs.append(self._embed(tokens, future)))
+            adapter = self._adapters.pop(name, None)
+            if adapter is None or stack is None:
+                raise ValueError(f"no adapter {name!r} is loaded; {self._loaded()}")
+            self._leaving.add(adapter.place)
+            self._changed.wait_for(
+                lambda: (
+                    self._has_ended
+                    or not any(each.adapter is adapter for each in self._active.values())
+                )
+            )
+        done: Future[None] = Future()
+
+        def unload() -> None:
+            stack.put(adapter.place, {})
+            self._leaving.discard(adapter.place)
+            done.set_result(None)
+
+        self._wish(unload)
+        self._outcome(done)
+
+    def _wish(self, wish: Callable[[], None]) -> None:
+        """Something to do in the thread, between two turns."""
+        with self._changed:
+            self._check_ready()
+            self._inbox.append(wish)
             self._changed.notify_all()
-        return future.result()
+
+    def _outcome(self, future: "Future[_Result]") -> "_Result":
+        while True:
+            try:
+                return future.result(timeout=0.2)
+            except TimeoutError:
+                if self._has_ended:
+                    raise NotReadyError(f"the engine is {self._state}") from None
+
+    def _loaded(self) -> str:
+        names = ", ".join(map(repr, sorted(self._adapters)))
+        return f"loaded are {names}" if names else "none is loaded"
+
+    def _adapter(self, request: Request) -> _Adapter | None:
+        if request.adapter is None:
+            return None
+        if request.adapter not in self._adapters:
+            raise ValueError(f"there is no adapter {request.adapter!r}; {self._loaded()}")
+        return self._adapters[request.adapter]
+
+    def _matcher(self, request: Request) -> TextMatcher | None:
+        if request.structure is None:
+            return None
+        if self._grammars is None:
+            raise ValueError("structure needs a tokenizer; this model has none")
+        if request.params.ignore_eos or request.params.min_tokens:
+            raise ValueError("structure decides where a text ends: leave ignore_eos and min_tokens")
+        return self._grammars.compile(request.structure)
 
     def statistics(self) -> Mapping[str, float]:
         with self._changed:
@@ -248,6 +357,9 @@ class BatchingEngine:
                 self._state = "broken"
                 self._is_alive = False
             self._fail_all("engine", f"the engine broke: {error}")
+        with self._changed:
+            self._has_ended = True
+            self._changed.notify_all()
 
     def _hear(self) -> bool:
         """Waits for something to do and takes in what clients want; False when it is over."""
@@ -316,7 +428,7 @@ class BatchingEngine:
         assert choice.slot is not None
         row = choice.row
         tokens = row.prompt_token_ids[piece.begin : piece.end]
-        hidden, _ = self._runner.read(choice.slot, tokens, piece.begin, piece.shape)
+        hidden, _ = self._runner.read(choice.slot, tokens, piece.begin, piece.shape, choice.adapter)
         self._counts["prompt_tokens_total"] += len(tokens)
         with self._changed:
             begin, end = self._scheduler.piece_done(choice, piece)
@@ -342,7 +454,8 @@ class BatchingEngine:
         active, row = self._active[choice.request.id], choice.row
         sampled = None
         if row.limit > 0:
-            sampled = self._runner.first_token(hidden, place, choice, None)
+            mask = None if choice.matcher is None else choice.matcher.mask()
+            sampled = self._runner.first_token(hidden, place, choice, mask)
         if row.index == 0:
             active.cached_tokens = choice.cached
             self._tell(active, Started(choice.cached, row.prompt_logprobs))
@@ -363,11 +476,40 @@ class BatchingEngine:
         if not choices:
             return
         self._close_hole(choices)
-        sampled = self._runner.next_tokens(choices, {})
+        masks = {c.slot: c.matcher.mask() for c in choices if c.slot is not None and c.matcher}
+        drafts = self._drafts(choices)
+        sampled, length = self._runner.next_tokens(choices, masks, drafts)
         for choice in choices:
             assert choice.slot is not None
-            self._give(self._active[choice.request.id], choice, sampled, choice.slot)
+            slot = choice.slot
+            self._give_all(choice, sampled, slot * length, drafts.get(slot, []))
         self._owed_seconds -= time.perf_counter() - began
+
+    def _drafts(self, choices: list[Choice]) -> dict[int, list[int]]:
+        """Guessed tokens by slot. None where a token changes what the next one may be."""
+        if self._runner.rows_for(choices) > self.options.max_drafted_rows:
+            return {}
+        drafts = {}
+        for choice in choices:
+            if choice.matcher is None and not choice.row.params.edits_logits:
+                room = self._scheduler.room_for_draft(choice)
+                tokens = [*choice.row.prompt_token_ids, *choice.row.token_ids]
+                draft = look_up(tokens, min(room, self.options.draft_tokens))
+                if draft and choice.slot is not None:
+                    drafts[choice.slot] = draft
+                    self._counts["draft_tokens_total"] += len(draft)
+        return drafts
+
+    def _give_all(self, choice: Choice, sampled: Sampled, place: int, draft: list[int]) -> None:
+        """A choice's new tokens: one, and one more for each guess that turned out right."""
+        active = self._active.get(choice.request.id)
+        for number in range(len(draft) + 1):
+            if active is None or choice.row.finish_reason is not None:
+                return
+            self._give(active, choice, sampled, place + number)
+            if number == len(draft) or choice.row.token_ids[-1] != draft[number]:
+                return
+            self._counts["accepted_tokens_total"] += 1
 
     def _close_hole(self, choices: list[Choice]) -> None:
         """Moves the choice in the highest slot down where that makes the step smaller."""
@@ -385,8 +527,6 @@ class BatchingEngine:
     def _give(self, active: _Active, choice: Choice, sampled: Sampled, place: int) -> None:
         """A choice's new token, which may be its last."""
         row, token = choice.row, int(sampled.tokens[place])
-        if active.request.id not in self._active:
-            return  # the other choices of a request that failed in this step
         if token == NO_TOKEN:
             assert choice.slot is not None
             self._runner.clear(choice.slot)
@@ -408,6 +548,8 @@ class BatchingEngine:
                 sampled.top_logprobs[place],
                 sampled.top_tokens[place],
             )
+        if choice.matcher is not None:
+            choice.matcher.push(token)
         piece = row.push(token, logprob)
         self._counts["generated_tokens_total"] += 1
         self._scheduler.took(choice, 1)
@@ -442,9 +584,12 @@ class BatchingEngine:
         if row.wants_prompt_logprobs and row.index == 0:
             use_cache = False  # every state of the prompt is needed
         with self._changed:
+            identity = "" if active.adapter is None else active.adapter.identity
             choice = self._scheduler.make_choice(
-                active.request, row, adapter="", use_cache=use_cache
+                active.request, row, adapter=identity, use_cache=use_cache
             )
+            choice.adapter = -1 if active.adapter is None else active.adapter.place
+            choice.matcher = active.matcher and active.matcher.copy()
             active.choices.append(choice)
             self._scheduler.add(choice)
 

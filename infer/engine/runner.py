@@ -14,6 +14,7 @@ import numpy as np
 from infer import steps as offline
 from infer.batch import Runnable
 from infer.engine import steps
+from infer.engine.adapters import AdapterStack
 from infer.engine.options import EngineOptions
 from infer.engine.scheduler import Choice
 from infer.params import MAX_TOP_LOGPROBS, SamplingParams
@@ -74,6 +75,20 @@ class Runner:
         self._words = -(-model.config.vocab_size // 32)
         self.scratch_slot = self.row_shapes[-1]  # for work that belongs to no choice
         self._columns: tuple[Any, Rows] | None = None
+        self.adapters: AdapterStack | None = None
+        if options.max_adapters:
+            self.adapters = AdapterStack(
+                model.config,
+                model.params,
+                count=options.max_adapters,
+                rank=options.max_lora_rank,
+                dtype=model.compute.dtype,
+            )
+        self.use_adapters()
+
+    def use_adapters(self) -> None:
+        """From here on steps use the adapters that the stack holds now."""
+        self._params = self.model.params if self.adapters is None else self.adapters.params()
 
     def reset(self) -> None:
         """Allocates everything, empty."""
@@ -100,10 +115,17 @@ class Runner:
             self.score(hidden, [0] * shape)
             self._warm_up_first(hidden)
         for rows in self.row_shapes:
-            logits = self._logits(rows, {}, 1)
-            for needs in _VARIANTS:
-                columns = _columns([_FILLER] * rows, [0] * rows, [0] * rows, config.vocab_size)
-                self._take(logits[:, 0], [self._nowhere] * rows, None, columns, [0] * rows, needs)
+            for length in self._lengths(rows):
+                logits = self._logits(rows, length, {}, [-1] * rows)
+                columns = _columns(
+                    [_FILLER] * (rows * length),
+                    [0] * (rows * length),
+                    [0] * (rows * length),
+                    config.vocab_size,
+                )
+                nowhere, taken = [self._nowhere] * (rows * length), [0] * (rows * length)
+                for needs in _VARIANTS:
+                    self._take(logits, nowhere, None, columns, taken, needs)
         self.save_blocks(slot, [0], 0, 1)
         self.load_blocks(slot, [0])
         self.clear(slot)
@@ -120,19 +142,20 @@ class Runner:
     # Prompts
 
     def read(
-        self, slot: int, tokens: Sequence[int], begin: int, shape: int
+        self, slot: int, tokens: Sequence[int], begin: int, shape: int, adapter: int = -1
     ) -> tuple[jax.Array, np.ndarray]:
         """Runs tokens of a slot from position `begin` on: (states [T, D], their sum [D])."""
         padded = np.zeros(shape, np.int32)
         padded[: len(tokens)] = tokens
         self._cache, hidden, total = steps.read_piece(
             self.model.config,
-            self.model.params,
+            self._params,
             self._cache,
             padded,
             np.int32(slot),
             np.int32(begin),
             np.int32(len(tokens)),
+            np.int32(adapter),
             **self._shared,
         )
         return hidden, np.asarray(jax.device_get(total))
@@ -174,57 +197,87 @@ class Runner:
 
     # Answers
 
-    def next_tokens(self, choices: Sequence[Choice], masks: dict[int, np.ndarray]) -> Sampled:
-        """Runs the newest token of each choice and takes the next. Row b of the result is slot b.
-
-        masks: by slot, the tokens that its structure allows.
-        """
+    def rows_for(self, choices: Sequence[Choice]) -> int:
+        """Rows of the step in which these choices take a token."""
         highest = max(choice.slot or 0 for choice in choices)
-        rows = next(shape for shape in self.row_shapes if shape > highest)
-        placed = {
-            choice.slot: (choice.num_tokens - 1, [choice.row.token_ids[-1]]) for choice in choices
-        }
-        logits = self._logits(rows, placed, 1)
-        by_slot = {choice.slot: choice for choice in choices}
-        ordered = [by_slot.get(slot) for slot in range(rows)]
-        key = tuple(-1 if choice is None else choice.arrival for choice in ordered)
+        return next(shape for shape in self.row_shapes if shape > highest)
+
+    def _lengths(self, rows: int) -> list[int]:
+        """Tokens a row that steps of so many rows come in."""
+        if rows > self.options.max_drafted_rows:
+            return [1]
+        return [1, 1 + self.options.draft_tokens]
+
+    def next_tokens(
+        self,
+        choices: Sequence[Choice],
+        masks: dict[int, np.ndarray],
+        drafts: dict[int, list[int]],
+    ) -> tuple[Sampled, int]:
+        """Runs the newest token of each choice, and its guessed ones, and takes a token after
+        each. Gives the tokens and T: what slot b takes after its token j is number b * T + j.
+
+        masks, drafts: by slot, the tokens that its structure allows, and the guessed ones.
+        """
+        rows = self.rows_for(choices)
+        length = self._lengths(rows)[-1] if drafts else 1
+        placed, adapters = {}, [-1] * rows
+        ordered: list[Choice | None] = [None] * rows
+        slots, taken = [self._nowhere] * (rows * length), [0] * (rows * length)
+        for choice in choices:
+            assert choice.slot is not None
+            slot, ids = choice.slot, choice.row.token_ids
+            ordered[slot], adapters[slot] = choice, choice.adapter
+            placed[slot] = (choice.num_tokens - 1, [ids[-1], *drafts.get(slot, [])])
+            slots[slot * length] = self._memory_of(choice)
+            taken[slot * length : (slot + 1) * length] = range(len(ids), len(ids) + length)
+        logits = self._logits(rows, length, placed, adapters)
+        bits = None
+        if masks:
+            bits = self._no_masks(rows * length)
+            for slot, mask in masks.items():
+                bits[slot * length] = mask
+        needs = _variant([choice.row.params for choice in choices], structured=bool(masks))
+        columns = self._columns_of(ordered, length)
+        return self._take(logits, slots, bits, columns, taken, needs), length
+
+    def _columns_of(self, ordered: Sequence[Choice | None], length: int) -> Rows:
+        """Made anew only when others run."""
+        key = (length, *(-1 if choice is None else choice.arrival for choice in ordered))
         if self._columns is None or self._columns[0] != key:
+            each = [choice for choice in ordered for _ in range(length)]
             columns = _columns(
-                [_FILLER if choice is None else choice.row.params for choice in ordered],
-                [0 if choice is None else choice.row.seed for choice in ordered],
-                [0 if choice is None else choice.row.index for choice in ordered],
+                [_FILLER if choice is None else choice.row.params for choice in each],
+                [0 if choice is None else choice.row.seed for choice in each],
+                [0 if choice is None else choice.row.index for choice in each],
                 self.model.config.vocab_size,
             )
             self._columns = (key, columns)
-        needs = _variant([choice.row.params for choice in choices], structured=bool(masks))
-        slots = [self._nowhere] * rows
-        for choice in choices:
-            slots[choice.slot or 0] = self._memory_of(choice)
-        bits = None
-        if masks:
-            bits = self._no_masks(rows)
-            for slot, mask in masks.items():
-                bits[slot] = mask
-        taken = [0 if choice is None else len(choice.row.token_ids) for choice in ordered]
-        return self._take(logits[:, 0], slots, bits, self._columns[1], taken, needs)
+        return self._columns[1]
 
     def _logits(
-        self, rows: int, placed: dict[int | None, tuple[int, list[int]]], length: int
+        self,
+        rows: int,
+        length: int,
+        placed: dict[int, tuple[int, list[int]]],
+        adapters: Sequence[int],
     ) -> jax.Array:
+        """[rows * length, V], after tokens that begin at a position, by slot."""
         tokens = np.zeros((rows, length), np.int32)
         positions = np.full((rows, length), NEVER, np.int32)
         visible = 1
         for slot, (begin, ids) in placed.items():
             tokens[slot, : len(ids)] = ids
-            positions[slot, : len(ids)] = np.arange(begin, begin + len(ids))
+            positions[slot] = np.arange(begin, begin + length)
             visible = max(visible, begin + len(ids))
         self._cache, logits = steps.run_tokens(
             self.model.config,
-            self.model.params,
+            self._params,
             self._cache,
             tokens,
             positions,
             np.int32(visible),
+            np.asarray(adapters, np.int32),
             **self._shared,
         )
         return logits

@@ -14,6 +14,7 @@ from typing import Any
 from infer.completion import Row
 from infer.engine.blocks import BlockManager, CacheScope, OutOfBlocksError, block_keys
 from infer.engine.request import Request
+from infer.engine.structure import TextMatcher
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Choice:
     keys: of its prompt's whole blocks. blocks: held, in the order of its tokens. slot: None while
     it waits. computed: prompt tokens that are in the slot. cached: how many of those came from the
     prefix cache. saved: the slot's content while it is preempted after its prompt was read.
+    adapter: its number, -1 for none. matcher: how far its text is in the structure it must have.
     """
 
     request: Request
@@ -63,6 +65,8 @@ class Choice:
     cached: int = 0
     named: int = 0
     saved: Any = None
+    adapter: int = -1
+    matcher: TextMatcher | None = None
 
     @property
     def prompt_tokens(self) -> int:
@@ -243,14 +247,13 @@ class Scheduler:
             self.blocks.name(choice.blocks[number], choice.keys[number])
         choice.named = end
 
-    def decodable(self, extra_tokens: int = 0) -> list[Choice]:
-        """Those that take a token now, each with blocks for it and for `extra_tokens` more; the
-        least urgent lose their slots when blocks run out. In the order of their slots."""
+    def decodable(self) -> list[Choice]:
+        """Those that take a token now, each with blocks for it; the least urgent lose their slots
+        when blocks run out. In the order of their slots."""
         for choice in sorted(self.running, key=lambda c: c.order):
             if choice.slot is None or not choice.is_read:
                 continue
-            tokens = min(choice.num_tokens + extra_tokens, choice.most_tokens)
-            missing = self.blocks.blocks_for(tokens) - len(choice.blocks)
+            missing = self.blocks.blocks_for(choice.num_tokens) - len(choice.blocks)
             while missing > 0 and choice.slot is not None:
                 try:
                     choice.blocks += self.blocks.hold([], missing)
@@ -259,6 +262,12 @@ class Scheduler:
                     self._preempt(max(self.running, key=lambda c: c.order))
         ready = [choice for choice in self.running if choice.is_read]
         return sorted(ready, key=lambda c: c.slot or 0)
+
+    def room_for_draft(self, choice: Choice) -> int:
+        """Tokens beyond the next one that a choice may compute: within the blocks it has and the
+        answer it may give."""
+        room = len(choice.blocks) * self.blocks.block_size - choice.num_tokens
+        return max(0, min(room, choice.most_tokens - choice.num_tokens))
 
     def took(self, choice: Choice, num_tokens: int) -> None:
         """A choice took tokens; its tenant is served less soon."""

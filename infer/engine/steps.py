@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from infer.engine.adapters import with_chosen
 from infer.sampling import Needs, Rows, Sampled, Seen, sample
 from infer.steps import Rules
 from llama_jax.config import Compute, ModelConfig
@@ -59,6 +60,7 @@ def read_piece(
     slot: Int[Array, ""],
     begin: Int[Array, ""],
     num_real: Int[Array, ""],
+    adapter: Int[Array, ""],
     *,
     compute: Compute,
 ) -> tuple[SlotCache, Float[Array, "T D"], Float[Array, " D"]]:
@@ -68,6 +70,7 @@ def read_piece(
     """
     places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
     rows = SlotRows(slot, (begin + places)[None], begin + num_real)
+    params = with_chosen(params, adapter[None], length=tokens.shape[0])
     hidden, after, _ = transformer.hidden_states(
         config, params, tokens[None], compute=compute, cache=dataclasses.replace(cache, rows=rows)
     )
@@ -84,17 +87,20 @@ def run_tokens(
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
     visible: Int[Array, ""],
+    adapters: Int[Array, " B"],
     *,
     compute: Compute,
-) -> tuple[SlotCache, Float[Array, "B T V"]]:
-    """Runs tokens of the first B slots; logits after each."""
+) -> tuple[SlotCache, Float[Array, "BT V"]]:
+    """Runs tokens of the first B slots, each with its adapter (negative: none); logits after
+    each."""
     rows = SlotRows(jnp.int32(0), positions, visible)
+    params = with_chosen(params, adapters, length=tokens.shape[1])
     hidden, after, _ = transformer.hidden_states(
         config, params, tokens, compute=compute, cache=dataclasses.replace(cache, rows=rows)
     )
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = transformer.logits(config, params, flat, compute=compute)
-    return dataclasses.replace(after, rows=None), logits.reshape(*tokens.shape, -1)
+    return dataclasses.replace(after, rows=None), logits
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))

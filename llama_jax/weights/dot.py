@@ -16,6 +16,7 @@ from llama_jax.weights.tensors import (
     LoraTensor,
     PackedTensor,
     SavedTensor,
+    StackedLora,
     TransposedTensor,
     is_quantized,
     to_array,
@@ -48,6 +49,13 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
         low = _plain(x, weight.lora_a.astype(x.dtype), compute)
         low = (low * weight.scale.astype(low.dtype)).astype(x.dtype)
         return base + _plain(low, weight.lora_b.astype(x.dtype), compute)
+    if isinstance(weight, StackedLora):
+        base = _product(x, weight.base, compute)
+        low = _plain(x, weight.lora_a.astype(x.dtype), compute, contracted=0)
+        owner = jnp.arange(low.shape[1], dtype=jnp.int32) // weight.rank % weight.count
+        # The others' part is zero, and adds exactly nothing.
+        low = jnp.where(weight.chosen[:, None] == owner, low, 0).astype(x.dtype)
+        return base + _plain(low, weight.lora_b.astype(x.dtype), compute, contracted=0)
     if is_quantized(weight):
         # Weight-only: the products are of activations and rescaled integers, as QLoRA has them.
         return _plain(x, to_array(weight, dtype=x.dtype), compute)

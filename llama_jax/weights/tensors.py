@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import qwix
 from qwix import QArray
 
-Leaf = Any  # jax.Array | QArray | PackedTensor | TransposedTensor | LoraTensor | SavedTensor
+# jax.Array | QArray | PackedTensor | TransposedTensor | LoraTensor | StackedLora | SavedTensor
+Leaf = Any
 # An array, or what stands for one in a tree of shardings, shapes or booleans.
 Array = Any
 
@@ -165,6 +166,36 @@ class LoraTensor:
             precision=jax.lax.Precision.HIGHEST,
         )
         return product * self.scale.astype(jnp.float32)[..., None, None]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StackedLora:
+    """A matrix with several low-rank updates, of which each row of activations takes one.
+
+    base: [out, in], any leaf without an adapter; lora_a: [in, J * A * R] and lora_b:
+    [J * A * R, out], scales included, for the J matrices that are joined in this one, A = `count`
+    adapters and R = `rank`; chosen: [T], the adapter of each row, negative for none.
+    """
+
+    base: Leaf
+    lora_a: Array
+    lora_b: Array
+    chosen: Array
+    count: int = field(metadata={"static": True})
+    rank: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
 
 
 @jax.tree_util.register_dataclass
