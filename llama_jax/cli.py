@@ -29,6 +29,7 @@ COMMANDS = (
     "convert",
     "quantize",
     "register",
+    "serve",
     "merge",
     "launch",
     "doctor",
