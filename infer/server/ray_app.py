@@ -55,7 +55,9 @@ class Scaling:
 class Replica:
     """One server in a process of Ray's. make: gives what loads a source."""
 
-    async def __init__(self, settings: Settings, make: Callable[[Settings], Build]):
+    async def __init__(  # type: ignore[misc]  # Ray awaits it
+        self, settings: Settings, make: Callable[[Settings], Build]
+    ):
         from infer.server.logs import set_up_logging
         from llama_jax.commands.startup import start_jax
 

@@ -48,15 +48,6 @@ def run(args: argparse.Namespace) -> int:
     # Nothing that a library starts or writes finds them there.
     for name in ("LLAMA_JAX_API_KEY", "LLAMA_JAX_ADMIN_KEY"):
         os.environ.pop(name, None)
-    try:
-        import grpc  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise RuntimeError(
-            f"serving needs the serve extra ({error.name} is missing); run: "
-            f"pip install 'llama-jax[serve]'"
-        ) from error
     from infer.server.logs import set_up_logging
 
     set_up_logging(settings.log_level, settings.secrets, show_messages=settings.log_error_messages)
@@ -64,12 +55,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(settings: Any) -> int:
-    from infer.server.build import given_sources, make_build
-    from infer.server.run import Address
-    from infer.server.run import run as run_server
+    try:
+        from infer.server.build import given_sources, make_build
+        from infer.server.run import Address
+        from infer.server.run import run as run_server
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"serving needs the serve extra ({error.name} is missing); run: "
+            f"pip install 'llama-jax[serve]'"
+        ) from error
     from llama_jax.commands.startup import start_jax
 
     sources = given_sources(settings.models)
+    build = make_build(settings)
     start_jax()
 
     def on_listening(address: Address) -> None:
@@ -80,7 +78,7 @@ def _serve(settings: Any) -> int:
         if not settings.all_tenants and settings.host not in ("127.0.0.1", "localhost", "::1"):
             sys.stderr.write("warning: no API key is set, so anyone who reaches it may ask\n")
 
-    return run_server(settings, make_build(settings), sources, on_listening=on_listening)
+    return run_server(settings, build, sources, on_listening=on_listening)
 
 
 def _hide_keys() -> None:
