@@ -143,7 +143,10 @@ class Models:
         started = self.has_started and not self.is_draining
         given = [(source.name, source.version) for source in self._sources.values()]
         return started and all(
-            key in self._loaded and self._loaded[key].engine.state == "ready" for key in given
+            key in self._loaded
+            and key not in self._restarting
+            and self._loaded[key].engine.state == "ready"
+            for key in given
         )
 
     @property
