@@ -45,7 +45,8 @@ class Source(Protocol):
     """An input: `rows` gives rows low to high of a tensor in `dtype`; a vector's rows are its
     values."""
 
-    config: ModelConfig
+    @property
+    def config(self) -> ModelConfig: ...
 
     def stored(self, row: Weight, name: str, at: tuple[int, ...]) -> np.dtype[Any]: ...
 
