@@ -28,9 +28,10 @@ COMMANDS = (
     "export",
     "convert",
     "quantize",
+    "prune",
+    "merge",
     "register",
     "serve",
-    "merge",
     "launch",
     "doctor",
 )

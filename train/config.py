@@ -53,6 +53,10 @@ class ModelSection(Section):
         "are there, and weights of another shape are refused; null: what the weights say",
         default=None,
     )
+    keep_zeros: bool = option(
+        "what is exactly zero in the layers' matrices stays so: for models that were pruned",
+        default=False,
+    )
     overrides: dict[str, Any] = field(
         default_factory=dict,
         metadata={
@@ -70,6 +74,11 @@ class ModelSection(Section):
             raise ValueError(
                 "model.overrides changes the architecture, which the stored weights do not fit; "
                 "set model.init: random, or slices to cut them, or remove the overrides"
+            )
+        if self.keep_zeros and self.init != "weights":
+            raise ValueError(
+                f"model.keep_zeros keeps the zeros of a pruned model's weights, but model.init is "
+                f"{self.init}; set it to weights, or keep_zeros to false"
             )
         if self.init == "slices" and not self.overrides:
             raise ValueError(
@@ -529,6 +538,11 @@ class RunConfig(Section):
         super().__post_init__()
         self._check_method_sections()
         self._check_lengths()
+        if self.model.keep_zeros and self.lora is not None:
+            raise ValueError(
+                "model.keep_zeros is true, but adapters are added to the weights, whose zeros a "
+                "merge would fill; train without section lora, or set keep_zeros to false"
+            )
         has_eval = bool(self.data.eval or self.data.eval_fraction)
         if self.train.eval_every_steps is not None and not (has_eval or self.train.sample_prompts):
             raise ValueError(

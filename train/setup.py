@@ -21,7 +21,7 @@ from llama_jax.mesh.slices import slice_named
 from llama_jax.model.losses import Batch, next_token_loss
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.quantize import quantize
-from llama_jax.weights.select import trainable_mask
+from llama_jax.weights.select import trainable_mask, zeros_mask
 from llama_jax.weights.table import abstract_params, init_params
 from train.config import MeshSection, RunConfig
 from train.data.preference import PreferenceBatch
@@ -162,6 +162,7 @@ def make_setup(
         rows_per_item=rows_per_item(run),
         accumulation_steps=run.train.gradient_accumulation_steps,
         axis=AXIS if by_pmap else None,
+        held=zeros_mask(config, params) if run.model.keep_zeros else None,
     )
     beside_places = jax.tree.map(lambda struct: struct.sharding, beside)
     return Setup(

@@ -46,6 +46,7 @@ def make_train_step(
     accumulation_steps: int = 1,
     rows_per_item: int = 1,
     axis: str | None = None,
+    held: tree.Tree | None = None,
 ) -> Step:
     """`step(state, batch, *beside) -> (state, metrics)` over arrays [B, T].
 
@@ -53,6 +54,9 @@ def make_train_step(
     number of the step: `loss(config, params, batch, *beside, step=…, compute=…)`.
 
     axis: of `jax.pmap`, when each device has a part of the batch's rows.
+
+    held: true for the arrays whose zeros, left by pruning, stay exactly zero: they get no gradient,
+    so that neither the norm nor a moment knows them, and no update. None: no array's.
 
     Only what `mask` selects is differentiated. With `accumulation_steps` the batch is taken in that
     many parts, whose sums of loss and gradient are added before the one division by the number of
@@ -79,9 +83,12 @@ def make_train_step(
         sums, gradients = _over_devices((sums, gradients), axis)
         weight = jnp.maximum(sums["weight"], 1.0)
         gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
+        kept = None if held is None else tree.partition(held, mask)[0]
+        gradients = _with_zeros(gradients, trained, kept)
         updated, opt_state, metrics = optimizer.update(
             gradients, state.opt_state, trained, state.rng
         )
+        updated = _with_zeros(updated, trained, kept)
         healthy = jnp.isfinite(sums["loss"]) & jnp.isfinite(metrics["grad_norm"])
         apply = (sums["weight"] > 0) & healthy
 
@@ -115,6 +122,17 @@ def _bound(loss: Loss, step: jax.Array, beside: tuple[Any, ...], **options: Any)
         return loss(config, params, batch, *beside, step=step, compute=compute, **options)
 
     return bound
+
+
+def _with_zeros(values: tree.Tree, params: tree.Tree, held: tree.Tree | None) -> tree.Tree:
+    """`values` set to zero where a held parameter is."""
+    if held is None:
+        return values
+
+    def zeroed(value: jax.Array, param: jax.Array, hold: bool) -> jax.Array:
+        return jnp.where(param == 0, jnp.zeros_like(value), value) if hold else value
+
+    return jax.tree.map(zeroed, values, params, held)
 
 
 def _over_devices(values: Any, axis: str | None) -> Any:

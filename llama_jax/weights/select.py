@@ -85,6 +85,17 @@ def decay_mask(config: ModelConfig, params: tree.Tree) -> tree.Tree:
     return tree.map_with_path(leaf_mask, params)
 
 
+def zeros_mask(config: ModelConfig, params: tree.Tree) -> tree.Tree:
+    """True for each array whose zeros pruning leaves: the matrices of the layers. A zero bias or a
+    zero norm is a value like any other."""
+    rows = table_rows(config, params)
+
+    def leaf_mask(path: str, leaf: Leaf) -> Any:
+        return _all(leaf, rows[path].role == "matrix")
+
+    return tree.map_with_path(leaf_mask, params)
+
+
 def _leaf_trainable(leaf: Leaf, chosen: bool) -> Any:
     if isinstance(leaf, LoraTensor):
         return dataclasses.replace(
