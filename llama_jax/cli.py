@@ -32,6 +32,7 @@ COMMANDS = (
     "merge",
     "register",
     "serve",
+    "batch",
     "launch",
     "doctor",
 )

@@ -36,20 +36,18 @@ _FILLER = SamplingParams(temperature=0)
 
 
 def piece_shapes(piece_tokens: int) -> list[int]:
-    """32, 64, …, piece_tokens."""
-    shapes = [piece_tokens]
-    while shapes[0] % 2 == 0 and shapes[0] // 2 >= _SHORTEST_PIECE:
-        shapes.insert(0, shapes[0] // 2)
-    return shapes
+    """A short one for short prompts and ends of long ones, and the whole. Each costs a second of
+    every start, so there are few."""
+    return sorted({min(_SHORTEST_PIECE, piece_tokens), piece_tokens})
 
 
 def row_shapes(max_slots: int) -> list[int]:
-    """2, 4, 8, …, max_slots."""
+    """2, 8, 16, 32, …, max_slots; a step of 8 rows takes hardly longer than one of 4."""
     shapes = []
     size = _FEWEST_ROWS
     while size < max_slots:
         shapes.append(size)
-        size *= 2
+        size = max(2 * size, 8)
     return [*shapes, max(max_slots, _FEWEST_ROWS)]
 
 

@@ -1,0 +1,228 @@
+"""A file of requests in OpenAI's batch form, answered by the server's own routes without a network.
+
+Each answer is one line that is on the disk before it counts as done. A run that was killed goes on
+where it was: an unfinished last line is cut off, and what is answered is not asked again.
+"""
+
+import asyncio
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from starlette.types import ASGIApp, Message
+
+from infer.server.app import make_app
+from infer.server.models import Build, Source
+from infer.server.run import make_context
+from infer.server.settings import Settings
+
+URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+
+# Answers that say "not now": the request is asked again.
+_BUSY = (429, 503)
+_PAUSE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Line:
+    """A request of the file."""
+
+    custom_id: str
+    url: str
+    body: dict[str, Any]
+
+
+@dataclass
+class Counts:
+    """total: of the file; before: of them answered by earlier runs; failed: refused for good."""
+
+    total: int
+    before: int
+    done: int = 0
+    failed: int = 0
+
+
+def read_batch(path: Path) -> list[Line]:
+    """Raises ValueError naming file and line."""
+    lines: dict[str, Line] = {}
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not text.strip():
+            continue
+        line = _read_line(text, f"{path}, line {number}")
+        if line.custom_id in lines:
+            raise ValueError(f"{path}, line {number}: custom_id {line.custom_id!r} comes twice")
+        lines[line.custom_id] = line
+    if not lines:
+        raise ValueError(f"{path} holds no requests")
+    return list(lines.values())
+
+
+def _read_line(text: str, where: str) -> Line:
+    try:
+        row = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
+    wanted = {"custom_id", "method", "url", "body"}
+    if not isinstance(row, dict) or set(row) != wanted:
+        raise ValueError(f"{where}: a request has the fields {', '.join(sorted(wanted))}")
+    if not isinstance(row["custom_id"], str) or not row["custom_id"]:
+        raise ValueError(f"{where}: custom_id must be a text, not empty")
+    if row["method"] != "POST" or row["url"] not in URLS:
+        raise ValueError(f"{where}: method must be POST and url one of {', '.join(URLS)}")
+    if not isinstance(row["body"], dict) or row["body"].get("stream"):
+        raise ValueError(f"{where}: body must be an object, without stream")
+    return Line(row["custom_id"], row["url"], row["body"])
+
+
+@contextmanager
+def open_answers(path: Path) -> Iterator[tuple[BinaryIO, set[str]]]:
+    """The file of answers, to be appended to, and the ids it answers. One process at a time."""
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another run; wait for it") from None
+        file.seek(0)
+        content = file.read()
+        # What comes after the last line's end was being written when the run was killed.
+        whole = content[: content.rfind(b"\n") + 1]
+        done = {_answered_id(text, path, n) for n, text in enumerate(whole.splitlines(), start=1)}
+        file.truncate(len(whole))
+        yield file, done
+
+
+def _answered_id(text: bytes, path: Path, number: int) -> str:
+    try:
+        return str(json.loads(text)["custom_id"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}, line {number} is no answer of a batch; give another file"
+        ) from error
+
+
+async def run_batch(
+    source: Path,
+    target: Path,
+    *,
+    settings: Settings,
+    build: Build,
+    model: Source,
+    on_done: Callable[[Counts], None] = lambda counts: None,
+) -> Counts:
+    """Answers what is not answered yet, many requests at once.
+
+    Raises ValueError for files that are no batch, RuntimeError when the engine fails: then what is
+    answered stays, and another run goes on.
+    """
+    lines = read_batch(source)
+    with open_answers(target) as (file, done):
+        strangers = done - {line.custom_id for line in lines}
+        if strangers:
+            raise ValueError(
+                f"{target} answers {min(strangers)!r}, which {source} does not ask; give another "
+                f"file"
+            )
+        counts = Counts(len(lines), len(done))
+        todo = [line for line in lines if line.custom_id not in done]
+        if todo:
+            await _answer_all(todo, file, counts, settings, build, model, on_done)
+        return counts
+
+
+async def _answer_all(
+    todo: list[Line],
+    file: BinaryIO,
+    counts: Counts,
+    settings: Settings,
+    build: Build,
+    model: Source,
+    on_done: Callable[[Counts], None],
+) -> None:
+    context = make_context(settings, build, [model])
+    await context.models.start()
+    try:
+        app, waiting = make_app(context), iter(todo)
+
+        async def work() -> None:
+            for line in waiting:
+                status, request_id, body = await _answer(app, line)
+                _append(file, line, status, request_id, body)
+                counts.done += 1
+                counts.failed += status != 200
+                on_done(counts)
+
+        # Twice as many as are computed at once, so that no slot waits for the next request.
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(len(todo), 2 * settings.max_slots)):
+                group.create_task(work())
+    except* RuntimeError as errors:
+        raise errors.exceptions[0] from errors
+    finally:
+        await context.models.stop(0)
+
+
+async def _answer(app: ASGIApp, line: Line) -> tuple[int, str, Any]:
+    while True:
+        status, headers, raw = await _post(app, line.url, json.dumps(line.body).encode())
+        if status >= 500 and status not in _BUSY:
+            raise RuntimeError(f"{line.custom_id} was not answered: {raw.decode()[:500]}")
+        if status not in _BUSY:
+            return status, headers.get("x-request-id", ""), json.loads(raw)
+        await asyncio.sleep(_PAUSE_SECONDS)
+
+
+async def _post(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "query_string": b"",
+        "root_path": "",
+        "headers": [
+            (b"host", b"batch"),
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+        ],
+        "client": ("batch", 0),
+        "server": ("batch", 0),
+    }
+    status, headers, parts, is_sent = 0, {}, [], False
+
+    async def receive() -> Message:
+        nonlocal is_sent
+        if is_sent:
+            await asyncio.Event().wait()  # the client stays
+        is_sent = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Message) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+            headers.update({k.decode(): v.decode() for k, v in message["headers"]})
+        else:
+            parts.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    return status, headers, b"".join(parts)
+
+
+def _append(file: BinaryIO, line: Line, status: int, request_id: str, body: Any) -> None:
+    answer = {
+        "id": f"batch_req_{request_id}",
+        "custom_id": line.custom_id,
+        "response": {"status_code": status, "request_id": request_id, "body": body},
+        "error": None,
+    }
+    file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,136 @@
+"""Batches: nothing lost, nothing done twice, also when the run is killed."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from infer.server.batch import open_answers, read_batch, run_batch
+from infer.server.models import Built, Source
+from infer.server.settings import Settings
+from tests.infer.server.running import byte_tokenizer
+from tests.infer.server.scripted_engine import ScriptedEngine, saying
+
+
+def line(number, **body):
+    body = {"model": "m", "prompt": f"number {number}", "max_tokens": 4, **body}
+    return {"custom_id": f"c{number}", "method": "POST", "url": "/v1/completions", "body": body}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def answers(path):
+    return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("", "holds no requests"),
+        ("{", "line 1: not JSON"),
+        ("[]", "line 1: a request has the fields"),
+        (json.dumps({**line(1), "more": 1}), "a request has the fields"),
+        (json.dumps({**line(1), "custom_id": 5}), "custom_id must be a text"),
+        (json.dumps({**line(1), "url": "/v1/models"}), "url one of"),
+        (json.dumps({**line(1), "method": "GET"}), "method must be POST"),
+        (json.dumps({**line(1), "body": []}), "body must be an object"),
+        (json.dumps(line(1, stream=True)), "without stream"),
+        (json.dumps(line(1)) + "\n" + json.dumps(line(1)), "line 2: custom_id 'c1' comes twice"),
+    ],
+)
+def test_a_file_that_is_no_batch_is_refused(tmp_path, text, message):
+    path = tmp_path / "in.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_batch(path)
+
+
+def test_an_unfinished_line_is_cut_off(tmp_path):
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(b'{"custom_id": "a"}\n{"custom_id": "b"')
+    with open_answers(path) as (file, done):
+        assert done == {"a"}
+        file.write(b'{"custom_id": "b"}\n')
+        with pytest.raises(ValueError, match="another run"), open_answers(path):
+            pass
+    assert [each["custom_id"] for each in answers(path)] == ["a", "b"]
+    path.write_bytes(b"something else\n")
+    with pytest.raises(ValueError, match="line 1 is no answer"), open_answers(path):
+        pass
+    assert path.read_bytes() == b"something else\n"
+
+
+def scripted():
+    return ScriptedEngine(byte_tokenizer(), saying(byte_tokenizer(), "four"))
+
+
+def run(source, target, engine):
+    build = lambda source: Built(engine, byte_tokenizer())  # noqa: E731
+    return asyncio.run(
+        run_batch(
+            source,
+            target,
+            settings=Settings(models=("m",)),
+            build=build,
+            model=Source("m", "1", "m"),
+        )
+    )
+
+
+def test_answers_are_those_of_the_server_and_refusals_are_answers(tmp_path):
+    rows = [line(n) for n in range(5)] + [line(5, temperature="hot"), line(6, model="other")]
+    source, target = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    engine = scripted()
+    counts = run(source, target, engine)
+    assert (counts.total, counts.before, counts.done, counts.failed) == (7, 0, 7, 2)
+    found = {each["custom_id"]: each["response"] for each in answers(target)}
+    assert {each: found[each]["status_code"] for each in found} == {
+        **{f"c{n}": 200 for n in range(5)}, "c5": 400, "c6": 404,
+    }  # fmt: skip
+    assert found["c0"]["body"]["object"] == "text_completion"
+    assert found["c0"]["body"]["usage"]["completion_tokens"] > 0
+    again = run(source, target, scripted())
+    assert (again.before, again.done) == (7, 0)
+    write(source, rows[1:])
+    with pytest.raises(ValueError, match="answers 'c0', which"):
+        run(source, target, scripted())
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on(tmp_path):
+    from tests.infer.server.batch_kill import NUM_REQUESTS
+
+    source = write(tmp_path / "in.jsonl", [line(n) for n in range(NUM_REQUESTS)])
+    target = tmp_path / "out.jsonl"
+    asked = tmp_path / "asked.txt"
+    command = [sys.executable, "-m", "tests.infer.server.batch_kill", source, target, asked]
+    kills = 0
+    for _ in range(30):
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ) as process:
+            before = target.stat().st_size if target.exists() else 0
+            while process.poll() is None:
+                if kills < 2 and target.exists() and target.stat().st_size > before + 2000:
+                    process.send_signal(signal.SIGKILL)
+                    kills += 1
+                    break
+                time.sleep(0.005)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+    assert kills == 2 and process.returncode == 0
+    ids = [each["custom_id"] for each in answers(target)]
+    assert sorted(ids) == sorted(f"c{n}" for n in range(NUM_REQUESTS))  # none lost, none twice
+    assert all(each["response"]["status_code"] == 200 for each in answers(target))
+    # What had been answered was not asked again: only what was under way at a kill was.
+    assert (
+        len(asked.read_text().splitlines())
+        <= NUM_REQUESTS + kills * 2 * Settings(models=("m",)).max_slots
+    )
