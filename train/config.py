@@ -467,6 +467,14 @@ class DistillSection(Section):
         low=0.0,
         high=1.0,
     )
+    on_policy: float = option(
+        "part of the rows whose prompts the student goes on with itself, to be told by the teacher "
+        "what it would have said; labels count on the other rows alone",
+        default=0.0,
+        low=0.0,
+        high=1.0,
+    )
+    on_policy_temperature: float = option("that the student samples at", default=1.0, above=0.0)
     step: Literal["jit", "pmap"] = option(
         "jit: both models lie on the mesh by its rules; pmap: a copy of both on every device, for "
         "meshes of the data axis alone",
@@ -619,6 +627,16 @@ class RunConfig(Section):
     def _check_distill(self) -> None:
         if self.distill is None:
             raise ValueError("section distill is missing; method distill needs a distill.teacher")
+        if self.distill.on_policy and self.data.packing:
+            raise ValueError(
+                "data.packing is true, but distill.on_policy lets the student go on with prompts, "
+                "of which a row can hold one; set packing to false"
+            )
+        if self.distill.on_policy and self.mesh.context != 1:
+            raise ValueError(
+                f"mesh.context is {self.mesh.context}, but distill.on_policy writes rows token by "
+                f"token, which cannot be divided; set context to 1"
+            )
         if self.distill.step == "jit":
             return
         split = [name for name, size in self.mesh.sizes().items() if name != "data" and size != 1]

@@ -23,6 +23,7 @@ from llama_jax.model.losses import Batch, dealt_head, in_chunks
 from llama_jax.weights.dot import dot
 from llama_jax.weights.tensors import Leaf
 from train.config import DistillSection, RampSection
+from train.distill_on_policy import OnPolicyBatch
 from train.step import LossSums
 
 
@@ -81,7 +82,9 @@ class DistillLoss:
         heads = [dealt_head(head, rule) for head, rule in zip(heads, rules, strict=True)]
         chunk = _Chunk(self.section, self.num_ids, compute, rules[0], rules[1], measure)
         mask = batch.loss_mask.astype(jnp.float32)
-        pieces = in_chunks(compute, hidden, taught, batch.targets, mask)
+        labelled = batch.labelled if isinstance(batch, OnPolicyBatch) else batch.loss_mask
+        labelled = labelled.astype(jnp.float32)
+        pieces = in_chunks(compute, hidden, taught, batch.targets, mask, labelled)
         numbers = tuple(
             ramp(value, step, self.total_steps)
             for value in (self.section.soft_weight, self.section.temperature)
@@ -116,7 +119,7 @@ class _Chunk:
     def __call__(
         self, hidden: jax.Array, head: Leaf, part: Any, constants: Any
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        taught, targets, mask = part
+        taught, targets, mask, labelled = part
         teacher_head, soft_weight, temperature = constants
         mask = constrain(mask, ("loss_batch", None), self.student_rules)
         counted = mask > 0
@@ -124,7 +127,8 @@ class _Chunk:
         teacher = self._logits(taught, teacher_head, self.teacher_rules)
         # What does not count may hold anything, also what is not finite.
         teacher = jnp.where(counted[..., None], teacher, 0.0)
-        hard = jnp.sum(_cross_entropy(student, targets) * mask)
+        labelled = constrain(labelled, ("loss_batch", None), self.student_rules)
+        hard = jnp.sum(_cross_entropy(student, targets) * labelled)
         student, teacher = same_ids(student, teacher, self.num_ids)
         soft = jnp.sum(
             mask

@@ -26,6 +26,7 @@ from llama_jax.weights.table import abstract_params, init_params
 from train.config import MeshSection, RunConfig
 from train.data.preference import PreferenceBatch
 from train.distill import DistillLoss, Teacher
+from train.distill_on_policy import OnPolicy
 from train.distill_pmap import AXIS, make_pmap_step
 from train.dpo import make_dpo_loss
 from train.optim import Optimizer, make_optimizer, make_schedule
@@ -163,6 +164,7 @@ def make_setup(
         accumulation_steps=run.train.gradient_accumulation_steps,
         axis=AXIS if by_pmap else None,
         held=zeros_mask(config, params) if run.model.keep_zeros else None,
+        prepare=_make_prepare(run, teacher),
     )
     beside_places = jax.tree.map(lambda struct: struct.sharding, beside)
     return Setup(
@@ -200,6 +202,13 @@ def _make_loss(run: RunConfig, teacher: Teacher | None) -> Loss:
         return next_token_loss
     assert teacher is not None, "method distill has a teacher"
     return DistillLoss(run.distill, teacher.config, teacher.num_ids, run.train.steps)
+
+
+def _make_prepare(run: RunConfig, teacher: Teacher | None) -> OnPolicy | None:
+    if run.distill is None or not run.distill.on_policy:
+        return None
+    assert teacher is not None, "method distill has a teacher"
+    return OnPolicy(run.distill.on_policy, run.distill.on_policy_temperature, teacher.num_ids)
 
 
 def _placed_teacher(teacher: Teacher, mesh: Mesh, rules: LogicalRules) -> tree.Tree:

@@ -32,6 +32,8 @@ class LossSums(NamedTuple):
     means: Mapping[str, jax.Array] = MappingProxyType({})
 
 
+# prepare(config, params, batch, key, *, first_row, compute) -> Batch
+Prepare = Callable[..., Batch]
 # loss(config, params, batch, *, compute) -> LossSums, or a tuple of its first three.
 Loss = Callable[..., tuple[Any, ...]]
 
@@ -47,6 +49,7 @@ def make_train_step(
     rows_per_item: int = 1,
     axis: str | None = None,
     held: tree.Tree | None = None,
+    prepare: Prepare | None = None,
 ) -> Step:
     """`step(state, batch, *beside) -> (state, metrics)` over arrays [B, T].
 
@@ -54,6 +57,8 @@ def make_train_step(
     number of the step: `loss(config, params, batch, *beside, step=…, compute=…)`.
 
     axis: of `jax.pmap`, when each device has a part of the batch's rows.
+
+    prepare: changes the batch before it is taken apart, with a key of the step.
 
     held: true for the arrays whose zeros, left by pruning, stay exactly zero: they get no gradient,
     so that neither the norm nor a moment knows them, and no update. None: no array's.
@@ -72,6 +77,11 @@ def make_train_step(
     """
 
     def step(state: TrainState, batch: Batch, *beside: Any) -> tuple[TrainState, Metrics]:
+        if prepare is not None:
+            rows = batch.tokens.shape[0]
+            first = 0 if axis is None else jax.lax.axis_index(axis) * rows
+            key = jax.random.fold_in(state.rng, state.step)
+            batch = prepare(config, state.params, batch, key, first_row=first, compute=compute)
         gradient = _make_gradient(config, compute, _bound(loss, state.step, beside))
         trained, frozen = tree.partition(state.params, mask)
         sums, gradients = _accumulate(

@@ -152,8 +152,14 @@ def test_every_field_of_the_section_changes_the_step(tmp_path, teacher):
         {"divergence": "reverse_kl"},
         {"divergence": "jensen_shannon"},
         {"teacher_dtype": "bfloat16"},
+        {"on_policy": 0.5},
+        {"on_policy": 0.25},
+        {"on_policy": 0.5, "on_policy_temperature": 0.5},
     ]
-    texts = {lowered(distill(tmp_path, teacher, distill=section)) for section in sections}
+    options = {"data__packing": False}
+    texts = {
+        lowered(distill(tmp_path, teacher, distill=section, **options)) for section in sections
+    }
     assert len(texts) == len(sections)
 
 
@@ -185,6 +191,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path, teacher):
         ({"distill": {"step": "pmap"}, "mesh": {"fsdp": 2}}, "mesh.fsdp is 2"),
         ({"distill": {"step": "pmap"}}, "mesh.fsdp is -1"),
         ({"quantization": {}}, "quantized weights cannot be trained"),
+        ({"distill": {"on_policy": 0.5}}, "data.packing is true, but distill.on_policy"),
     ],
 )
 def test_sections_are_checked(tmp_path, changes, message):
