@@ -1,12 +1,14 @@
 """From a source to an engine: the only file of the server that knows the engine's class."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from infer.engine.engine import BatchingEngine
 from infer.engine.options import EngineOptions
-from infer.server.models import Build, Built, Source
+from infer.registry import NAME
+from infer.server.models import COMMAND_LINE_VERSION, Build, Built, Source
 from infer.server.settings import Settings
 from llama_jax.config import Compute
 from llama_jax.load import load
@@ -18,6 +20,9 @@ def engine_options(settings: Settings) -> EngineOptions:
         max_slots=settings.max_slots,
         max_context=settings.max_context,
         queue_limit=settings.queue_limit,
+        max_adapters=settings.max_adapters,
+        max_lora_rank=settings.max_lora_rank,
+        draft_tokens=settings.draft_tokens,
     )
     if settings.cache_tokens is None:
         return options
@@ -45,15 +50,10 @@ def make_build(settings: Settings) -> Build:
     return build
 
 
-def given_sources(models: tuple[str, ...]) -> list[Source]:
-    """The versions of the command line, each MODEL or NAME=MODEL. Raises ValueError."""
-    import time
-
-    from infer.registry import NAME
-    from infer.server.models import COMMAND_LINE_VERSION
-
+def given_sources(settings: Settings) -> list[Source]:
+    """The versions of the command line with their adapters. Raises ValueError."""
     sources: dict[str, Source] = {}
-    for text in models:
+    for text in settings.models:
         name, separator, model = text.partition("=")
         if not separator:
             name, model = _name_of(text), text
@@ -64,9 +64,38 @@ def given_sources(models: tuple[str, ...]) -> list[Source]:
         if name in sources:
             raise ValueError(f"two models are called {name}; name them yourself: NAME=MODEL")
         sources[name] = Source(name, COMMAND_LINE_VERSION, model, created=int(time.time()))
+    for text in settings.adapters:
+        model, adapter, folder = _adapter_of(text, list(sources))
+        given = sources[model].adapters
+        if adapter in given:
+            raise ValueError(f"two adapters of {model} are called {adapter}")
+        sources[model] = replace(sources[model], adapters={**given, adapter: folder})
+    most = max((len(source.adapters) for source in sources.values()), default=0)
+    if most > settings.max_adapters:
+        raise ValueError(
+            f"{most} adapters are given and max_adapters is {settings.max_adapters}; raise it"
+        )
     return list(sources.values())
 
 
 def _name_of(model: str) -> str:
     """The last part of a path or Hub id, without .gguf."""
     return Path(model).expanduser().name.removesuffix(".gguf")
+
+
+def _adapter_of(text: str, models: list[str]) -> tuple[str, str, Path]:
+    """Model, name and folder of NAME=FOLDER or MODEL:NAME=FOLDER."""
+    name, separator, folder = text.partition("=")
+    model, colon, adapter = name.rpartition(":")
+    if not separator or not folder or not NAME.fullmatch(adapter):
+        raise ValueError(f"adapters has {text!r}; it must be NAME=FOLDER or MODEL:NAME=FOLDER")
+    if not colon:
+        if len(models) != 1:
+            raise ValueError(f"adapters has {text!r}; say of which model: MODEL:{text}")
+        model = models[0]
+    if model not in models:
+        raise ValueError(f"adapters has {text!r}, but no model given is called {model!r}")
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ValueError(f"the adapter {adapter} is no folder: {path}")
+    return model, adapter, path

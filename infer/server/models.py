@@ -64,13 +64,13 @@ Build = Callable[[Source], Built]
 
 @dataclass(eq=False)
 class Loaded:
-    """A version in memory. adapters: those that requests may name."""
+    """A version in memory. adapters: those that requests may name, with their folders."""
 
     source: Source
     engine: Engine
     tokenizer: "Tokenizer | None"
     is_pinned: bool
-    adapters: set[str]
+    adapters: dict[str, Path]
     in_use: int = 0
     last_used: float = 0.0
 
@@ -368,13 +368,13 @@ class Models:
             await asyncio.to_thread(loaded.engine.add_adapter, adapter, str(known[adapter]))
         except ValueError as error:
             raise ApiError(409, f"{adapter} cannot be loaded: {error}") from error
-        loaded.adapters.add(adapter)
+        loaded.adapters[adapter] = known[adapter]
 
     async def remove_adapter(self, name: str, version: str, adapter: str) -> None:
         loaded = self._loaded_version(name, version)
         if adapter not in loaded.adapters:
             raise _unknown(f"{name}:{adapter}", f"no adapter {adapter[:100]!r} is loaded")
-        loaded.adapters.discard(adapter)
+        del loaded.adapters[adapter]
         await asyncio.to_thread(loaded.engine.remove_adapter, adapter)
 
     def active_version(self, name: str) -> str:
@@ -453,7 +453,7 @@ class Models:
             built.engine.stop(0)
             raise
         is_pinned = source.name in self._sources
-        return Loaded(source, built.engine, built.tokenizer, is_pinned, set(source.adapters))
+        return Loaded(source, built.engine, built.tokenizer, is_pinned, dict(source.adapters))
 
     def _source(self, key: Key) -> Source:
         name, version = key
@@ -535,9 +535,11 @@ class Models:
 
 
 def _start_again(loaded: Loaded) -> None:
-    """In a thread: the same weights, a fresh loop."""
+    """In a thread: the same weights and adapters, a fresh loop."""
     loaded.engine.stop(0)
     loaded.engine.start()
+    for adapter, folder in loaded.adapters.items():
+        loaded.engine.add_adapter(adapter, str(folder))
     _probe(loaded.engine, loaded.tokenizer)
 
 

@@ -65,7 +65,7 @@ class Replica:
             settings.log_level, settings.secrets, show_messages=settings.log_error_messages
         )
         start_jax()
-        self._context = make_context(settings, make(settings), given_sources(settings.models))
+        self._context = make_context(settings, make(settings), given_sources(settings))
         # Ray sends requests once this is done, which makes it the readiness of a replica.
         await self._context.models.start()
 

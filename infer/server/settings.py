@@ -138,11 +138,16 @@ class Settings:
         None, "after which an unused version of the registry is unloaded", low=0
     )
     verify_hashes: bool = _setting(True, "read and hash every file of a version before loading it")
+    adapters: tuple[str, ...] = _setting((), "NAME=FOLDER or MODEL:NAME=FOLDER, loaded at start")
+    max_adapters: int = _setting(0, "LoRA adapters beside a model at once", low=0)
+    max_lora_rank: int = _setting(16, "of those adapters", low=1)
+
     max_slots: int = _setting(16, "choices computed together", low=1)
     max_context: int | None = _setting(None, "tokens of prompt and answer; None is the model's")
     cache_tokens: int | None = _setting(
         None, "that running requests and cached prefixes may hold; None is every slot full", low=1
     )
+    draft_tokens: int = _setting(0, "guessed from the text before and checked in one step", low=0)
     dtype: str | None = _setting(None, "of computation; None is the rule of generate")
     log_level: str = _setting("info", "debug, info, warning or error")
     log_error_messages: bool = _setting(

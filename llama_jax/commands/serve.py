@@ -66,7 +66,7 @@ def _serve(settings: Any) -> int:
         ) from error
     from llama_jax.commands.startup import start_jax
 
-    sources = given_sources(settings.models)
+    sources = given_sources(settings)
     build = make_build(settings)
     start_jax()
 

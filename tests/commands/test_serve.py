@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,13 +13,19 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import pytest
 
 import llama_jax as lj
+from infer.generate import parts_of
 from llama_jax import cli
 from llama_jax.demo.make_tokenizer import FOLDER as TOKENIZER
 from llama_jax.formats.hf import save_hf
+from llama_jax.formats.peft import save_adapter
 from llama_jax.formats.tokenizer import load_tokenizer
+from llama_jax.weights.lora import add_lora
+from llama_jax.weights.lora_config import LoraConfig
+from tests.adapters import trained
 from tests.tiny import tiny_config, tiny_params
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +42,14 @@ def save_tiny(folder, *, seed=0):
     )
     save_hf(folder, config, tiny_params(config, seed), tokenizer=load_tokenizer(TOKENIZER))
     return folder
+
+
+def save_poet(folder, model):
+    """A trained adapter of the model in a folder."""
+    config, params, _ = parts_of(lj.load(model))
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"])
+    adapted = trained(config, add_lora(config, params, lora, jax.random.key(1)), size=0.3)
+    save_adapter(folder, config, adapted, base_model_name_or_path=None)
 
 
 class Process:
@@ -99,10 +114,13 @@ class Process:
 def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve")
     model = save_tiny(folder / "tiny")
+    adapter = folder / "poet"
+    save_poet(adapter, model)
     process = Process(
         folder / "log", f"m={model}", "--api-key", KEY, f"--admin-key={ADMIN}",
-        *SLOTS, HF_TOKEN=HUB_TOKEN,
+        *SLOTS, "--max-adapters", "1", "--adapters", f"poet={adapter}", HF_TOKEN=HUB_TOKEN,
     )  # fmt: skip
+    process.adapter = adapter
     try:
         # Alive while it still loads.  R103
         assert process.call("/healthz")[0] == 200
@@ -205,6 +223,74 @@ def test_mixed_load_compiles_nothing(served):  # R104
         if line.startswith(name + "{")
     }
     assert free["llama_jax_requests_running"] == 0
+
+
+def test_adapters_answer_as_if_merged(served):
+    process, model = served
+    plain = process.complete("once", temperature=0, max_tokens=12)["choices"][0]["text"]
+    status, body = process.call(
+        "/v1/completions",
+        {"model": "m:poet", "prompt": "once", "temperature": 0, "max_tokens": 12},
+    )
+    assert status == 200
+    [expected] = lj.generate(
+        model, ["once"], adapter=process.adapter, temperature=0.0, max_tokens=12
+    )
+    assert body["choices"][0]["text"] == expected.text != plain
+    assert [e["id"] for e in process.call("/v1/models")[1]["data"]] == ["m", "m:poet"]
+
+
+def test_answers_keep_to_their_structure(served):
+    process, _ = served
+    text = process.complete(
+        "x", max_tokens=30, seed=1, response_format={"type": "regex", "regex": "[ab]{3}-[0-9]{2}"}
+    )["choices"][0]["text"]
+    assert re.fullmatch("[ab]{3}-[0-9]{2}", text)
+    schema = {
+        "type": "object",
+        "properties": {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    }
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 100,
+        "response_format": {"type": "json_schema", "json_schema": {"name": "s", "schema": schema}},
+    }
+    status, answer = process.call("/v1/chat/completions", body)
+    choice = answer["choices"][0]
+    assert (status, choice["finish_reason"]) == (200, "stop"), answer
+    value = json.loads(choice["message"]["content"])
+    assert set(value) == {"a", "b"} and value["a"] in (1, 2) and isinstance(value["b"], bool)
+    body["response_format"] = {"type": "regex", "regex": "("}
+    assert process.call("/v1/chat/completions", body)[0] == 400
+
+
+def test_a_forced_tool_is_called(served):
+    process, _ = served
+    tool = {
+        "name": "light",
+        "parameters": {
+            "type": "object",
+            "properties": {"on": {"type": "boolean"}},
+            "required": ["on"],
+            "additionalProperties": False,
+        },
+    }
+    body = {
+        "model": "m",
+        "messages": [{"role": "user", "content": "x"}],
+        "max_tokens": 150,
+        "tools": [{"type": "function", "function": tool}],
+        "tool_choice": {"type": "function", "function": {"name": "light"}},
+        "chat_template": "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}",
+    }
+    status, answer = process.call("/v1/chat/completions", body)
+    assert status == 200, answer
+    [call] = answer["choices"][0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "light"
+    assert isinstance(json.loads(call["function"]["arguments"])["on"], bool)
 
 
 def test_embeddings_are_finite_and_differ(served):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import threading
 import urllib.error
 import urllib.request
@@ -90,6 +91,9 @@ def running(
 
     build: (source) -> Built; by default an engine that says "Hello there".
     """
+    # A command that ran in this process before left a handler of a stream that pytest closed.
+    root = logging.getLogger()
+    root.handlers[:] = [each for each in root.handlers if type(each) is not logging.StreamHandler]
     engines = {}
 
     def built(source):

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from infer.server.api_types import ChatRequest
+from infer.server.models import Source
 from infer.server.openapi import openapi
 from infer.server.settings import Secret, Tenant
 from tests.infer.server.running import byte_tokenizer, running, until
@@ -462,6 +463,17 @@ def test_an_engine_that_breaks_is_reported_and_started_again():
         until(lambda: server.metric("llama_jax_engine_restarts_total") == 1)
         until(lambda: server.call("/readyz")[0] == 200)
         assert server.complete(max_tokens=3)[0] == 200
+
+
+def test_a_restarted_engine_has_its_adapters_again(tmp_path):
+    sources = [Source("m", "1", "m", adapters={"poet": tmp_path})]
+    with running(sources=sources) as server:
+        assert server.engine.adapters == {"poet": str(tmp_path)}
+        server.engine.adapters.clear()  # as an engine that begins afresh does
+        server.engine.break_down()
+        until(lambda: server.metric("llama_jax_engine_restarts_total") == 1)
+        until(lambda: server.call("/readyz")[0] == 200)
+        assert server.engine.adapters == {"poet": str(tmp_path)}
 
 
 # Logs

@@ -19,7 +19,7 @@ def test_flags_win_over_variables_and_variables_over_the_file(tmp_path):
 def test_every_setting_can_be_spelled_as_a_text():
     spelled = {
         "models": "a,b", "models_dir": "d", "host": "h", "cors_origins": "https://a, https://b",
-        "log_level": "debug", "dtype": "float32", "api_key": "key-number-1",
+        "log_level": "debug", "adapters": "a=b", "dtype": "float32", "api_key": "key-number-1",
         "admin_key": "key-number-2",
     }  # fmt: skip
     for each in flag_fields():
