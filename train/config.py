@@ -388,6 +388,34 @@ class QuantizationSection(Section):
     skip: tuple[str, ...] | None = option(
         "patterns of weights to leave alone; null: embedding, head and router", default=None
     )
+    double_quantization: bool = option(
+        "scales of nf4 and int4 in eight bits each: 4.14 instead of 4.5 bits a weight",
+        default=False,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.double_quantization and self.scheme not in ("nf4", "int4"):
+            raise ValueError(
+                f"quantization.double_quantization is true, but {self.scheme} has too few scales "
+                f"for it to save anything; set it to false or choose nf4 or int4"
+            )
+
+
+@dataclass(frozen=True)
+class QatSection(Section):
+    """Quantization-aware training: matrices are rounded in every product, and so are activations,
+    to int8. `llama-jax quantize RUN OUT --scheme qat` then makes the integers."""
+
+    bits: Literal[8, 4] = option("of the matrices, with a scale for each output", default=8)
+    backward: Literal["straight_through", "quantized"] = option(
+        "gradients through the rounding: as if there were none, or with the operands of both "
+        "gradient products rounded to int8 too",
+        default="straight_through",
+    )
+    skip: tuple[str, ...] | None = option(
+        "patterns of weights to leave alone; null: embedding, head and router", default=None
+    )
 
 
 @dataclass(frozen=True)
@@ -523,13 +551,14 @@ class RunConfig(Section):
     model: ModelSection
     data: DataSection
     train: TrainSection
-    method: Literal["pretrain", "full", "lora", "qlora", "dpo", "distill"] = option(
+    method: Literal["pretrain", "full", "lora", "qlora", "qat", "dpo", "distill"] = option(
         "pretrain: every token of every row counts, all weights train; full: only answers of chat "
         "and instruction rows count, all weights train; lora: adapters train; qlora: adapters "
-        "train on a quantized base; dpo: preference rows, with a section lora adapters train, on a "
-        "quantized base with a section quantization, without either all weights do; distill: a "
-        "student learns from the teacher of section distill, on adapters where there is a section "
-        "lora"
+        "train on a quantized base; qat: as full, with products rounded as they will be served, or "
+        "with a section lora adapters on such products; dpo: preference rows, with a section lora "
+        "adapters train, on a quantized base with a section quantization, without either all "
+        "weights do; distill: a student learns from the teacher of section distill, on adapters "
+        "where there is a section lora"
     )
     output: str = option("the run folder; an existing one of the same config is resumed")
     optimizer: OptimizerSection = OptimizerSection()
@@ -538,6 +567,7 @@ class RunConfig(Section):
     compute: Compute = field(default=Compute(param_dtype="float32"))
     lora: LoraConfig | None = None
     quantization: QuantizationSection | None = None
+    qat: QatSection | None = None
     dpo: DpoSection | None = None
     distill: DistillSection | None = None
     wandb: WandbSection | None = None
@@ -580,14 +610,21 @@ class RunConfig(Section):
             raise ValueError("output is empty; name the run folder")
 
     def _check_method_sections(self) -> None:
-        uses = {"lora": ("lora",), "qlora": ("lora", "quantization"), "dpo": ("dpo",)}
+        uses = {
+            "lora": ("lora",),
+            "qlora": ("lora", "quantization"),
+            "qat": ("qat",),
+            "dpo": ("dpo",),
+        }
         may_use = {
+            "qat": ("lora",),
             "dpo": ("lora", "quantization"),
             "distill": ("distill", "lora", "quantization"),
         }
         defaults: tuple[tuple[str, Any], ...] = (
             ("lora", LoraConfig()),
             ("quantization", QuantizationSection()),
+            ("qat", QatSection()),
             ("dpo", DpoSection()),
             ("distill", None),
         )

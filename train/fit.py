@@ -24,7 +24,7 @@ from llama_jax.mesh.slices import Slice, slice_devices
 from llama_jax.model import moe
 from llama_jax.model.flops import Trained, executed_flops, model_flops
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import LoraTensor
+from llama_jax.weights.tensors import LoraTensor, QatTensor
 from train.config import RunConfig
 from train.distill_teacher import read_teacher_shape
 from train.setup import Setup, make_setup, rows_per_item
@@ -143,7 +143,7 @@ def fit(run: RunConfig, wanted: Slice) -> Fit:
         compiled = compile_for(
             traced.lower(),
             wanted,
-            argument_bytes=_device_bytes((setup.abstract, batch, setup.beside)),
+            argument_bytes=device_bytes((setup.abstract, batch, setup.beside)),
         )
     trained = trained_weights(setup, config)
     rows = run.train.batch_size * setup.rows_per_item
@@ -183,7 +183,7 @@ def _computed_shares(
     return shares
 
 
-def _device_bytes(structs: Any) -> int:
+def device_bytes(structs: Any) -> int:
     """Bytes of one device, from shapes and shardings."""
     total = 0
     for struct in jax.tree.leaves(structs):
@@ -199,7 +199,7 @@ def _device_bytes(structs: Any) -> int:
 
 def trained_weights(setup: Setup, config: ModelConfig) -> Trained:
     """Which products of a step have gradients of their weights."""
-    mask = tree.flatten_arrays(setup.mask)
+    mask = _trained_arrays(setup)
     head = "embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
     adapters = 0
     for path, leaf in tree.flatten(setup.abstract.params).items():
@@ -223,9 +223,18 @@ def _layer_matrices(config: ModelConfig) -> list[str]:
 
 def _is_uniform(setup: Setup, config: ModelConfig) -> bool:
     """Whether all matrices of the layers are trained alike, which the closed form supposes."""
-    mask = tree.flatten_arrays(setup.mask)
+    mask = _trained_arrays(setup)
     flags = {mask.get(path, False) for path in _layer_matrices(config)}
-    return len(flags) == 1 and setup.run.quantization is None
+    return len(flags) == 1 and setup.run.quantization is None and setup.run.qat is None
+
+
+def _trained_arrays(setup: Setup) -> dict[str, bool]:
+    """Which arrays are trained, by path; a weight in quantization-aware training by its own."""
+    mask = tree.flatten_arrays(setup.mask)
+    for path, leaf in tree.flatten(setup.abstract.params).items():
+        if isinstance(leaf, QatTensor):
+            mask[path] = mask[f"{path}.weight"]
+    return mask
 
 
 def advice(result: Fit) -> list[str]:

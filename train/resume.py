@@ -9,7 +9,7 @@ import jax
 
 from llama_jax.formats import checkpoint
 from train.data.pipeline import TrainingBatches
-from train.setup import Setup, init_random, make_state
+from train.setup import Setup, init_random, make_state, quantization
 from train.start import Start, load_weights
 from train.state import TrainState
 
@@ -39,9 +39,14 @@ def first_state(
         return _resumed(folder, manifest, setup, batches, counters)
     if setup.run.model.init == "random":
         return make_state(setup, init_random(setup))
-    return make_state(
-        setup, load_weights(setup.run, start, mesh=setup.mesh, rules=setup.compute.rules)
+    base = load_weights(
+        setup.run,
+        start,
+        mesh=setup.mesh,
+        rules=setup.compute.rules,
+        quantization=quantization(setup.run),
     )
+    return make_state(setup, base)
 
 
 def _resumed(

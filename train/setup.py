@@ -20,7 +20,8 @@ from llama_jax.mesh.sharding import batch_sharding, check_batch, make_mesh, repl
 from llama_jax.mesh.slices import slice_named
 from llama_jax.model.losses import Batch, next_token_loss
 from llama_jax.weights.lora import add_lora
-from llama_jax.weights.quantize import quantize
+from llama_jax.weights.qat_tree import add_qat
+from llama_jax.weights.quantize import Quantization, quantize
 from llama_jax.weights.select import trainable_mask, zeros_mask
 from llama_jax.weights.table import abstract_params, init_params
 from train.config import MeshSection, RunConfig
@@ -234,29 +235,35 @@ def trained_mask(run: RunConfig, config: ModelConfig, params: tree.Tree) -> tree
 
 
 def _abstract_params(run: RunConfig, config: ModelConfig, base: tree.Tree) -> tree.Tree:
-    if run.quantization is not None:
-        base = jax.eval_shape(lambda params: _quantized(run, config, params), base)
+    how = quantization(run)
+    if how is not None:
+        base = jax.eval_shape(lambda params: _quantized(config, params, how), base)
     return jax.eval_shape(_finisher(run, config), base)
 
 
-def _quantized(run: RunConfig, config: ModelConfig, params: tree.Tree) -> tree.Tree:
+def quantization(run: RunConfig) -> Quantization | None:
+    """How the base is stored; None: as it is."""
     section = run.quantization
-    assert section is not None
-    return quantize(
-        config,
-        params,
-        scheme=section.scheme,
-        tile=section.tile,
-        skip=section.skip,
-        donate=not isinstance(jax.tree.leaves(params)[0], jax.core.Tracer),
+    if section is None:
+        return None
+    return Quantization(
+        section.scheme, section.tile, section.skip, double=section.double_quantization
     )
 
 
+def _quantized(
+    config: ModelConfig, params: tree.Tree, how: Quantization, *, donate: bool = False
+) -> tree.Tree:
+    return quantize(config, params, **vars(how), donate=donate)
+
+
 def _finisher(run: RunConfig, config: ModelConfig) -> Callable[[tree.Tree], tree.Tree]:
-    """Adapters added, trained arrays in the dtype they are trained in."""
+    """Matrices wrapped for rounding, adapters added, trained arrays cast to their dtype."""
 
     def finish(params: tree.Tree) -> tree.Tree:
         wanted = run.compute.param_dtype
+        if run.qat is not None:
+            params = add_qat(config, params, **vars(run.qat))
         if run.lora is not None:
             key, dtype = run_key(run, _ADAPTERS), wanted or config.dtype
             params = add_lora(config, params, run.lora, key, param_dtype=dtype)
@@ -269,18 +276,18 @@ def _finisher(run: RunConfig, config: ModelConfig) -> Callable[[tree.Tree], tree
 
 
 def init_random(setup: Setup) -> tree.Tree:
-    """Random weights, drawn where they will lie."""
+    """Random weights, drawn where they will lie, and quantized there."""
     run, config = setup.run, setup.config
+    how = quantization(run)
     places = shardings(config, abstract_params(config), setup.mesh, setup.compute.rules)
     draw = jax.jit(lambda key: init_params(config, key), out_shardings=places)
-    return draw(run_key(run, _WEIGHTS))
+    params = draw(run_key(run, _WEIGHTS))
+    return params if how is None else _quantized(config, params, how, donate=True)
 
 
 def make_state(setup: Setup, base: tree.Tree) -> TrainState:
-    """The state before the first step. `base` is used up."""
+    """The state before the first step. `base`, quantized where the run asks for it, is used up."""
     run, config = setup.run, setup.config
-    if run.quantization is not None:
-        base = _quantized(run, config, base)
     places = jax.tree.map(lambda struct: struct.sharding, setup.abstract)
 
     def first(base: tree.Tree) -> TrainState:

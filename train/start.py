@@ -13,6 +13,7 @@ from llama_jax.load import load, load_abstract
 from llama_jax.mesh.sharding import shardings
 from llama_jax.presets import presets
 from llama_jax.weights.cut import check_smaller, first_slices
+from llama_jax.weights.quantize import Quantization, quantize
 from llama_jax.weights.table import abstract_params, weight_table
 from train.config import ModelSection, RunConfig
 from train.data.files import PACKAGE_PREFIX, package_path
@@ -142,16 +143,29 @@ def _is_plain(params: tree.Tree) -> bool:
     return all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in tree.flatten(params).values())
 
 
-def load_weights(run: RunConfig, start: Start, *, mesh: Mesh, rules: LogicalRules) -> tree.Tree:
-    """The stored weights, or slices of them, each straight to its place on the mesh."""
+def load_weights(
+    run: RunConfig,
+    start: Start,
+    *,
+    mesh: Mesh,
+    rules: LogicalRules,
+    quantization: Quantization | None,
+) -> tree.Tree:
+    """The stored weights, or slices of them, each straight to its place on the mesh, quantized on
+    the way (slices, behind it)."""
     # Named even when it is the declared one: files may hold single tensors in another.
     dtype = start.config.dtype if _is_plain(start.params) else None
-    loaded = load(run.model.name, mesh=mesh, rules=rules, dtype=dtype)
     if run.model.init != "slices":
-        return loaded.params
+        return load(
+            run.model.name, mesh=mesh, rules=rules, dtype=dtype, quantization=quantization
+        ).params
+    loaded = load(run.model.name, mesh=mesh, rules=rules, dtype=dtype)
     places = shardings(start.config, start.params, mesh, rules)
 
     def cut(params: tree.Tree) -> tree.Tree:
         return first_slices(loaded.config, params, start.config)[1]
 
-    return jax.jit(cut, out_shardings=places)(loaded.params)
+    params = jax.jit(cut, out_shardings=places)(loaded.params)
+    if quantization is None:
+        return params
+    return quantize(start.config, params, **vars(quantization), donate=True)

@@ -1,7 +1,7 @@
 """Converts a model to a llama-jax checkpoint, with the numbers it has.
 
-A checkpoint keeps quantized and adapted weights, is checked when it is read, and is placed on any
-mesh."""
+Weights are read and written piece by piece. A checkpoint keeps quantized and adapted weights, is
+checked when it is read, and is placed on any mesh."""
 
 import argparse
 from typing import Any
@@ -24,13 +24,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     start_jax()
     from llama_jax import tree
     from llama_jax.formats.atomic import check_target
-    from llama_jax.formats.checkpoint import save_model
+    from llama_jax.formats.checkpoint import save_streamed
     from llama_jax.load import load
 
     check_target(out, overwrite=args.overwrite)
-    model = load(args.model)
-    save_model(out, model.config, model.params, model.tokenizer, overwrite=args.overwrite)
-    leaves = tree.flatten(model.params).values()
+
+    def read(into: Any) -> Any:
+        model = load(args.model, into=into)
+        return model.config, model.params, model.tokenizer
+
+    _, params = save_streamed(out, read, overwrite=args.overwrite)
+    leaves = tree.flatten(params).values()
     return {
         "out": str(out),
         "parameters": sum(_num_values(leaf) for leaf in leaves),

@@ -2,7 +2,9 @@
 
 hf: a Hugging Face folder that transformers loads. gguf: one file for llama.cpp. peft: the adapter
 on MODEL (a checkpoint of a LoRA run, or --adapter) as a folder that peft loads. Adapters and
-quantized weights go into hf and gguf only as the full matrices they stand for, with --merge."""
+quantized weights go into hf and gguf only as the full matrices they stand for, with --merge. An
+adapter trained on a quantized base is merged onto the dequantized base, which it was trained on;
+--onto merges it onto another model, such as the one from before quantization."""
 
 import argparse
 from pathlib import Path
@@ -16,7 +18,12 @@ EXAMPLE = "llama-jax export smollm2-135m models/smollm2-hf --format hf --dtype b
 
 FORMATS = ("hf", "peft", "gguf")
 HF_DTYPES = ("float32", "bfloat16", "float16")
-GGUF_DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
+GGUF_DTYPES = {
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    **{name: name for name in ("q8_0", "q4_0", "q4_1")},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         choices=tuple(GGUF_DTYPES),
-        help="of the weights; q8_0 is for gguf (default: as they are, for gguf float32)",
+        help="of the weights; q8_0, q4_0 and q4_1 are for gguf (default: as they are, for gguf "
+        "float32)",
     )
     parser.add_argument(
         "--max-shard-size", metavar="SIZE", help="of one file, for hf, such as 2GB (default: 5GB)"
@@ -36,6 +44,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_adapter_arguments(parser)
     parser.add_argument(
         "--merge", action="store_true", help="write full matrices for adapted or quantized weights"
+    )
+    parser.add_argument(
+        "--onto",
+        metavar="MODEL",
+        help="with --merge: the full-precision model to merge onto instead of the dequantized base",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that OUT holds")
 
@@ -54,21 +67,41 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     # Before the model is loaded, which may take long.
     check = check_file_target if args.format == "gguf" else check_target
     check(out, overwrite=args.overwrite)
-    files = _write(args, out, load_adapted(args))
-    return {"files": [str(file) for file in files], "bytes": num_bytes(files)}
+    model = load_adapted(args)
+    merged, report = _merged(args, model) if args.merge else (model, {})
+    files = _write(args, out, merged)
+    return {"files": [str(file) for file in files], "bytes": num_bytes(files), **report}
+
+
+def _merged(args: argparse.Namespace, model: "Model") -> "tuple[Model, dict[str, Any]]":
+    """The model to write, and how far its rounded matrices are from those that MODEL stands for."""
+    import dataclasses
+
+    from llama_jax.load import load
+    from llama_jax.weights.drift import drift, rebased
+
+    merged = model
+    if args.onto is not None:
+        other = load(args.onto, dtype=model.config.dtype)
+        merged = dataclasses.replace(model, params=rebased(model.params, other.params))
+    fallback = "float32" if args.format == "gguf" else model.config.dtype
+    dtype = args.dtype if args.dtype in HF_DTYPES else fallback
+    return merged, {"drift": drift(model.params, merged.params, dtype=dtype)}
 
 
 def _check_flags(args: argparse.Namespace) -> None:
     """Raises ValueError for a flag that the format does not read."""
     reads = {
-        "hf": ("dtype", "max_shard_size", "merge"),
-        "gguf": ("dtype", "merge"),
+        "hf": ("dtype", "max_shard_size", "merge", "onto"),
+        "gguf": ("dtype", "merge", "onto"),
         "peft": (),
     }[args.format]
-    for name in ("dtype", "max_shard_size", "merge"):
+    for name in ("dtype", "max_shard_size", "merge", "onto"):
         if getattr(args, name) and name not in reads:
             flag = f"--{name.replace('_', '-')}"
             raise ValueError(f"--format {args.format} does not read {flag}; leave it out")
+    if args.onto is not None and not args.merge:
+        raise ValueError("--onto says what to merge onto; it needs --merge")
     if args.format == "hf" and args.dtype is not None and args.dtype not in HF_DTYPES:
         raise ValueError(f"--dtype {args.dtype} is for --format gguf; hf writes {HF_DTYPES}")
     if args.max_shard_size is not None:
@@ -119,3 +152,6 @@ def show(report: dict[str, Any], args: argparse.Namespace) -> None:
     for file in report["files"]:
         print(file)
     print(f"{to_size(report['bytes'])} in {args.out}")
+    if "drift" in report:
+        onto = args.onto or "what was trained"
+        print(f"merged onto {onto}: weights moved by {report['drift']:.2e} (relative, rms)")

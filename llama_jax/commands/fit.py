@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "smallest slice of the generation that mesh.slice names",
     )
     parser.add_argument(
+        "--memory-table",
+        action="store_true",
+        help="instead: bytes a chip of weights, gradients, optimizer state and activations for "
+        "this model under full, LoRA, QLoRA and inference",
+    )
+    parser.add_argument(
         "--save-cache",
         metavar="DIR",
         help="keep the compiled programs as entries of JAX's compilation cache",
@@ -49,10 +55,20 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             f"{args.config} names no slice in mesh.slice; give one with --slice, such as v5e-16"
         )
     slices = [slice_named(name) for name in named]
+    if args.memory_table and args.search:
+        raise ValueError("--memory-table and --search answer different questions; keep one")
     _start_compiler(args.save_cache)
     from train.fit import best, fit, largest_batches, smallest_slices
 
     progress = Progress()
+    if args.memory_table:
+        from train.memory_table import memory_table
+
+        return [
+            {"slice": each.name, **row.to_dict()}
+            for each in slices
+            for row in memory_table(config, each, progress.say)
+        ]
     if args.search:
         say = progress.say
         searches = (
@@ -98,6 +114,10 @@ def _start_compiler(folder: str | None) -> None:
 def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
     from llama_jax.commands.report import print_table
 
+    if args.memory_table:
+        columns = ("slice", "method", *_PARTS, "together", "of", "fits")
+        print_table("GiB a chip", columns, [_memory_line(each) for each in report])
+        return
     for each in report:
         print_table(_title(each), ("a chip", "value"), _rows(each))
         for line in each["advice"]:
@@ -111,6 +131,14 @@ def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
             f"same versions of jax and libtpu, the same slice, and compiler flags; JAX says so "
             f"with JAX_EXPLAIN_CACHE_MISSES=1. No TPU was here to try it\n"
         )
+
+
+_PARTS = ("weights", "gradients", "optimizer", "cache", "activations")
+
+
+def _memory_line(each: dict[str, Any]) -> tuple[str, ...]:
+    sizes = (f"{each[name] / 2**30:.2f}" for name in (*_PARTS, "total", "limit"))
+    return (each["slice"], each["method"], *sizes, "yes" if each["fits"] else "no")
 
 
 def _title(each: dict[str, Any]) -> str:

@@ -12,8 +12,9 @@ when every byte of it is the one that was written. Here are models, and reading;
 writes those of a run, `checkpoint_files` knows what is whole.
 """
 
+import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,9 @@ from llama_jax.formats.checkpoint_steps import (
     step_folder,
 )
 from llama_jax.formats.checkpoint_write import describe, write_rest
+from llama_jax.formats.streaming import DiskPlacer, Into, Placer
 from llama_jax.mesh.sharding import shardings
+from llama_jax.weights.quantize import Quantization
 
 __all__ = [
     "MANIFEST",
@@ -62,6 +65,7 @@ __all__ = [
     "remove_unfinished",
     "restore_train_state",
     "save_model",
+    "save_streamed",
     "set_aside",
     "step_folder",
     "verify",
@@ -96,11 +100,38 @@ def save_model(
     return Path(folder)
 
 
+def save_streamed(
+    folder: str | Path,
+    load: Callable[[Into], tuple[ModelConfig, tree.Tree, Any]],
+    *,
+    quantization: Quantization | None = None,
+    overwrite: bool = False,
+) -> tuple[ModelConfig, tree.Tree]:
+    """As `save_model` of what `load` gives (config, parameters, tokenizer), quantized on request,
+    with no more than a piece of a weight in memory. `load` must put its weights into what it is
+    handed. Returns the config and shape structs of the parameters. For one process."""
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        (temporary / "weights").mkdir()
+        into = functools.partial(DiskPlacer, temporary / "weights", quantization=quantization)
+        config, params, tokenizer = load(into)
+        arrays = tree.flatten_arrays(params)
+        assert not any(isinstance(array, jax.Array) for array in arrays.values())
+        manifest = describe(config, params, {"weights": arrays}, {})
+        write_rest(temporary, manifest, turn="model", tokenizer=tokenizer)
+    return config, params
+
+
 def load_model(
-    folder: str | Path, *, mesh: Mesh | None = None, rules: LogicalRules = DEFAULT_RULES
+    folder: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    rules: LogicalRules = DEFAULT_RULES,
+    quantization: Quantization | None = None,
+    into: Into | None = None,
 ) -> tuple[ModelConfig, tree.Tree]:
     """The config and parameters in a checkpoint folder, placed on `mesh` or the first device. All
-    processes of a mesh call it alike.
+    processes of a mesh call it alike. `quantization` quantizes one weight after the other, `into`
+    puts them elsewhere than on devices.
 
     Raises CheckpointError naming the folder, and what is wrong with it.
     """
@@ -114,7 +145,31 @@ def load_model(
         placed = jax.tree.map(lambda a: _struct(a, place), abstract)
     else:
         placed = jax.tree.map(_struct, abstract, shardings(config, abstract, mesh, rules))
-    return config, _read_params(folder, manifest, placed)
+    if into is not None:
+        return config, _read_each(folder, manifest, placed, into(config, abstract))
+    if quantization is None:
+        return config, _read_params(folder, manifest, placed)
+    placer = Placer(config, abstract, mesh=mesh, rules=rules, quantization=quantization)
+    return config, _read_each(folder, manifest, placed, placer)
+
+
+def _read_each(
+    folder: Path,
+    manifest: Mapping[str, Any],
+    placed: tree.Tree,
+    placer: Placer | DiskPlacer,
+) -> tree.Tree:
+    """As `_read_params`, one weight at a time."""
+    leaves = {}
+    for path, leaf in tree.flatten(placed).items():
+        wanted = tree.flatten_arrays(tree.unflatten({path: leaf}))
+        arrays: dict[str, Any] = {}
+        for group in PARAMETER_GROUPS:
+            held = manifest["groups"].get(group, {})
+            part = {name: wanted[name] for name in held if name in wanted}
+            arrays |= read_group(folder, manifest, group, part)
+        leaves[path] = placer.finish(path, build(manifest["leaves"][path], path, arrays))
+    return tree.unflatten(leaves)
 
 
 def read_abstract(folder: str | Path) -> tuple[ModelConfig, tree.Tree]:

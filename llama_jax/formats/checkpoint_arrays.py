@@ -1,15 +1,19 @@
-"""Groups of arrays in folders, written while the program goes on. The only file that knows orbax.
+"""Groups of arrays in folders, written while the program goes on. The only file that knows orbax
+and the store beneath it.
 
 Every process writes the parts of arrays that lie on its devices, once each; process 0 joins them.
 """
 
 import asyncio
+import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 from etils import epath  # the kind of path that orbax wants
 
 from llama_jax.formats.checkpoint_files import CheckpointError
@@ -46,6 +50,62 @@ class ArrayWriter:
         self._handler.close()
 
 
+class PieceWriter:
+    """The arrays of one group, of which no one need exist whole: they are written piece by piece.
+
+    structs: shape structs by path. pieces: the shape of the pieces of each array, which divide it
+    but for the last ones. `read_group` reads the folder like any other.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        structs: Mapping[str, Any],
+        pieces: Mapping[str, tuple[int, ...]],
+    ):
+        self._describe(folder, structs)
+        context = ts.Context()
+        self._arrays = {
+            path: ts.open(
+                {
+                    "driver": "zarr",
+                    "kvstore": {
+                        "driver": "ocdbt",
+                        "base": folder.absolute().as_uri() + "/",
+                        "path": f"{path}/",
+                    },
+                    "metadata": {
+                        "shape": list(struct.shape),
+                        "chunks": list(pieces[path]),
+                        "compressor": {"id": "zstd", "level": 1},
+                    },
+                },
+                dtype=str(struct.dtype),
+                create=True,
+                context=context,
+            ).result()
+            for path, struct in structs.items()
+        }
+
+    def _describe(self, folder: Path, structs: Mapping[str, Any]) -> None:
+        """Orbax's own description of the group, which says nothing of shapes: it saves arrays of
+        one element, whose bytes are then taken away."""
+        stand_ins = {
+            path: np.zeros((1,) * len(struct.shape), struct.dtype)
+            for path, struct in structs.items()
+        }
+        writer = ArrayWriter(folder, stand_ins)
+        writer.wait()
+        writer.finish()
+        writer.close()
+        for name in ("manifest.ocdbt", "d", *(p.name for p in folder.glob("ocdbt.process_*"))):
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def write(self, path: str, index: tuple[slice | int, ...], values: np.ndarray) -> None:
+        self._arrays[path][index].write(values).result()
+
+
 def owned_files(names: list[str], process: int, count: int) -> Iterator[str]:
     """Those files of a saved folder that process `process` of `count` has written or, where
     process 0 did, may as well look after."""
@@ -59,8 +119,8 @@ def owned_files(names: list[str], process: int, count: int) -> Iterator[str]:
 def read_group(
     folder: Path, manifest: Mapping[str, Any], group: str, wanted: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arrays of a group, each straight to the place its shape struct names; a process reads
-    what its devices hold."""
+    """The `wanted` arrays of a group, each straight to the place its shape struct names; a process
+    reads what its devices hold."""
     if not wanted:
         return {}
     for path, struct in wanted.items():
@@ -77,5 +137,5 @@ def read_group(
         for path, struct in wanted.items()
     }
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        args = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=how)
+        args = ocp.args.PyTreeRestore(item=dict(wanted), restore_args=how, partial_restore=True)
         return reader.restore((folder / group).absolute(), args=args)

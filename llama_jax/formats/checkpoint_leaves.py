@@ -9,10 +9,26 @@ import jax.numpy as jnp
 from qwix import QArray
 
 from llama_jax import tree
-from llama_jax.weights.tensors import LoraTensor, PackedTensor, SavedTensor
+from llama_jax.weights.tensors import (
+    IntegerTensor,
+    LoraTensor,
+    PackedScale,
+    PackedTensor,
+    QatTensor,
+    SavedTensor,
+)
 
 _LEAF_TYPES: dict[str, Any] = {
-    cls.__name__: cls for cls in (LoraTensor, SavedTensor, PackedTensor, QArray)
+    cls.__name__: cls
+    for cls in (
+        IntegerTensor,
+        LoraTensor,
+        SavedTensor,
+        PackedTensor,
+        PackedScale,
+        QatTensor,
+        QArray,
+    )
 }
 # The groups of arrays that parameters may lie in.
 PARAMETER_GROUPS = ("weights", "trained", "frozen")

@@ -19,7 +19,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from gguf.constants import GGMLQuantizationType, GGUFValueType, LlamaFileType
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
@@ -47,9 +47,9 @@ from llama_jax.formats.gguf_vocabulary import vocabulary_entries
 from llama_jax.formats.gguf_writer import TensorPlan, check_file_target, write_gguf
 from llama_jax.formats.hf import float_dtype
 from llama_jax.formats.meta_layout import hf_to_meta, meta_to_hf
-from llama_jax.formats.placement import place
+from llama_jax.formats.streaming import Into, Placer
 from llama_jax.formats.tokenizer import Tokenizer, from_gguf_fields
-from llama_jax.mesh.sharding import shardings
+from llama_jax.weights.quantize import Quantization
 from llama_jax.weights.table import Weight, abstract_params, weight_table
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,11 @@ _KINDS = {
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
     "bf16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
+    "q4_1": (GGMLQuantizationType.Q4_1, LlamaFileType.MOSTLY_Q4_1),
 }
+_FOUR_BITS = (GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q4_1)
+_BLOCK = 32
 _HALF = {GGMLQuantizationType.F16: "float16", GGMLQuantizationType.BF16: "bfloat16"}
 _QUANTIZATION_VERSION = 2
 
@@ -70,10 +74,14 @@ def load_gguf(
     mesh: Mesh | None = None,
     rules: LogicalRules = DEFAULT_RULES,
     dtype: Any = None,
+    quantization: Quantization | None = None,
+    into: Into | None = None,
 ) -> tuple[ModelConfig, tree.Tree, Tokenizer | None]:
     """The config, parameters and tokenizer of a GGUF file; None where it has no tokenizer.
 
-    Every block format that the `gguf` package decodes is read; the parameters are plain arrays.
+    Every block format that the `gguf` package decodes is read; the parameters are plain arrays,
+    unless `quantization` quantizes them layer by layer while reading.
+    `into` puts them elsewhere than on devices.
     `dtype` None gives float16 or bfloat16 where all matrices are stored so and no norm loses by it,
     and float32 otherwise. Without a mesh the arrays lie on the default device.
 
@@ -91,13 +99,15 @@ def load_gguf(
         config = config.replace(dtype=float_dtype(dtype))
     table = weight_table(config)
     abstract = abstract_params(config)
-    places: dict[str, NamedSharding | None] = dict.fromkeys(table)
-    if mesh is not None:
-        places = tree.flatten(shardings(config, abstract, mesh, rules))
-    leaves = {}
-    for name, struct in tree.flatten(abstract).items():
-        read = functools.partial(_read_slice, file, config, table[name])
-        leaves[name] = place(struct.shape, np.dtype(struct.dtype), read, places[name])
+    placer = (
+        Placer(config, abstract, mesh=mesh, rules=rules, quantization=quantization)
+        if into is None
+        else into(config, abstract)
+    )
+    leaves = {
+        path: placer.place(row, functools.partial(_read_slice, file, config, row))
+        for path, row in table.items()
+    }
     return config, tree.unflatten(leaves), tokenizer
 
 
@@ -197,8 +207,9 @@ def save_gguf(
 ) -> Path:
     """Writes a GGUF file that llama.cpp and transformers load, and returns its path.
 
-    `dtype` is f32, f16, bf16 or q8_0 and says how matrices are stored; norms, biases and routers
-    are always f32, as llama.cpp expects. `name` becomes general.name. Adapters and quantized
+    `dtype` is f32, f16, bf16, q8_0, q4_0 or q4_1 and says how matrices are stored; norms, biases
+    and routers are always f32, as llama.cpp expects. Beside four-bit matrices embedding and head
+    are q8_0: they lose most by four bits. `name` becomes general.name. Adapters and quantized
     weights are refused unless `merge` asks for the full matrices they stand for.
 
     llama.cpp applies no sliding window to this architecture, and transformers' GGUF reader neither
@@ -250,11 +261,13 @@ def _plan(config: ModelConfig, dtype: str) -> list[tuple[TensorPlan, Weight, tup
     for row, at in tensors:
         wide = row.role in ("norm", "bias", "router")
         kind = GGMLQuantizationType.F32 if wide else _KINDS[dtype][0]
+        if kind in _FOUR_BITS and row.role in ("embedding", "head"):
+            kind = GGMLQuantizationType.Q8_0
         plan = TensorPlan(gguf_name(row, at[0] if at else None), row.shape[len(at) :], kind)
-        if kind == GGMLQuantizationType.Q8_0 and plan.shape[-1] % 32:
+        if kind in (GGMLQuantizationType.Q8_0, *_FOUR_BITS) and plan.shape[-1] % _BLOCK:
             raise ValueError(
-                f"tensor {plan.name!r} has rows of {plan.shape[-1]} values, but q8_0 stores blocks "
-                f"of 32; write f16 or bf16"
+                f"tensor {plan.name!r} has rows of {plan.shape[-1]} values, but {dtype} "
+                f"stores blocks of {_BLOCK}; write f16 or bf16"
             )
         plans.append((plan, row, at))
     return plans

@@ -25,8 +25,14 @@ from llama_jax.formats.safetensors import convert
 
 _VERSION = 3
 
-# q8_0 stores a float16 scale of 1/127 of the largest magnitude in each block of 32.
-_Q8_0_LIMIT = 127 * float(np.finfo(np.float16).max)
+# Each block of 32 has a float16 scale: 1/127 or 1/8 of its largest magnitude, or 1/15 of its range
+# with its least value beside it, in float16 too.
+_HALF = float(np.finfo(np.float16).max)
+_BLOCK_LIMITS = {
+    GGMLQuantizationType.Q8_0: 127 * _HALF,
+    GGMLQuantizationType.Q4_0: 8 * _HALF,
+    GGMLQuantizationType.Q4_1: _HALF,
+}
 
 
 @dataclass(frozen=True)
@@ -108,16 +114,16 @@ def encode(plan: TensorPlan, values: np.ndarray) -> Any:
             wide = convert(values, np.dtype(ml_dtypes.bfloat16), name=plan.name)
             return wide.view(np.uint16).data
         case _:
-            assert plan.kind == GGMLQuantizationType.Q8_0
-            return _q8_0(plan, values)
+            return _blocks(plan, values)
 
 
-def _q8_0(plan: TensorPlan, values: np.ndarray) -> bytes:
+def _blocks(plan: TensorPlan, values: np.ndarray) -> bytes:
+    limit = _BLOCK_LIMITS[plan.kind]
     largest = float(np.abs(values).max(initial=0.0))
-    if not largest <= _Q8_0_LIMIT:  # also true of NaN
+    if not largest <= limit:  # also true of NaN
         raise ValueError(
-            f"tensor {plan.name!r} has magnitudes of up to {largest}, which q8_0 cannot hold (at "
-            f"most {_Q8_0_LIMIT:.6g}); use bf16 or f32"
+            f"tensor {plan.name!r} has magnitudes of up to {largest}, which "
+            f"{plan.kind.name.lower()} cannot hold (at most {limit:.6g}); use bf16 or f32"
         )
     flat = values.reshape(-1)
     # A row at a time, for the same reasons as in reading.

@@ -11,9 +11,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, FLOAT_DTYPES, LogicalRules, ModelConfig
@@ -21,10 +22,10 @@ from llama_jax.formats.atomic import atomic_folder
 from llama_jax.formats.gather import check_params, fetch, is_plain
 from llama_jax.formats.hf_config import generation_to_hf, to_hf
 from llama_jax.formats.hf_folder import HFFolder, open_folder
-from llama_jax.formats.placement import place
 from llama_jax.formats.safetensors import TensorSpec, parse_bytes, write_sharded
-from llama_jax.mesh.sharding import shardings
-from llama_jax.weights.table import Weight, abstract_params, weight_table
+from llama_jax.formats.streaming import Into, Placer
+from llama_jax.weights.quantize import Quantization
+from llama_jax.weights.table import Weight, weight_table
 
 logger = logging.getLogger(__name__)
 
@@ -46,10 +47,14 @@ def load_hf(
     mesh: Mesh | None = None,
     rules: LogicalRules = DEFAULT_RULES,
     dtype: Any = None,
+    quantization: Quantization | None = None,
+    into: Into | None = None,
 ) -> tuple[ModelConfig, tree.Tree]:
     """The config and parameters of a Hugging Face folder (Llama, Mistral or Mixtral).
 
-    Without a mesh the arrays lie on the default device. `dtype` None takes the dtype config.json
+    Without a mesh the arrays lie on the default device. `quantization` quantizes layer by layer
+    while reading: `dtype` is then of what is left alone. `into` puts weights elsewhere than on
+    devices. `dtype` None takes the dtype config.json
     declares, as transformers does, or where it declares none that of the weight files; the
     returned config's `dtype` says which it was. `rotary_emb.inv_freq` is the only kind of tensor
     that is skipped.
@@ -66,11 +71,16 @@ def load_hf(
         dtypes = dict.fromkeys(table, np.dtype(jnp.dtype(wanted)))
         _report_rounding(source, wanted)
     config = source.config.replace(dtype=wanted or source.config.dtype)
-    places: dict[str, NamedSharding | None] = dict.fromkeys(table)
-    if mesh is not None:
-        places = tree.flatten(shardings(config, abstract_params(config), mesh, rules))
+    abstract = tree.unflatten(
+        {path: jax.ShapeDtypeStruct(row.shape, dtypes[path]) for path, row in table.items()}
+    )
+    placer = (
+        Placer(config, abstract, mesh=mesh, rules=rules, quantization=quantization)
+        if into is None
+        else into(config, abstract)
+    )
     leaves = {
-        path: place(row.shape, dtypes[path], functools.partial(source.copy_to, row), places[path])
+        path: placer.place(row, functools.partial(source.copy_to, row))
         for path, row in table.items()
     }
     return config, tree.unflatten(leaves)

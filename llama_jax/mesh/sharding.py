@@ -18,7 +18,13 @@ from qwix import QArray
 from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, MESH_AXES, LogicalRules, ModelConfig
 from llama_jax.weights.table import axis_sizes, weight_table
-from llama_jax.weights.tensors import LoraTensor, PackedTensor, SavedTensor
+from llama_jax.weights.tensors import (
+    IntegerTensor,
+    LoraTensor,
+    PackedTensor,
+    QatTensor,
+    SavedTensor,
+)
 
 
 def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[Any] | None = None) -> Mesh:
@@ -177,8 +183,13 @@ def _leaf(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh, rules: LogicalRul
         return SavedTensor(
             base=_leaf(leaf.base, axes, mesh, rules), saved=_leaf(leaf.saved, axes, mesh, rules)
         )
+    if isinstance(leaf, QatTensor):
+        return dataclasses.replace(leaf, weight=named(axes))
+    if isinstance(leaf, IntegerTensor):
+        scale = None if leaf.activation_scale is None else named(axes[:-2])
+        return IntegerTensor(_leaf(leaf.base, axes, mesh, rules), scale)
     if isinstance(leaf, PackedTensor):
-        return dataclasses.replace(leaf, packed=divided(leaf.packed), scale=divided(leaf.scale))
+        return jax.tree.map(divided, leaf)
     if isinstance(leaf, QArray):
         return QArray(named(axes), divided(leaf.scale), divided(leaf.zero_point), leaf.qtype)
     return named(axes[: len(leaf.shape)])
@@ -189,7 +200,7 @@ def gathered(
 ) -> Any:
     """A weight in `dtype`, whole along `embed` and dealt out along its other axes, on the mesh in
     force; its gradient comes back dealt out along all of them. Of an adapted weight the base and
-    both factors; quantized ones stay as they are."""
+    both factors; of a quantized one its few bits, before they become many."""
     *stack, out_axis, in_axis = axes
     if isinstance(leaf, LoraTensor):
         return dataclasses.replace(
@@ -198,10 +209,31 @@ def gathered(
             lora_a=gathered(leaf.lora_a, [*stack, "rank", in_axis], dtype, rules),
             lora_b=gathered(leaf.lora_b, [*stack, out_axis, "rank"], dtype, rules),
         )
-    if isinstance(leaf, PackedTensor | QArray | SavedTensor):
+    if isinstance(leaf, QatTensor):
+        # In its own dtype: rounding before the rounding would make other codes than conversion.
+        return dataclasses.replace(leaf, weight=gathered(leaf.weight, axes, leaf.dtype, rules))
+    if isinstance(leaf, IntegerTensor):
+        return dataclasses.replace(leaf, base=_gathered_parts(leaf.base, axes, rules))
+    if isinstance(leaf, PackedTensor | QArray):
+        return _gathered_parts(leaf, axes, rules)
+    if isinstance(leaf, SavedTensor):
         return leaf
     whole = partition_spec([None if axis == "embed" else axis for axis in axes], rules)
     return reduce_scattered(leaf.astype(dtype), whole, partition_spec(axes, rules))
+
+
+def _gathered_parts(leaf: Any, axes: Sequence[str | None], rules: LogicalRules) -> Any:
+    """The arrays of a quantized weight, which have no gradient, whole along `embed`."""
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def whole(part: jax.Array) -> jax.Array:
+        kept = []
+        for axis, size in zip(axes, part.shape, strict=True):
+            parts = math.prod(mesh.shape[name] for name in mesh_axes(rules, axis))
+            kept.append(axis if axis != "embed" and size % parts == 0 else None)
+        return jax.lax.with_sharding_constraint(part, partition_spec(kept, rules))
+
+    return jax.tree.map(whole, leaf)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))

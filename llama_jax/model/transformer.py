@@ -35,7 +35,7 @@ from llama_jax.model.attention import attend, causal_mask
 from llama_jax.model.slot_cache import SlotCache, SlotRows, attend_slots
 from llama_jax.weights.dot import dot, embed
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import Leaf, is_adapted, is_quantized
+from llama_jax.weights.tensors import Leaf, QatTensor, is_adapted, is_quantized
 
 Params = tree.Tree
 
@@ -356,7 +356,9 @@ def _gathered(config: ModelConfig, compute: Compute, layer: Any) -> Any:
         return gathered(leaf, row.axes[1:], dtype, compute.rules)
 
     return jax.tree_util.tree_map_with_path(
-        gather, layer, is_leaf=lambda leaf: is_adapted(leaf) or is_quantized(leaf)
+        gather,
+        layer,
+        is_leaf=lambda x: is_adapted(x) or is_quantized(x) or isinstance(x, QatTensor),
     )
 
 

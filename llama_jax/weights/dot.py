@@ -11,10 +11,14 @@ import jax.numpy as jnp
 from qwix import QArray
 
 from llama_jax.config import Compute
+from llama_jax.weights import qat
 from llama_jax.weights.tensors import (
+    IntegerTensor,
     Leaf,
     LoraTensor,
+    ObservedTensor,
     PackedTensor,
+    QatTensor,
     SavedTensor,
     StackedLora,
     TransposedTensor,
@@ -56,12 +60,53 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
         # The others' part is zero, and adds exactly nothing.
         low = jnp.where(weight.chosen[:, None] == owner, low, 0).astype(x.dtype)
         return base + _plain(low, weight.lora_b.astype(x.dtype), compute, contracted=0)
+    if isinstance(weight, IntegerTensor):
+        return _integer_product(x, weight).astype(compute.accumulation_dtype)
+    if isinstance(weight, QatTensor):
+        wide = x.astype(jnp.float32), weight.weight.astype(jnp.float32)
+        rounded = qat.product(*wide, bits=weight.bits, backward=weight.backward)
+        return rounded.astype(compute.accumulation_dtype)
+    if isinstance(weight, ObservedTensor):
+        jax.debug.callback(weight.seen, jnp.abs(x).max())
+        return _product(x, weight.base, compute)
     if is_quantized(weight):
         # Weight-only: the products are of activations and rescaled integers, as QLoRA has them.
         return _plain(x, to_array(weight, dtype=x.dtype), compute)
     if isinstance(weight, TransposedTensor):
         return _plain(x, weight.array.astype(x.dtype), compute, contracted=0)
     return _plain(x, weight.astype(x.dtype), compute)
+
+
+@jax.custom_vjp
+def _integer_product(x: jax.Array, weight: IntegerTensor) -> jax.Array:
+    """x [T, in], rounded to int8, times integers, summed as int32 and scaled: float32 [T, out]."""
+    wide = x.astype(jnp.float32)
+    scale = weight.activation_scale
+    if scale is None:
+        peak = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+        # A row of zeros, or of numbers too small for a scale.
+        scale = jnp.where(peak < jnp.finfo(jnp.float32).tiny * 127, 1.0, peak / 127)
+    codes = jnp.clip(jnp.round(wide * (1 / scale)), -127, 127).astype(jnp.int8)
+    total = jax.lax.dot_general(
+        codes, weight.codes(), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )
+    # In the order of AQT, whose training this must equal bit for bit.
+    return total.astype(jnp.float32) * scale * weight.base.scale[:, 0]
+
+
+def _integer_forward(x: jax.Array, weight: IntegerTensor) -> Any:
+    return _integer_product(x, weight), (x, weight)
+
+
+def _integer_backward(kept: Any, gradient: jax.Array) -> Any:
+    """Straight through the rounding, whose own gradient is zero almost everywhere: adapters of
+    layers below learn from it. The integers themselves have no gradient."""
+    x, weight = kept
+    matrix = to_array(weight, dtype=x.dtype)
+    return (gradient.astype(x.dtype) @ matrix).astype(x.dtype), None
+
+
+_integer_product.defvjp(_integer_forward, _integer_backward)
 
 
 def _plain(x: jax.Array, weight: jax.Array, compute: Compute, *, contracted: int = 1) -> jax.Array:
@@ -83,11 +128,15 @@ def embed(weight: Leaf, ids: jax.Array, *, compute: Compute) -> jax.Array:
         low = jnp.take(weight.lora_b, ids, axis=0).astype(jnp.float32)
         update = low @ weight.lora_a.astype(jnp.float32)
         return (rows + update * weight.scale.astype(jnp.float32)).astype(dtype)
+    if isinstance(weight, QatTensor):
+        return embed(weight.dequantize(), ids, compute=compute)
+    if isinstance(weight, IntegerTensor | ObservedTensor):
+        return embed(weight.base, ids, compute=compute)
     if isinstance(weight, PackedTensor):
         rows_of = dataclasses.replace(
             weight,
             packed=jnp.take(weight.packed, ids, axis=0),
-            scale=jnp.take(weight.scale, ids, axis=0),
+            scale=jax.tree.map(lambda part: jnp.take(part, ids, axis=0), weight.scale),
         )
         return to_array(rows_of, dtype=dtype)
     if isinstance(weight, QArray):

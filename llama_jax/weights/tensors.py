@@ -1,12 +1,14 @@
 """The kinds of weight leaf: a plain array, quantized tensors, adapted tensors.
 
 Eight-bit tensors are Qwix's `QArray` (int8 and fp8 values, scales per channel or tile), four-bit
-ones are `PackedTensor`: a CPU stores an int4 array in one byte a value. Adapters are `LoraTensor`
-and `SavedTensor`. Every leaf has the shape of the matrix it stands for. What multiplies them is in
-`dot.py`.
+ones are `PackedTensor`: a CPU stores an int4 array in one byte a value. Their scales may be packed
+too, in eight bits (`PackedScale`). Where activations are rounded as well and the product is one of
+integers, either lies in an `IntegerTensor`. Adapters are `LoraTensor` and `SavedTensor`. Every leaf
+has the shape of the matrix it stands for. What multiplies them is in `dot.py`.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -15,7 +17,10 @@ import jax.numpy as jnp
 import qwix
 from qwix import QArray
 
-# jax.Array | QArray | PackedTensor | TransposedTensor | LoraTensor | StackedLora | SavedTensor
+from llama_jax.weights.qat import Backward, codes
+
+# jax.Array | QArray | PackedTensor | IntegerTensor | QatTensor | TransposedTensor | LoraTensor |
+# StackedLora | SavedTensor
 Leaf = Any
 # An array, or what stands for one in a tree of shardings, shapes or booleans.
 Array = Any
@@ -46,16 +51,53 @@ NF4_VALUES = (
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class PackedScale:
+    """Positive scales in eight bits each: double quantization (QLoRA, section 3).
+
+    codes: uint8 [..., out, tiles]; low, step: float32 [..., out, blocks], one for each `block`
+    neighbouring scales of a row, the last for what remains. A scale is low + code * step.
+    """
+
+    codes: Array
+    low: Array
+    step: Array
+    block: int = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.codes.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.codes.shape)
+
+    @property
+    def dtype(self) -> Any:
+        """Of the scales it stands for."""
+        return self.low.dtype
+
+    def astype(self, dtype: Any) -> jax.Array:
+        """The scales, [..., out, tiles]."""
+        low, step = (
+            jnp.repeat(part, self.block, axis=-1)[..., : self.codes.shape[-1]]
+            for part in (self.low, self.step)
+        )
+        return (low + self.codes.astype(jnp.float32) * step).astype(dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class PackedTensor:
     """A matrix of four-bit values, two in a byte, times scales.
 
     packed: uint8 [..., out, ceil(in / 2)], see `pack_nibbles`; scale: [..., out, tiles], each for
-    `tile` neighbouring values of a row, the last for what remains. `codebook` says what a nibble
-    means: `int4` a two's complement integer, `nf4` an index into `NF4_VALUES`. `size` is `in`.
+    `tile` neighbouring values of a row, the last for what remains, an array or a `PackedScale`.
+    `codebook` says what a nibble means: `int4` a two's complement integer, `nf4` an index into
+    `NF4_VALUES`. `size` is `in`.
     """
 
     packed: Array
-    scale: Array
+    scale: Array | PackedScale
     codebook: Codebook = field(metadata={"static": True})
     size: int = field(metadata={"static": True})
     tile: int = field(metadata={"static": True})
@@ -79,9 +121,92 @@ class PackedTensor:
         if self.codebook == "int4":
             values = signed_nibbles(codes).astype(jnp.float32)
         else:
-            values = jnp.take(jnp.asarray(NF4_VALUES, jnp.float32), codes, mode="clip")
+            values = _nf4_values(codes)
         scale = jnp.repeat(self.scale.astype(jnp.float32), self.tile, axis=-1)
         return values * scale[..., : self.size]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class IntegerTensor:
+    """A matrix of int8 or int4 values that activations are multiplied with as integers.
+
+    base: int8 values in a QArray or int4 ones in a PackedTensor, a float32 scale for each output.
+    Activations are rounded to int8 first: with a scale of their own for each token where
+    activation_scale is None, else with that, [...], one number for each matrix of the stack.
+    """
+
+    base: QArray | PackedTensor
+    activation_scale: Array | None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    def codes(self) -> jax.Array:
+        """The integers, int8 [..., out, in]."""
+        if isinstance(self.base, PackedTensor):
+            return signed_nibbles(unpack_nibbles(self.base.packed, self.base.size))
+        return self.base.qvalue
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QatTensor:
+    """A matrix in training, [..., out, in], that is rounded to int8 or int4 in every product, and
+    activations to int8; `backward` says how gradients pass (see `weights/qat.py`)."""
+
+    weight: Array
+    bits: int = field(metadata={"static": True})
+    backward: Backward = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.weight.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.weight.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.weight.dtype
+
+    def dequantize(self) -> jax.Array:
+        """The matrix that products are made with, in float32."""
+        flat = self.weight.astype(jnp.float32).reshape(-1, self.shape[-1])
+        values, scale = codes(flat, bits=self.bits)
+        return (values.astype(jnp.float32) * scale).reshape(self.shape)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ObservedTensor:
+    """A weight whose inputs are looked at: `seen` is called with their largest magnitude, each
+    time the weight is multiplied. For calibration only."""
+
+    base: Leaf
+    seen: Callable[[Any], None] = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
 
 
 def pack_nibbles(codes: jax.Array) -> jax.Array:
@@ -97,6 +222,19 @@ def unpack_nibbles(packed: jax.Array, size: int) -> jax.Array:
     """uint8 [..., ceil(size / 2)] -> the `size` nibbles of each row as uint8."""
     pairs = jnp.stack([packed & 0xF, packed >> 4], axis=-1)
     return pairs.reshape(*packed.shape[:-1], -1)[..., :size]
+
+
+def _nf4_values(codes: jax.Array) -> jax.Array:
+    """The values that nibbles mean, chosen bit by bit: unlike a look-up in a table, comparisons
+    are fused with what follows, and no array of indices is ever in memory."""
+    values: list[Any] = [jnp.float32(value) for value in NF4_VALUES]
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        values = [
+            jnp.where(is_set, high, low)
+            for low, high in zip(values[0::2], values[1::2], strict=True)
+        ]
+    return values[0]
 
 
 def signed_nibbles(codes: jax.Array) -> jax.Array:
@@ -233,7 +371,7 @@ def is_adapted(leaf: Leaf) -> bool:
 
 
 def is_quantized(leaf: Leaf) -> bool:
-    return isinstance(leaf, QArray | PackedTensor)
+    return isinstance(leaf, QArray | PackedTensor | IntegerTensor)
 
 
 def num_tiles(size: int, tile: int) -> int:
@@ -250,7 +388,9 @@ def _to_float32(leaf: Leaf) -> jax.Array:
         return _to_float32(leaf.base) + leaf.delta()
     if isinstance(leaf, SavedTensor):
         return _to_float32(leaf.saved)
-    if isinstance(leaf, PackedTensor):
+    if isinstance(leaf, IntegerTensor | ObservedTensor):
+        return _to_float32(leaf.base)
+    if isinstance(leaf, PackedTensor | QatTensor):
         return leaf.dequantize()
     if isinstance(leaf, TransposedTensor):
         return leaf.array.astype(jnp.float32).swapaxes(-1, -2)

@@ -409,6 +409,49 @@ def test_quantize_makes_a_smaller_model(
     assert code == 0
 
 
+@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static", "int4-dynamic"])
+def test_quantize_for_products_of_integers(
+    scheme: str, model: str, run: Run, tmp_path: Path
+) -> None:
+    out, rows = tmp_path / "q", tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the quick brown fox"}\n{"text": "jumps over"}\n')
+    flags = ("--calibration", rows) if scheme.endswith("static") else ()
+    code, report, error = run("quantize", model, out, "--scheme", scheme, *flags)
+    assert code == 0, error
+    loaded = lj.load(out)
+    leaf = loaded.params["layers"]["mlp"]["up_proj"]["weight"]
+    assert (leaf.activation_scale is None) == scheme.endswith("dynamic")
+    assert report["bytes"] == tree.num_bytes(loaded.params) < report["bytes_before"]
+    code, scored, _ = run("eval", out, "--data", rows)
+    _, before, _ = run("eval", model, "--data", rows)
+    assert code == 0 and scored["loss"] == pytest.approx(before["loss"], rel=0.1)
+    assert scored["loss"] != before["loss"]
+
+
+def test_static_scales_need_rows_and_only_they_do(model: str, run: Run, tmp_path: Path) -> None:
+    code, _, error = run("quantize", model, tmp_path / "q", "--scheme", "int8-static")
+    assert code == 2 and "give --calibration FILE" in error
+    flags = ("--scheme", "int8", "--calibration", tmp_path / "rows.jsonl")
+    code, _, error = run("quantize", model, tmp_path / "q", *flags)
+    assert code == 2 and "int8 measures nothing" in error
+
+
+def test_a_quantized_model_is_merged_onto_itself_or_onto_another(
+    model: str, run: Run, tmp_path: Path
+) -> None:
+    run("quantize", model, tmp_path / "q", "--scheme", "nf4", "--tile", 32)
+    flags = ("--format", "hf", "--merge")
+    _, itself, _ = run("export", tmp_path / "q", tmp_path / "a", *flags, "--dtype", "bfloat16")
+    assert 1e-3 < itself["drift"] < 4e-3
+    code, other, _ = run("export", tmp_path / "q", tmp_path / "b", *flags, "--onto", model)
+    assert code == 0 and 0.02 < other["drift"] < 0.2
+    assert same_params(lj.load(tmp_path / "b").params, lj.load(model).params)
+    code, _, error = run(
+        "export", tmp_path / "q", tmp_path / "c", "--format", "hf", "--onto", model
+    )
+    assert code == 2 and "--onto says what to merge onto; it needs --merge" in error
+
+
 def test_quantize_refuses_contradictions(model: str, run: Run, tmp_path: Path) -> None:
     flags = ("--scheme", "int8", "--all", "--skip", "lm_head")
     code, _, error = run("quantize", model, tmp_path / "q", *flags)

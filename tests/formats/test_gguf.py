@@ -78,14 +78,16 @@ def test_half_precision_parameters_survive_float32_and_their_own_type(dtype, tmp
         assert same_tree(loaded, params)
 
 
-@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0", "q4_0", "q4_1"])
 def test_a_narrow_file_holds_what_the_gguf_package_encodes(kind, tmp_path):
     config = tiny_config()
     params = tiny_params(config)
     path = save_gguf(tmp_path / "model.gguf", config, params, None, dtype=kind)
     reader = gguf.GGUFReader(path)
     kinds = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
-    assert kinds["blk.0.ffn_up.weight"] == kinds["token_embd.weight"] == kind.upper()
+    assert kinds["blk.0.ffn_up.weight"] == kind.upper()
+    outer = "Q8_0" if kind.startswith("q4") else kind.upper()
+    assert kinds["token_embd.weight"] == kinds["output.weight"] == outer
     assert kinds["blk.1.attn_norm.weight"] == kinds["output_norm.weight"] == "F32"
     stored = {tensor.name: tensor for tensor in reader.tensors}["blk.1.ffn_down.weight"]
     original = np.asarray(params["layers"]["mlp"]["down_proj"]["weight"][1])
@@ -124,6 +126,8 @@ def test_the_dtype_follows_the_matrices_unless_a_norm_would_lose(tmp_path):
         ("llama-gqa", "f16"),
         ("llama-gqa", "bf16"),
         ("llama-tied", "q8_0"),
+        ("llama-gqa", "q4_0"),
+        ("llama-tied", "q4_1"),
     ],
 )
 def test_transformers_reads_the_file_to_the_same_logits(family, kind, tmp_path):
@@ -342,8 +346,8 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
     config = FAMILIES["llama-gqa"]
     params = tiny_params(config)
     path = tmp_path / "m.gguf"
-    with pytest.raises(ValueError, match="q4_0.*f32, f16, bf16, q8_0"):
-        save_gguf(path, config, params, None, dtype="q4_0")
+    with pytest.raises(ValueError, match="q4_k.*f32, f16, bf16, q8_0, q4_0, q4_1"):
+        save_gguf(path, config, params, None, dtype="q4_k")
     with pytest.raises(ValueError, match=r"\.gguf"):
         save_gguf(tmp_path / "model", config, params, None)
     with pytest.raises(ValueError, match="is a folder"):
@@ -361,7 +365,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is(tmp_path):
     with pytest.raises(ValueError, match=r"norm\.weight is missing"):
         save_gguf(path, config, {k: v for k, v in params.items() if k != "norm"}, None)
     params["layers"]["mlp"]["up_proj"]["weight"] *= 1e9
-    for kind in ("f16", "q8_0"):
+    for kind in ("f16", "q8_0", "q4_0", "q4_1"):
         with pytest.raises(ValueError, match=r"blk\.0\.ffn_up\.weight"):
             save_gguf(path, config, params, None, dtype=kind)
     assert not path.exists()

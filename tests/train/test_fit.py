@@ -115,7 +115,7 @@ def test_advice_names_what_is_not_used_yet():
         assert word in lines
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "pretrain", "dpo"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "qat", "pretrain", "dpo"])
 def test_every_method_compiles(method):
     sections = {"lora": {"r": 4, "lora_alpha": 8}} if method in ("lora", "qlora", "dpo") else {}
     result = fit(run_config(method=method, **sections), slice_named("v5e-4"))

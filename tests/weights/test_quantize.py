@@ -267,3 +267,38 @@ def test_sharded_equals_single(scheme):
     with jax.set_mesh(mesh):
         got = jax.jit(run)(spread, tokens)
     np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "int4"])
+def test_scales_in_eight_bits(scheme):
+    """Within the bound of the scheme and a 255th of the range of scales; no value clamped."""
+    weight = gaussian(6, 640) * jnp.linspace(0.5, 3.0, 640)
+    weight = weight.at[2].set(0).at[3, :64].set(0)
+    plain = quantize_array(weight, scheme=scheme)
+    small = quantize_array(weight, scheme=scheme, double=True)
+    assert live_bytes(small) == 6 * (320 + 10 + 8) < live_bytes(plain) == 6 * (320 + 40)
+    exact = np.asarray(plain.scale)
+    held = np.asarray(small.scale.astype(jnp.float32))
+    assert small.scale.shape == held.shape == exact.shape == (6, 10)
+    live = np.ones((6, 10), bool)
+    live[2], live[3, 0] = False, False
+    scales = np.where(live, exact, np.nan)
+    spread = np.nanmax(scales[[0, 1, 4, 5]], axis=1) - np.nanmin(scales[[0, 1, 4, 5]], axis=1)
+    above = (held - exact)[[0, 1, 4, 5]]
+    assert (above >= -1e-6).all() and (above <= spread[:, None] / 255 * 1.001).all()
+    error = np.abs(np.asarray(to_array(small)) - np.asarray(weight)).reshape(6, 10, 64)
+    widest = BOUNDS[scheme] * SCHEMES[scheme].largest
+    assert (error.max(axis=-1) <= widest * held * 1.001).all()
+    assert np.isfinite(held).all() and (np.asarray(to_array(small))[2] == 0).all()
+    assert (np.asarray(to_array(small))[3, :64] == 0).all()
+    x, ids = gaussian(3, 640, seed=1), jnp.array([0, 3])
+    matrix = to_array(small)
+    np.testing.assert_allclose(dot(x, small, compute=Compute()), x @ matrix.T, rtol=2e-5, atol=2e-4)
+    np.testing.assert_allclose(embed(small, ids, compute=Compute()), matrix[ids], atol=1e-6)
+
+
+def test_scales_of_short_rows_stay_as_they_are():
+    leaf = quantize_array(gaussian(4, 192), scheme="nf4", double=True)
+    assert isinstance(leaf.scale, jax.Array)
+    with pytest.raises(ValueError, match="scheme int8 has too few for it to save anything"):
+        quantize_array(gaussian(4, 640), scheme="int8", double=True)

@@ -1,0 +1,50 @@
+"""The memory of one model by method: parts that can be worked out, and the compiler's whole."""
+
+import json
+import math
+
+import pytest
+
+from llama_jax.cli import main
+from llama_jax.mesh.slices import slice_named
+from llama_jax.weights.table import num_parameters, weight_table
+from tests.train.test_fit import run_config
+from train.memory_table import memory_table
+from train.start import read_shape
+
+pytest.importorskip("libtpu", reason="the TPU compiler is on Linux x86-64 only")
+
+
+def test_parts_are_those_of_the_arrays_and_the_whole_is_the_compilers():
+    run = run_config(mesh={"fsdp": 4})
+    config, _ = read_shape(run)
+    said = []
+    rows = {row.method: row for row in memory_table(run, slice_named("v5e-4"), said.append)}
+    assert list(rows) == ["full", "lora", "qlora", "inference"] and len(said) == 4
+    count = num_parameters(config)
+    full, lora, qlora, inference = rows.values()
+    norms = sum(math.prod(r.shape) for r in weight_table(config).values() if r.role == "norm")
+    # Float32 weights and two moments, a quarter on each chip, all but norms.
+    assert full.weights == pytest.approx((count - norms) + 4 * norms, rel=0.05)
+    assert full.gradients == full.weights
+    assert full.optimizer == pytest.approx(2 * full.weights, rel=0.01)
+    assert lora.gradients < full.gradients / 2 and lora.optimizer < full.optimizer / 2
+    assert qlora.weights < lora.weights
+    assert (inference.gradients, inference.optimizer, full.cache) == (0, 0, 0)
+    assert inference.cache > 0
+    for row in rows.values():
+        assert row.fits and row.total <= row.limit
+        parts = row.weights + row.optimizer + row.cache
+        assert parts < row.total
+
+
+def test_the_command_prints_the_table(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text(json.dumps(run_config(mesh={"fsdp": 4}).to_dict()))
+    flags = ["fit", str(path), "--slice", "v5e-4", "--memory-table"]
+    assert main([*flags, "--search"]) == 2
+    assert "keep one" in capsys.readouterr().err
+    assert main([*flags, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert [row["method"] for row in report] == ["full", "lora", "qlora", "inference"]
+    assert {"slice", "weights", "gradients", "optimizer", "activations"} <= set(report[0])
