@@ -56,11 +56,15 @@ def _quantization(params: Any) -> str | None:
     from qwix import QArray
 
     from llama_jax import tree
-    from llama_jax.weights.tensors import PackedTensor
+    from llama_jax.weights.tensors import IntegerTensor, PackedTensor
 
     kinds: set[str] = set()
     for leaf in tree.flatten(params).values():
-        if isinstance(leaf, PackedTensor):
+        if isinstance(leaf, IntegerTensor):
+            activations = "dynamic" if leaf.activation_scale is None else "static"
+            bits = 4 if isinstance(leaf.base, PackedTensor) else 8
+            kinds.add(f"int{bits}-{activations}")
+        elif isinstance(leaf, PackedTensor):
             kinds.add(leaf.codebook)
         elif isinstance(leaf, QArray):
             kinds.add(str(jnp.dtype(leaf.qtype)))

@@ -92,7 +92,10 @@ def test_yaml_overrides_and_numbers(tmp_path):
         ("train.seed=-1", "train.seed is -1"),
         ("data.packing=1", "data.packing is 1; it must be true or false"),
         ("optimizer.learning_rate=.nan", "finite"),
-        ("method=ppo", "method is 'ppo'; allowed are pretrain, full, lora, qlora, qat, dpo"),
+        (
+            "method=ppo",
+            "method is 'ppo'; allowed are pretrain, full, lora, qlora, qat, dpo, distill",
+        ),
         ("compute.remat=some", "compute.remat is 'some'"),
         ("data.train={a: b}", "data.train"),
         ("data.eval_fraction=1.0", "below 1.0"),
