@@ -27,12 +27,12 @@ NEW_TOKENS = 32
 SCHEMES = {
     "none": "none",
     "int8": "none",
-    "fp8": "none",
-    "nf4": "none",
-    "int4": "none",
     "int8-dynamic": "none",
     "int8-static": "unlabelled rows",
+    "nf4": "none",
+    "int4": "none",
     "int4-dynamic": "none",
+    "fp8": "none",
 }
 
 
