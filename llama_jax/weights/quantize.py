@@ -34,6 +34,7 @@ from llama_jax.weights.tensors import (
     Leaf,
     PackedScale,
     PackedTensor,
+    QatTensor,
     is_adapted,
     is_quantized,
     num_tiles,
@@ -241,6 +242,11 @@ def _check_leaf(path: str, leaf: Leaf, how: Quantization) -> None:
         raise ValueError(
             f"{path} is quantized already; start from the unquantized model, or train adapters on "
             f"this one as it is, with method lora"
+        )
+    if isinstance(leaf, QatTensor):
+        raise ValueError(
+            f"{path} was trained to be int{leaf.bits}; choose scheme qat, which makes the integers "
+            f"it was trained with"
         )
     if is_adapted(leaf):
         raise ValueError(

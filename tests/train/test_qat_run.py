@@ -36,6 +36,7 @@ def test_a_run_resumes_converts_and_is_served_as_it_was_trained(tmp_path, capsys
     assert isinstance(tree.flatten(result.params)[UP], QatTensor)
     run, out = str(tmp_path / "run"), str(tmp_path / "integers")
     assert main(["quantize", run, out, "--scheme", "int8"]) == 2
+    assert "was trained to be int4; choose scheme qat" in capsys.readouterr().err
     assert main(["quantize", run, out, "--scheme", "qat", "--tile", "4"]) == 2
     assert "leave --tile out" in capsys.readouterr().err
     assert main(["quantize", run, out, "--scheme", "qat"]) == 0
