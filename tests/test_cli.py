@@ -188,4 +188,4 @@ def test_the_offered_schemes_are_those_of_the_library() -> None:
     from llama_jax.weights import quantize
 
     # Stated twice so that --help needs no JAX.
-    assert set(SCHEMES) == set(quantize.SCHEMES)
+    assert set(SCHEMES) == {*quantize.SCHEMES, *quantize.INTEGER_SCHEMES, "qat"}
