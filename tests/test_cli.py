@@ -174,7 +174,15 @@ def test_models_lists_every_preset_with_published_sizes(
     assert listed["llama3.1-8b"]["key_value_heads"] == 8
     assert listed["llama3.1-8b"]["rope_scaling"] == "llama3"
     assert listed["mixtral-8x7b"]["experts"] == 8
-    assert listed["llama3.1-8b"]["train"] == ["pretrain", "full", "lora", "qlora", "qat", "dpo", "distill"]
+    assert listed["llama3.1-8b"]["train"] == [
+        "pretrain",
+        "full",
+        "lora",
+        "qlora",
+        "qat",
+        "dpo",
+        "distill",
+    ]
     assert listed["llama3.1-8b"]["export"] == ["hf", "peft", "gguf"]
 
     assert cli.main(["models"]) == cli.DONE
