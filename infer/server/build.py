@@ -1,17 +1,21 @@
-"""From a source to an engine: the only file of the server that knows the engine's class."""
+"""From a source to an engine: the only file of the server that knows the engine's class.
 
+JAX is imported by the first load, in its thread, so that the server listens at once.
+"""
+
+import functools
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from infer.engine.engine import BatchingEngine
 from infer.engine.options import EngineOptions
 from infer.registry import NAME
 from infer.server.models import COMMAND_LINE_VERSION, Build, Built, Source
 from infer.server.settings import Settings
 from llama_jax.config import Compute
-from llama_jax.load import load
 
 
 def engine_options(settings: Settings) -> EngineOptions:
@@ -29,12 +33,23 @@ def engine_options(settings: Settings) -> EngineOptions:
     return replace(options, num_blocks=-(-settings.cache_tokens // options.block_size))
 
 
-def make_build(settings: Settings) -> Build:
-    """What loads a source and makes its engine. Raises ValueError for settings that cannot be."""
+def make_build(settings: Settings, start: Callable[[], None] = lambda: None) -> Build:
+    """What loads a source and makes its engine. Raises ValueError for settings that cannot be.
+
+    start: called once, before JAX is.
+    """
     options = engine_options(settings)
     compute = None if settings.dtype is None else Compute(dtype=settings.dtype)
 
+    lock = threading.Lock()
+    start_once = functools.cache(start)
+
     def build(source: Source) -> Built:
+        with lock:
+            start_once()
+        from infer.engine.engine import BatchingEngine
+        from llama_jax.load import load
+
         model = load(source.model, adapter=source.adapter)
         if source.template is not None and model.tokenizer is not None:
             from llama_jax.formats.chat import chat_template

@@ -90,6 +90,7 @@ async def serve(
 
     stop: ends the server when it is set, in place of signals.
     """
+    stop = _stop_signals() if stop is None else stop
     context = make_context(settings, build, sources)
     sock = _listen(settings)
     server = _Server(_config(settings, context))
@@ -102,7 +103,7 @@ async def serve(
     )
     logger.info("listening", extra={"address": address})
     on_listening(address)
-    code = await _load_and_wait(context.models, _stop_signals() if stop is None else stop)
+    code = await _load_and_wait(context.models, stop)
     logger.info("draining", extra={"seconds": settings.drain_seconds})
     await context.models.stop(settings.drain_seconds)
     if grpc_server is not None:

@@ -67,8 +67,7 @@ def _serve(settings: Any) -> int:
     from llama_jax.commands.startup import start_jax
 
     sources = given_sources(settings)
-    build = make_build(settings)
-    start_jax()
+    build = make_build(settings, start_jax)
 
     def on_listening(address: Address) -> None:
         host = f"[{address.host}]" if ":" in address.host else address.host

@@ -187,6 +187,38 @@ def test_edges_of_sampling(served):  # R85, R86, R87, R92, R96
     assert all(len(top) >= 3 for top in scored["top_logprobs"][1:])
 
 
+def test_scores_of_an_echoed_prompt_are_those_of_generate(served):  # R91, R92
+    process, model = served
+    [expected] = lj.generate(
+        model, ["score me"], temperature=0.0, max_tokens=1, echo=True, logprobs=2
+    )
+    choice = process.complete("score me", temperature=0, max_tokens=1, echo=True, logprobs=2)
+    got = choice["choices"][0]["logprobs"]
+    wanted = [*expected.prompt_logprobs, *expected.logprobs]
+    assert got["token_logprobs"][0] is None
+    values = [each.logprob for each in wanted[1:]]
+    assert got["token_logprobs"][1:] == pytest.approx(values, abs=1e-5)
+
+
+def test_the_process_listens_before_it_imports_jax(served):  # R103
+    program = (
+        "import sys\n"
+        "from infer.server.settings import Settings\n"
+        "from infer.server import build, run\n"
+        "build.make_build(Settings(models=('m',)))\n"
+        "print('jax' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout.strip() == "False"
+
+
 def test_a_prompt_over_the_context_is_refused_and_the_engine_lives(served):  # R94
     process, model = served
     limit = model.config.max_position_embeddings
