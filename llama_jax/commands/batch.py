@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from llama_jax.commands.startup import start_jax
 
     read_batch(source)  # what is wrong with it is said before the model is loaded
-    (model,) = given_sources((args.model,))
+    (model,) = given_sources(settings)
     build = make_build(settings)
     start_jax()
     began = time.perf_counter()
