@@ -24,6 +24,7 @@ from infer.completion import Row, TokenLogprob, make_logprob
 from infer.engine.blocks import BlockManager
 from infer.engine.compilations import compilations_here, count_compilations
 from infer.engine.drafts import look_up
+from infer.engine.memory import fitting_context
 from infer.engine.options import EngineOptions
 from infer.engine.request import (
     Event,
@@ -91,7 +92,11 @@ class BatchingEngine:
             longest = scaling.original_max_position_embeddings or longest
         size = self.options.block_size
         self._num_blocks = self.options.num_blocks
-        wanted = min(self.options.max_context or longest, longest)
+        if self.options.max_context is None:
+            dtype = (compute or Compute()).dtype
+            wanted = min(longest, fitting_context(config, self.options, dtype))
+        else:
+            wanted = min(longest, self.options.max_context)
         if self._num_blocks is None:
             self._num_blocks = self.options.max_slots * -(-wanted // size)
         self._generator = generate.Generator(
@@ -163,6 +168,7 @@ class BatchingEngine:
         self._begin_afresh()
         self._runner.reset()
         self._runner.warm_up()
+        self._runner.drop_inexact_shapes()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         with self._changed:
             self._state = "ready"

@@ -14,7 +14,8 @@ class EngineOptions:
     """Sizes are fixed when the engine starts: what it compiles follows from them.
 
     max_slots: choices that are computed together at most. max_context: tokens of a prompt and its
-      answer together, at most and by default what the model was made for. block_size: tokens of a
+      answer together, at most what the model was made for; None is as many, as far as an eighth of
+      the memory holds all slots and blocks. block_size: tokens of a
       block, the unit in which prefixes are shared. num_blocks: blocks that running requests and
       cached prefixes have together; None is enough for every slot to be full. Memory for keys and
       values is that of all slots and all blocks.

@@ -1,10 +1,12 @@
 """Runs what the scheduler decides: holds the arrays of an engine and calls its compiled steps.
 
 Steps come in few shapes: pieces of prompts of `piece_shapes` tokens, and `row_shapes` rows that
-take a token. On a CPU products of one row sum in another order than products of several, so no
-shape has a single row.
+take a token. On a CPU steps of fewer than eight tokens sum in another order than larger ones, so
+few rows are filled up to eight tokens: they cost little, because a small step takes the time of
+reading the weights.
 """
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +23,11 @@ from infer.params import MAX_TOP_LOGPROBS, SamplingParams
 from infer.sampling import Needs, Rows, Sampled
 from llama_jax.model.cache import NEVER
 
+log = logging.getLogger(__name__)
+
 _SHORTEST_PIECE = 32
 _FEWEST_ROWS = 2
+_FEWEST_TOKENS = 8
 
 # The variants of choosing tokens that are compiled, the cheapest first; each can do what those
 # before it can.
@@ -90,6 +95,7 @@ class Runner:
 
     def reset(self) -> None:
         """Allocates everything, empty."""
+        self.row_shapes = row_shapes(self.options.max_slots)
         config, slots = self.model.config, self.scratch_slot + 1
         self._cache = steps.new_cache(
             config, num_slots=slots, capacity=self._capacity, dtype=self._dtype
@@ -136,6 +142,44 @@ class Runner:
         columns = _columns([_FILLER] * 2, [0] * 2, [0] * 2, self.model.config.vocab_size)
         for needs in _VARIANTS:
             self._take(logits, [self._nowhere] * 2, None, columns, [0, 0], needs)
+
+    def drop_inexact_shapes(self) -> None:
+        """Keeps only those numbers of rows whose results equal, bit for bit, the largest's.
+
+        How a product sums may follow from its size. Which sizes agree depends on the machine, so
+        it is looked at, with every slot holding the same few tokens.
+        """
+        tokens = [(7 * n + 3) % self.model.config.vocab_size for n in range(self.piece_shapes[0])]
+        self.read(self.scratch_slot, tokens, 0, self.piece_shapes[0])
+        for slot in range(self.row_shapes[-1]):
+            self._move(self.scratch_slot, slot, with_memory=False)
+        results = {
+            rows: [np.asarray(self._trial(rows, n, len(tokens))) for n in self._lengths(rows)]
+            for rows in self.row_shapes
+        }
+        wanted = results[self.row_shapes[-1]][0]
+        kept = []
+        for rows, each in results.items():
+            if all(np.array_equal(one, wanted[:rows]) for one in each):
+                kept.append(rows)
+            else:
+                log.warning(
+                    "steps of %d rows are left out: they sum in another order on this machine than "
+                    "those of %d",
+                    rows,
+                    self.row_shapes[-1],
+                )
+        if self.row_shapes[-1] not in kept:
+            # Only its guessed tokens sum differently.
+            raise RuntimeError("draft_tokens changes sums on this machine; set it to 0")
+        self.row_shapes = kept
+
+    def _trial(self, rows: int, length: int, begin: int) -> jax.Array:
+        """Logits after one token in each slot, [rows, V]."""
+        vocab_size = self.model.config.vocab_size
+        placed = {slot: (begin, [(slot + 1) % vocab_size]) for slot in range(rows)}
+        logits = self._logits(rows, length, placed, [-1] * rows)
+        return logits.reshape(rows, length, -1)[:, 0]
 
     # Prompts
 
@@ -201,10 +245,13 @@ class Runner:
         return next(shape for shape in self.row_shapes if shape > highest)
 
     def _lengths(self, rows: int) -> list[int]:
-        """Tokens a row that steps of so many rows come in."""
-        if rows > self.options.max_drafted_rows:
-            return [1]
-        return [1, 1 + self.options.draft_tokens]
+        """Tokens a row that steps of so many rows come in: enough for all steps to sum alike, and
+        for guessed ones."""
+        least = -(-_FEWEST_TOKENS // rows)
+        guessed = 1 + self.options.draft_tokens
+        if guessed <= least or rows > self.options.max_drafted_rows:
+            return [least]
+        return [least, guessed]
 
     def next_tokens(
         self,
@@ -218,7 +265,7 @@ class Runner:
         masks, drafts: by slot, the tokens that its structure allows, and the guessed ones.
         """
         rows = self.rows_for(choices)
-        length = self._lengths(rows)[-1] if drafts else 1
+        length = self._lengths(rows)[-1 if drafts else 0]
         placed, adapters = {}, [-1] * rows
         ordered: list[Choice | None] = [None] * rows
         slots, taken = [self._nowhere] * (rows * length), [0] * (rows * length)
