@@ -46,14 +46,15 @@ def piece_shapes(piece_tokens: int) -> list[int]:
     return sorted({min(_SHORTEST_PIECE, piece_tokens), piece_tokens})
 
 
-def row_shapes(max_slots: int) -> list[int]:
-    """2, 8, 16, 32, …, max_slots; a step of 8 rows takes hardly longer than one of 4."""
+def row_shapes(max_slots: int, *, exact: bool) -> list[int]:
+    """1 or 2, then 8, 16, 32, …, max_slots; a step of 8 rows takes hardly longer than one of 4."""
+    fewest = _FEWEST_ROWS if exact else 1
     shapes = []
-    size = _FEWEST_ROWS
+    size = fewest
     while size < max_slots:
         shapes.append(size)
         size = max(2 * size, 8)
-    return [*shapes, max(max_slots, _FEWEST_ROWS)]
+    return [*shapes, max(max_slots, fewest)]
 
 
 def _variant(params: Sequence[SamplingParams], *, structured: bool) -> Needs:
@@ -69,7 +70,7 @@ class Runner:
     def __init__(self, model: Runnable, options: EngineOptions, *, capacity: int, num_blocks: int):
         self.model, self.options = model, options
         self.piece_shapes = piece_shapes(options.piece_tokens)
-        self.row_shapes = row_shapes(options.max_slots)
+        self.row_shapes = row_shapes(options.max_slots, exact=options.exact)
         # A padded piece may reach past the longest row.
         self._capacity = capacity + self.piece_shapes[-1]
         self._num_blocks = num_blocks
@@ -95,7 +96,7 @@ class Runner:
 
     def reset(self) -> None:
         """Allocates everything, empty."""
-        self.row_shapes = row_shapes(self.options.max_slots)
+        self.row_shapes = row_shapes(self.options.max_slots, exact=self.options.exact)
         config, slots = self.model.config, self.scratch_slot + 1
         self._cache = steps.new_cache(
             config, num_slots=slots, capacity=self._capacity, dtype=self._dtype
@@ -149,6 +150,8 @@ class Runner:
         How a product sums may follow from its size. Which sizes agree depends on the machine, so
         it is looked at, with every slot holding the same few tokens.
         """
+        if not self.options.exact:
+            return
         tokens = [(7 * n + 3) % self.model.config.vocab_size for n in range(self.piece_shapes[0])]
         self.read(self.scratch_slot, tokens, 0, self.piece_shapes[0])
         for slot in range(self.row_shapes[-1]):
@@ -247,7 +250,7 @@ class Runner:
     def _lengths(self, rows: int) -> list[int]:
         """Tokens a row that steps of so many rows come in: enough for all steps to sum alike, and
         for guessed ones."""
-        least = -(-_FEWEST_TOKENS // rows)
+        least = -(-_FEWEST_TOKENS // rows) if self.options.exact else 1
         guessed = 1 + self.options.draft_tokens
         if guessed <= least or rows > self.options.max_drafted_rows:
             return [least]

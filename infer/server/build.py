@@ -27,6 +27,7 @@ def engine_options(settings: Settings) -> EngineOptions:
         max_adapters=settings.max_adapters,
         max_lora_rank=settings.max_lora_rank,
         draft_tokens=settings.draft_tokens,
+        exact=settings.exact,
     )
     if settings.cache_tokens is None:
         return options

@@ -148,6 +148,7 @@ class Settings:
         None, "that running requests and cached prefixes may hold; None is every slot full", low=1
     )
     draft_tokens: int = _setting(0, "guessed from the text before and checked in one step", low=0)
+    exact: bool = _setting(True, "no answer depends on who else asks; without, one alone is faster")
     dtype: str | None = _setting(None, "of computation; None is the rule of generate")
     log_level: str = _setting("info", "debug, info, warning or error")
     log_error_messages: bool = _setting(

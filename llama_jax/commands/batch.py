@@ -19,7 +19,16 @@ if TYPE_CHECKING:
 HELP = "answer a file of requests, with resume"
 EXAMPLE = "llama-jax batch smollm2-135m requests.jsonl answers.jsonl"
 
-_FIELDS = ("max_slots", "max_context", "dtype")
+_FIELDS = (
+    "adapters",
+    "max_adapters",
+    "max_lora_rank",
+    "max_slots",
+    "max_context",
+    "cache_tokens",
+    "draft_tokens",
+    "dtype",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

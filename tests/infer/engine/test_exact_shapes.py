@@ -8,6 +8,7 @@ from infer.engine.memory import fitting_context, memory_bytes
 from infer.engine.options import EngineOptions
 from infer.engine.request import Request
 from infer.engine.runner import piece_shapes, row_shapes
+from infer.generate import generate
 from infer.params import SamplingParams
 from tests.infer.engine.client import ask
 from tests.tiny import FAMILIES, tiny_config, tiny_params
@@ -26,9 +27,28 @@ def engine():
 
 def test_few_shapes():
     assert piece_shapes(128) == [32, 128] and piece_shapes(16) == [16]
-    assert [row_shapes(n) for n in (1, 2, 5, 16, 24)] == [
+    assert [row_shapes(n, exact=True) for n in (1, 2, 5, 16, 24)] == [
         [2], [2], [2, 5], [2, 8, 16], [2, 8, 16, 24],
     ]  # fmt: skip
+    assert row_shapes(16, exact=False) == [1, 8, 16]
+    assert row_shapes(1, exact=False) == [1]
+
+
+def test_a_lone_request_may_run_in_steps_of_one_row():
+    config = FAMILIES["llama-tied"].replace(eos_token_id=())
+    model = config, tiny_params(config), None
+    options = EngineOptions(max_slots=4, block_size=16, piece_tokens=64, exact=False)
+    engine = BatchingEngine(model, options)
+    engine.start()
+    wishes = SamplingParams(temperature=0, max_tokens=12)
+    requests = [Request(f"r{n}", (5, 6, 7 + n), wishes) for n in range(3)]
+    alone = [ask(engine, request)[0].token_ids() for request in requests]
+    together = [answer.token_ids() for answer in ask(engine, *requests)]
+    assert engine.statistics()["compilations_total"] == 0
+    engine.stop(0)
+    wanted = [output.token_ids for output in generate(model, [[5, 6, 7], [5, 6, 8], [5, 6, 9]],
+                                                      wishes)]  # fmt: skip
+    assert alone == together == wanted  # these have no near ties
 
 
 def test_nothing_is_compiled_after_the_start(engine):  # R104
