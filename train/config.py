@@ -495,6 +495,13 @@ class DistillSection(Section):
         low=0.0,
         high=1.0,
     )
+    top_k: int | None = option(
+        "keep the teacher's outputs for all rows, so many of the likeliest tokens of each and the "
+        "probability of all others together, before training, which then needs no teacher; "
+        "null: the teacher runs at every step",
+        default=None,
+        low=1,
+    )
     on_policy: float = option(
         "part of the rows whose prompts the student goes on with itself, to be told by the teacher "
         "what it would have said; labels count on the other rows alone",
@@ -664,6 +671,17 @@ class RunConfig(Section):
     def _check_distill(self) -> None:
         if self.distill is None:
             raise ValueError("section distill is missing; method distill needs a distill.teacher")
+        if self.distill.top_k is not None:
+            if isinstance(self.distill.temperature, RampSection):
+                raise ValueError(
+                    "distill.temperature follows a schedule, but distill.top_k keeps the teacher's "
+                    "outputs at one temperature; give a number, or leave top_k out"
+                )
+            if self.distill.on_policy:
+                raise ValueError(
+                    "distill.on_policy needs the teacher's view of what the student just said, "
+                    "which distill.top_k cannot keep before; leave one of them out"
+                )
         if self.distill.on_policy and self.data.packing:
             raise ValueError(
                 "data.packing is true, but distill.on_policy lets the student go on with prompts, "

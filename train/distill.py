@@ -18,11 +18,12 @@ from llama_jax.config import Compute, LogicalRules, ModelConfig
 from llama_jax.mesh.sharding import constrain, loss_rules
 from llama_jax.model import transformer
 from llama_jax.model.chunked import chunked_sums
-from llama_jax.model.divergence import divergences, same_ids
+from llama_jax.model.divergence import divergences, real_ids, same_ids, top_divergences
 from llama_jax.model.losses import Batch, dealt_head, in_chunks
 from llama_jax.weights.dot import dot
 from llama_jax.weights.tensors import Leaf
 from train.config import DistillSection, RampSection
+from train.data.taught import TaughtBatch
 from train.distill_on_policy import OnPolicyBatch
 from train.step import LossSums
 
@@ -72,23 +73,33 @@ class DistillLoss:
         measure: bool = False,
     ) -> LossSums:
         hidden, stats = _hidden(config, params, batch, compute)
-        taught, _ = _hidden(self.teacher, jax.lax.stop_gradient(teacher), batch, compute)
-        taught = jax.lax.stop_gradient(taught)
-        heads = [
-            transformer.head_weight(config, params),
-            jax.lax.stop_gradient(transformer.head_weight(self.teacher, teacher)),
-        ]
-        rules = [loss_rules(head.shape[0], compute.rules) for head in heads]
-        heads = [dealt_head(head, rule) for head, rule in zip(heads, rules, strict=True)]
-        chunk = _Chunk(self.section, self.num_ids, compute, rules[0], rules[1], measure)
-        mask = batch.loss_mask.astype(jnp.float32)
-        labelled = batch.labelled if isinstance(batch, OnPolicyBatch) else batch.loss_mask
-        labelled = labelled.astype(jnp.float32)
-        pieces = in_chunks(compute, hidden, taught, batch.targets, mask, labelled)
         numbers = tuple(
             ramp(value, step, self.total_steps)
             for value in (self.section.soft_weight, self.section.temperature)
         )
+        mask = batch.loss_mask.astype(jnp.float32)
+        if isinstance(batch, TaughtBatch):
+            head = transformer.head_weight(config, params)
+            rules = loss_rules(head.shape[0], compute.rules)
+            kept = _KeptChunk(self.section, self.num_ids, compute, rules, measure)
+            outputs = (batch.teacher_ids, batch.teacher_log_probs)
+            pieces = in_chunks(compute, hidden, *outputs, batch.targets, mask)
+            loss, means = chunked_sums(
+                kept, pieces[0], dealt_head(head, rules), pieces[1:], numbers
+            )
+            return LossSums(loss=loss, weight=mask.sum(), stats=stats, means=means)
+        taught, _ = _hidden(self.teacher, jax.lax.stop_gradient(teacher), batch, compute)
+        taught = jax.lax.stop_gradient(taught)
+        heads: list[Leaf] = [
+            transformer.head_weight(config, params),
+            jax.lax.stop_gradient(transformer.head_weight(self.teacher, teacher)),
+        ]
+        ours, theirs = (loss_rules(head.shape[0], compute.rules) for head in heads)
+        heads = [dealt_head(head, r) for head, r in zip(heads, (ours, theirs), strict=True)]
+        chunk = _Chunk(self.section, self.num_ids, compute, ours, theirs, measure)
+        labelled = batch.labelled if isinstance(batch, OnPolicyBatch) else batch.loss_mask
+        labelled = labelled.astype(jnp.float32)
+        pieces = in_chunks(compute, hidden, taught, batch.targets, mask, labelled)
         loss, means = chunked_sums(chunk, pieces[0], heads[0], pieces[1:], (heads[1], *numbers))
         return LossSums(loss=loss, weight=mask.sum(), stats=stats, means=means)
 
@@ -123,8 +134,8 @@ class _Chunk:
         teacher_head, soft_weight, temperature = constants
         mask = constrain(mask, ("loss_batch", None), self.student_rules)
         counted = mask > 0
-        student = self._logits(hidden, head, self.student_rules)
-        teacher = self._logits(taught, teacher_head, self.teacher_rules)
+        student = _logits(self.compute, hidden, head, self.student_rules)
+        teacher = _logits(self.compute, taught, teacher_head, self.teacher_rules)
         # What does not count may hold anything, also what is not finite.
         teacher = jnp.where(counted[..., None], teacher, 0.0)
         labelled = constrain(labelled, ("loss_batch", None), self.student_rules)
@@ -141,10 +152,45 @@ class _Chunk:
             means["agreement"] = jnp.sum(mask * same.astype(jnp.float32))
         return (1.0 - soft_weight) * hard + soft_weight * soft, means
 
-    def _logits(self, hidden: jax.Array, head: Leaf, rules: LogicalRules) -> jax.Array:
-        hidden = constrain(hidden, ("loss_batch", None, None), rules)
-        logits = dot(hidden, head, compute=self.compute, keep_accumulator=True)
-        return constrain(logits.astype(jnp.float32), ("loss_batch", None, "loss_vocab"), rules)
+
+@dataclass(frozen=True)
+class _KeptChunk:
+    """The sums of one chunk whose teacher is known by its kept outputs."""
+
+    section: DistillSection
+    num_ids: int
+    compute: Compute
+    rules: LogicalRules
+    measure: bool
+
+    def __call__(
+        self, hidden: jax.Array, head: Leaf, part: Any, constants: Any
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        ids, log_probs, targets, mask = part
+        soft_weight, temperature = constants
+        mask = constrain(mask, ("loss_batch", None), self.rules)
+        logits = _logits(self.compute, hidden, head, self.rules)
+        hard = jnp.sum(_cross_entropy(logits, targets) * mask)
+        each = top_divergences(
+            logits,
+            ids,
+            log_probs,
+            num_ids=self.num_ids,
+            kind=self.section.divergence,
+            temperature=temperature,
+        )
+        soft = jnp.sum(each * mask)
+        means = {"hard_loss": hard, "soft_loss": soft}
+        if self.measure:
+            same = real_ids(logits, self.num_ids).argmax(axis=-1) == ids[..., 0]
+            means["agreement"] = jnp.sum(mask * same.astype(jnp.float32))
+        return (1.0 - soft_weight) * hard + soft_weight * soft, means
+
+
+def _logits(compute: Compute, hidden: jax.Array, head: Leaf, rules: LogicalRules) -> jax.Array:
+    hidden = constrain(hidden, ("loss_batch", None, None), rules)
+    logits = dot(hidden, head, compute=compute, keep_accumulator=True)
+    return constrain(logits.astype(jnp.float32), ("loss_batch", None, "loss_vocab"), rules)
 
 
 def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 from llama_jax import tree
 from llama_jax.config import ModelConfig
 from llama_jax.load import load, load_abstract
+from llama_jax.mesh.sharding import shardings
 from llama_jax.presets import presets
 from llama_jax.weights.table import abstract_params
 from train.config import DistillSection, RunConfig
@@ -53,10 +54,22 @@ def load_teacher(setup: Setup) -> tuple[tree.Tree, ...]:
     section = setup.run.distill
     if section is None:
         return ()
+    if section.top_k is not None:  # its outputs are in the batches
+        return setup.beside
     rules = setup.compute.rules
     loaded = load(section.teacher, mesh=setup.mesh, rules=rules, dtype=section.teacher_dtype)
     places = jax.tree.map(lambda struct: struct.sharding, setup.beside[0])
     return (jax.device_put(loaded.params, places),)
+
+
+def teacher_params(setup: Setup, teacher: Teacher) -> tree.Tree:
+    """The teacher's parameters on the mesh, for outputs that are kept."""
+    section, rules = setup.run.distill, setup.compute.rules
+    assert section is not None
+    loaded = load(section.teacher, mesh=setup.mesh, rules=rules, dtype=section.teacher_dtype)
+    return jax.device_put(
+        loaded.params, shardings(teacher.config, loaded.params, setup.mesh, rules)
+    )
 
 
 def _held(

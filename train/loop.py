@@ -29,6 +29,7 @@ from train.data.build import RunData, build_data
 from train.data.pipeline import TrainingBatches, evaluation_batches
 from train.data.report import colored, spans
 from train.data.row_set import read_run_rows
+from train.distill_cache import attach_teacher, needs_cache
 from train.distill_teacher import load_teacher, read_teacher
 from train.generations import Sampler, read_generations
 from train.goodput import Goodput
@@ -178,6 +179,12 @@ def train(
             state = first_state(folder.checkpoints, setup, start, batches, job.counters)
             job.beside = load_teacher(setup)
         run_on_main("write the config", lambda: write_config(folder, run))
+        if needs_cache(setup):
+            with goodput.cause("resume"):
+                taught = read_teacher(run, start.tokenizer)
+                assert taught is not None
+                job.data = attach_teacher(setup, data, taught, folder.path)
+            batches.set_plan(job.data.train)
         if needs_reference(setup):
             with goodput.cause("resume"):
                 job.data = attach_reference(setup, data, folder.path, state)

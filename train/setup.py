@@ -26,6 +26,7 @@ from llama_jax.weights.select import trainable_mask, zeros_mask
 from llama_jax.weights.table import abstract_params, init_params
 from train.config import MeshSection, RunConfig
 from train.data.preference import PreferenceBatch
+from train.data.taught import TaughtBatch
 from train.distill import DistillLoss, Teacher
 from train.distill_on_policy import OnPolicy
 from train.distill_pmap import AXIS, make_pmap_step
@@ -101,6 +102,17 @@ class Setup:
         batch = Batch(ids, ids, struct(jnp.float32), ids, ids)
         if self.run.dpo is not None and self.run.dpo.reference == "cached":
             return PreferenceBatch(**vars(batch), reference=struct(jnp.float32))
+        if self.run.distill is not None and self.run.distill.top_k is not None:
+            k = self.run.distill.top_k
+
+            def wide(width: int, dtype: Any) -> jax.ShapeDtypeStruct:
+                return jax.ShapeDtypeStruct((*shape, width), dtype, sharding=place)
+
+            return TaughtBatch(
+                **vars(batch),
+                teacher_ids=wide(k, jnp.int32),
+                teacher_log_probs=wide(k + 1, jnp.float32),
+            )
         return batch
 
     def share(self, rows: int) -> Share:
@@ -153,7 +165,11 @@ def make_setup(
     places = state_shardings(config, state, mesh, rules)
     batch_place = batch_sharding(mesh, rules)
     loss = _make_loss(run, teacher)
-    beside = () if teacher is None else (_placed_teacher(teacher, mesh, rules),)
+    beside: tuple[Any, ...] = ()
+    if teacher is not None:
+        # Kept outputs come with the batch: nothing of the teacher is left to stand beside it.
+        kept = run.distill is not None and run.distill.top_k is not None
+        beside = ({} if kept else _placed_teacher(teacher, mesh, rules),)
     by_pmap = run.distill is not None and run.distill.step == "pmap"
     step = make_train_step(
         config,

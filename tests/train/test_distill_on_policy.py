@@ -102,15 +102,12 @@ def test_labels_do_not_count_on_sampled_rows():
 
 
 def test_the_steps_agree_on_devices(monkeypatch):
-    """By jit on one device and on a mesh, and by pmap, the same rows are said."""
+    """By jit on one device and by pmap on four the same rows are said."""
     monkeypatch.setattr(test_distill, "random_batch", lambda rows, seed: prompts(rows, seed))
     prepare = OnPolicy(0.5, 1.0, NUM_IDS)
     section = SECTION.replace(on_policy=0.5)
     alone = Case(section, prepare=prepare).run({"data": 1}, steps=2)[1]
     mapped = Case(section, axis=AXIS, prepare=prepare).run({"data": 4}, pmap=True, steps=2)[1]
-    sharded = Case(section, prepare=prepare).run({"fsdp": 2, "tensor": 2}, steps=2)[1]
-    plain = Case().run({"data": 1}, steps=1)[1]
-    assert alone[0]["loss"] != pytest.approx(plain[0]["loss"], rel=1e-3)
-    for found in (mapped, sharded):
-        for one, other in zip(found, alone, strict=True):
-            assert one == pytest.approx(other, rel=5e-5, abs=5e-5)
+    for one, other in zip(mapped, alone, strict=True):
+        assert one == pytest.approx(other, rel=5e-5, abs=5e-5)
+    assert alone[0]["trained_tokens"] != float(prompts(16).loss_mask.sum()), "some end early"

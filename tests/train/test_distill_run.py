@@ -96,6 +96,33 @@ def test_the_pmap_run_is_the_jit_run(tmp_path, teacher):
         assert there == pytest.approx({name: other[name] for name in there}, rel=1e-4, abs=1e-4)
 
 
+def test_kept_outputs_of_all_tokens_are_the_teacher(tmp_path, teacher):
+    """With k of every id the run is that with the teacher beside it; with few it is near, and it
+    goes on when the teacher is gone."""
+    found = {}
+    for name, section in (("beside", {}), ("all", {"top_k": 261}), ("few", {"top_k": 8})):
+        (tmp_path / name).mkdir()
+        section = {"temperature": 1.5, **section}
+        run = distill(tmp_path / name, teacher, distill=section, train__checkpoint_every_steps=2)
+        found[name] = numbers(train(run, stop_after=2 if name == "few" else None))
+    for one, other in zip(found["all"], found["beside"], strict=True):
+        for key in ("loss", "hard_loss", "soft_loss", "grad_norm"):
+            assert one[key] == pytest.approx(other[key], rel=1e-4)
+    assert found["all"][-1]["eval_agreement"] == found["beside"][-1]["eval_agreement"]
+    kept = tmp_path / "few" / "run" / "teacher"
+    log_probs = np.load(kept / "train.log_probs.npy")
+    np.testing.assert_allclose(np.exp(log_probs).sum(-1), 1, atol=1e-5)
+    first = found["few"][0]
+    assert first["hard_loss"] == pytest.approx(found["beside"][0]["hard_loss"], rel=1e-5)
+    assert 0 < first["soft_loss"] < found["beside"][0]["soft_loss"] + 1e-5
+    before = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
+    assert numbers(train(run))[:2] == found["few"]
+    assert {path.name: path.stat().st_mtime_ns for path in kept.iterdir()} == before
+    (kept / "teacher.json").write_text('{"rows": "others"}')
+    with pytest.raises(ValueError, match="holds a teacher's outputs for other rows"):
+        train(run)
+
+
 def test_a_quantized_teacher_and_an_adapted_student(tmp_path, teacher):
     model = load(teacher)
     folder = tmp_path / "quantized"
@@ -191,6 +218,9 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path, teacher):
         ({"distill": {"step": "pmap"}, "mesh": {"fsdp": 2}}, "mesh.fsdp is 2"),
         ({"distill": {"step": "pmap"}}, "mesh.fsdp is -1"),
         ({"quantization": {}}, "quantized weights cannot be trained"),
+        ({"distill": {"top_k": 4, "temperature": {"start": 2, "end": 1}}}, "at one temperature"),
+        ({"distill": {"top_k": 4, "on_policy": 0.5}}, "leave one of them out"),
+        ({"distill": {"top_k": 0}}, "distill.top_k is 0"),
         ({"distill": {"on_policy": 0.5}}, "data.packing is true, but distill.on_policy"),
     ],
 )

@@ -19,6 +19,7 @@ from train.data.mixture import Mixture
 from train.data.packing import Groups, pack
 from train.data.preference import with_reference
 from train.data.samples import Samples, make_row, stack_rows
+from train.data.taught import Taught
 
 # Grain wants a length; no run comes near it.
 _ENDLESS = 2**48
@@ -43,7 +44,7 @@ class RowPlan:
 
     rows_per_item: how many rows in succession go together into a batch: one, or two for pairs.
     reference: [samples] float32, log-probabilities that the batches of pairs carry; None: they
-    carry none. It needs one sample a row.
+    carry none. It needs one sample a row. taught: a teacher's outputs that batches carry.
     """
 
     samples: Samples
@@ -53,6 +54,7 @@ class RowPlan:
     pad_token_id: int
     rows_per_item: int = 1
     reference: np.ndarray | None = None
+    taught: Taught | None = None
 
     @property
     def num_items(self) -> int:
@@ -72,6 +74,8 @@ class RowPlan:
             empty = make_row([], self.sequence_length, pad_token_id=self.pad_token_id)
             made += [empty] * (size - len(made))
         batch = stack_rows(made)
+        if self.taught is not None:
+            return self.taught.of(batch, list(rows))
         if self.reference is None:
             return batch
         values = np.zeros(size, np.float32)
