@@ -141,6 +141,8 @@ def _outputs(
     """(ids [B, T, k], log-probabilities [B, T, k + 1]) of a batch, chunk by chunk."""
     section, compute = setup.run.distill, setup.compute
     assert section is not None and section.top_k is not None
+    k, temperature = section.top_k, section.temperature
+    assert isinstance(temperature, float), "the config lets no schedule through"
     hidden, _, _ = transformer.hidden_states(
         teacher.config,
         params,
@@ -157,8 +159,8 @@ def _outputs(
         return top_log_probs(
             logits,
             num_ids=teacher.num_ids,
-            k=section.top_k,
-            temperature=float(section.temperature),
+            k=k,
+            temperature=temperature,
         )
 
     (chunks,) = in_chunks(compute, hidden)
