@@ -632,7 +632,13 @@ class BatchingEngine:
         self._tell(active, event)
 
     def _tell(self, active: _Active, event: Event | TextPiece) -> None:
-        active.on_event(event)
+        try:
+            active.on_event(event)
+        except Exception:
+            # What one client's callback does must not end the others' requests.
+            log.exception("the callback of request %s failed; it is cancelled", active.request.id)
+            with self._changed:
+                self._inbox.append(lambda: self._cancel(active.request.id))
 
     def _save(self, choice: Choice) -> Any:
         assert choice.slot is not None
