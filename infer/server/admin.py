@@ -1,5 +1,6 @@
 """Admin routes: which versions are loaded and which answer. They need the admin key."""
 
+import asyncio
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -62,7 +63,7 @@ class Admin:
 
     async def report(self, request: Request) -> Response:
         self._check(request)
-        return JSONResponse({"models": self._models.report()})
+        return JSONResponse({"models": await asyncio.to_thread(self._models.report)})
 
     async def load(self, request: Request) -> Response:
         body = await self._body(request, VersionBody)

@@ -180,6 +180,9 @@ class Models:
             )
         rest, _, adapter = model.partition(":")
         name, _, version = rest.partition("@")
+        if name not in self._sources and name not in self._states:
+            # The registry may lie on a slow disk; its answer is remembered.
+            await asyncio.to_thread(self._state, name, model)
         key = (name, version) if version else (name, self._choose(name, model, request_id))
         loaded = self._loaded.get(key)
         if loaded is None:
@@ -213,7 +216,12 @@ class Models:
         if name not in self._states:
             if self._registry is None or not self._registry.versions(name):
                 raise _unknown(model, f"there is no model {model[:100]!r}")
-            self._states[name] = self._registry.state(name)
+            try:
+                self._states[name] = self._registry.state(name)
+            except ValueError as error:
+                logger.error("state not read", extra={"model": name, "reason": str(error)})
+                message = f"which version of {name} is active cannot be read"
+                raise ApiError(503, message, code="registry_damaged") from error
         return self._states[name]
 
     async def _load_for_request(self, key: Key, model: str) -> Loaded:
@@ -222,7 +230,7 @@ class Models:
             if version != self._sources[name].version:
                 raise _unknown(model, f"{name} has the version {self._sources[name].version} only")
             raise _not_ready(name)
-        if self._registry is None or version not in self._registry.versions(name):
+        if version not in await asyncio.to_thread(self._versions, name):
             raise _unknown(model, f"there is no model {model[:100]!r}")
         if not self._settings.load_on_demand:
             raise ApiError(503, f"{name} version {version} is not loaded", code="model_not_loaded")
@@ -238,12 +246,13 @@ class Models:
     # What there is
 
     def catalog(self) -> list[dict[str, Any]]:
-        """The entries of /v1/models: what a request may name, with the active version."""
+        """The entries of /v1/models: what a request may name, with the active version. Reads the
+        registry, so it may take a while."""
         entries = []
         names = [*self._sources, *(self._registry.names() if self._registry else [])]
         for name in names:
-            state = None if name in self._sources else self._state(name, name)
-            version = self._sources[name].version if state is None else state.active
+            given = self._sources.get(name)
+            version = self._known_state(name).active if given is None else given.version
             loaded = None if version is None else self._loaded.get((name, version))
             entry: dict[str, Any] = {
                 "id": name,
@@ -267,7 +276,7 @@ class Models:
         rows = []
         for name in [*self._sources, *(self._registry.names() if self._registry else [])]:
             given = self._sources.get(name)
-            state = State(active=given.version) if given else self._state(name, name)
+            state = State(active=given.version) if given else self._known_state(name)
             versions = [given.version] if given else self._versions(name)
             rows.append(
                 {
@@ -280,6 +289,13 @@ class Models:
                 }
             )
         return rows
+
+    def _known_state(self, name: str) -> State:
+        """None active where it cannot be read: one damaged model must not hide the others."""
+        try:
+            return self._state(name, name)
+        except ApiError:
+            return State()
 
     def _versions(self, name: str) -> list[str]:
         return [] if self._registry is None else self._registry.versions(name)

@@ -1,5 +1,6 @@
 """The REST routes: bodies to operations, answers to JSON or events."""
 
+import asyncio
 from typing import Any
 
 from starlette.requests import Request
@@ -63,16 +64,19 @@ class Rest:
     # What clients ask
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": self._context.models.catalog()})
+        return JSONResponse({"object": "list", "data": await self._catalog()})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
-        for entry in self._context.models.catalog():
+        for entry in await self._catalog():
             if entry["id"] == name:
                 return JSONResponse(entry)
         raise ApiError(
             404, f"there is no model {name[:100]!r}", param="model", code="model_not_found"
         )
+
+    async def _catalog(self) -> list[dict[str, Any]]:
+        return await asyncio.to_thread(self._context.models.catalog)
 
     async def chat(self, request: Request) -> Any:
         body = parse(ChatRequest, await self._body(request))

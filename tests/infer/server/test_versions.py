@@ -243,6 +243,19 @@ def test_admins_name_things_too_and_never_paths(models_dir, fleet, name):  # R11
     assert not list(models_dir.parent.glob("outside*"))
 
 
+def test_a_damaged_model_harms_no_other(models_dir, fleet, tmp_path):
+    register(models_dir, "n", "1", tmp_path / "source-1", source="x")
+    (models_dir / "m" / "state.json").write_text("{")
+    with serving(models_dir, fleet) as server:
+        versions = {e["id"]: e["version"] for e in server.call("/v1/models")[1]["data"]}
+        assert versions == {"m": None, "n": "1"}
+        assert len(server.call("/admin/models", key=ADMIN)[1]["models"]) == 2
+        status, body, _ = server.call("/v1/completions", {"model": "m", "prompt": "x"})
+        assert (status, body["error"]["code"]) == (503, "registry_damaged")
+        assert "state.json" not in body["error"]["message"]
+        assert server.call("/v1/completions", {"model": "n", "prompt": "x"})[0] == 200
+
+
 def test_adapters_come_and_go_while_the_model_serves(models_dir, fleet):
     for name in ("poet", "bad"):
         (models_dir / "m" / "adapters" / name).mkdir(parents=True)
