@@ -1,5 +1,6 @@
 """HTTP/1.1 as uvicorn speaks it, with limits that it has no setting for.
 
+- A connection too many is answered 503.
 - A request whose line and headers do not arrive in time is answered 408.
 - One whose headers are too long is answered 431.
 - A client that reads nothing for a while is cut off, so that it holds no memory and no place in
@@ -27,6 +28,7 @@ class LimitedProtocol(H11Protocol):
 
     head_timeout_seconds: float
     write_timeout_seconds: float
+    max_connections: int
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -40,7 +42,11 @@ class LimitedProtocol(H11Protocol):
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
-        self._await_head()
+        if len(self.connections) > self.max_connections:
+            message = f"{self.max_connections} connections are open, as many as may"
+            self._answer(ApiError(503, message, retry_after_seconds=1))
+        else:
+            self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._head_timer = _stopped(self._head_timer)
@@ -90,6 +96,7 @@ class LimitedProtocol(H11Protocol):
             (b"content-type", b"application/json"),
             (b"content-length", str(len(body)).encode()),
             (b"connection", b"close"),
+            *((name.encode(), value.encode()) for name, value in error.headers.items()),
         ]
         response = h11.Response(
             status_code=error.status, headers=headers, reason=STATUS_PHRASES[error.status]
@@ -112,7 +119,7 @@ def _stopped(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
 
 
 def limited_protocol(
-    *, head_timeout_seconds: float, write_timeout_seconds: float
+    *, head_timeout_seconds: float, write_timeout_seconds: float, max_connections: int
 ) -> type[LimitedProtocol]:
     return type(
         "Protocol",
@@ -120,5 +127,6 @@ def limited_protocol(
         {
             "head_timeout_seconds": head_timeout_seconds,
             "write_timeout_seconds": write_timeout_seconds,
+            "max_connections": max_connections,
         },
     )

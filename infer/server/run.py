@@ -156,6 +156,7 @@ def _config(settings: Settings, context: Context) -> uvicorn.Config:
         http=limited_protocol(
             head_timeout_seconds=settings.head_timeout_seconds,
             write_timeout_seconds=settings.write_timeout_seconds,
+            max_connections=settings.max_connections,
         ),
         ws="none",
         lifespan="off",
@@ -163,7 +164,6 @@ def _config(settings: Settings, context: Context) -> uvicorn.Config:
         log_config=None,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=settings.max_connections,
         timeout_keep_alive=round(settings.keep_alive_seconds),
         timeout_graceful_shutdown=FLUSH_SECONDS,
         h11_max_incomplete_event_size=settings.max_header_bytes,

@@ -401,6 +401,18 @@ def test_many_idle_streams_are_carried():
         until(lambda: server.engine.is_idle)
 
 
+def test_connections_have_a_ceiling():
+    with running(max_connections=3) as server:
+        idle = [socket.create_connection(("127.0.0.1", server.address.port)) for _ in range(3)]
+        time.sleep(0.1)
+        answer = raw_exchange(server, b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert status_of(answer) == 503 and b"retry-after: 1" in answer
+        assert "error" in json.loads(answer.partition(b"\r\n\r\n")[2])
+        for sock in idle:
+            sock.close()
+        until(lambda: server.call("/healthz")[0] == 200)
+
+
 # Health, start, end
 
 
