@@ -30,6 +30,11 @@ def read_teacher(run: RunConfig, tokenizer: Any) -> Teacher | None:
     _check_tokenizer(section.teacher, stored.tokenizer, tokenizer)
     config, params = _held(section, stored.config, stored.params)
     _check_length(run, config)
+    if section.top_k is not None and section.top_k > tokenizer.vocab_size:
+        raise ValueError(
+            f"distill.top_k is {section.top_k}, but the tokenizer has {tokenizer.vocab_size} ids; "
+            f"give at most that many"
+        )
     return Teacher(config, params, tokenizer.vocab_size)
 
 
