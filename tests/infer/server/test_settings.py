@@ -108,3 +108,31 @@ def test_secrets_are_shown_as_stars():  # R106
         assert "key-number-1" not in shown
     assert "***" in repr(settings)
     assert settings.secrets == ("key-number-1",)
+
+
+def test_the_page_for_users_names_what_exists():
+    import re
+    from pathlib import Path
+
+    from infer.server.api_types import IGNORED
+    from infer.server.openapi import openapi
+    from llama_jax.cli import make_parser
+
+    page = (Path(__file__).parents[3] / "docs/serving.md").read_text(encoding="utf-8")
+    settings = {each.name for each in dataclasses.fields(Settings)}
+    serve = next(
+        parser
+        for action in make_parser()._subparsers._group_actions
+        for name, parser in action.choices.items()
+        if name == "serve"
+    )
+    known = {flag for action in serve._actions for flag in action.option_strings}
+    others = {"--models-dir", "--name", "--version"}  # of register
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
+    assert flags - others <= known
+    variables = {name.lower() for name in re.findall(r"LLAMA_JAX_([A-Z][A-Z_]+)", page)}
+    assert variables - {"cache_dir"} <= settings
+    routes = set(openapi("0")["paths"]) | {"/", "/docs", "/openapi.json"}
+    shown = set(re.findall(r"`(?:GET|POST) (/[\w/.]*)`", page))
+    assert shown <= routes
+    assert all(f"`{name}`" in page for name in IGNORED)
