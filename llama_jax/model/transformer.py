@@ -438,7 +438,9 @@ def _cached_context(
 
 def _slot_context(config: ModelConfig, tokens: jax.Array, cache: SlotCache) -> Context:
     assert cache.rows is not None
-    cos, sin = rope.angles(config, cache.rows.positions)
+    # Padding must not count where angles depend on a row's length.
+    positions = jnp.minimum(cache.rows.positions, cache.rows.visible - 1)
+    cos, sin = rope.angles(config, positions)
     real = _real(tokens, None)
     nothing = jnp.zeros((0,), bool)
     return Context(
