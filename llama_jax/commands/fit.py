@@ -115,8 +115,8 @@ def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
     from llama_jax.commands.report import print_table
 
     if args.memory_table:
-        columns = ("slice", "method", *_PARTS, "together", "of", "fits")
-        print_table("GiB a chip", columns, [_memory_line(each) for each in report])
+        by_method = ("slice", "method", *_PARTS, "together", "of", "fits")
+        print_table("GiB a chip", by_method, [_memory_line(each) for each in report])
         return
     for each in report:
         print_table(_title(each), ("a chip", "value"), _rows(each))

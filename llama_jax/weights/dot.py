@@ -91,7 +91,7 @@ def _integer_product(x: jax.Array, weight: IntegerTensor) -> jax.Array:
         codes, weight.codes(), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
     )
     # In the order of AQT, whose training this must equal bit for bit.
-    return total.astype(jnp.float32) * scale * weight.base.scale[:, 0]
+    return total.astype(jnp.float32) * scale * weight.base.scale.astype(jnp.float32)[:, 0]
 
 
 def _integer_forward(x: jax.Array, weight: IntegerTensor) -> Any:
