@@ -77,7 +77,12 @@ def test_the_base_install_needs_none_of_the_reference_libraries() -> None:
 
 def test_every_declared_package_is_imported_somewhere() -> None:
     # Distribution names whose module is called otherwise; grain's and orbax's are the same.
-    modules = {"orbax-checkpoint": "orbax", "pyyaml": "yaml", "protobuf": "google.protobuf"}
+    modules = {
+        "aqtp": "aqt",
+        "orbax-checkpoint": "orbax",
+        "pyyaml": "yaml",
+        "protobuf": "google.protobuf",
+    }
     sources = "\n".join(
         path.read_text()
         for package in ("llama_jax", "train", "infer")
