@@ -17,7 +17,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 import llama_jax as lj
 from llama_jax import load as load_function
 from llama_jax import tree
-from llama_jax.formats import checkpoint, gguf, hf
+from llama_jax.formats import checkpoint, gguf, hf, streaming
 from llama_jax.mesh.sharding import make_mesh, shardings
 from llama_jax.weights.tensors import LoraTensor, to_array
 from tests.reference import reference_logits, reference_model
@@ -76,7 +76,11 @@ def test_R21_a_smaller_tokenizer_is_fine_and_its_spare_rows_survive(folder, tmp_
 
 def test_R21_a_larger_tokenizer_is_refused_before_weights_are_read(folder, monkeypatch):
     _tokenizer_json(folder, 130)
-    monkeypatch.setattr(hf, "place", lambda *arguments: pytest.fail("a weight was allocated"))
+
+    def refuse(*arguments):
+        pytest.fail("a weight was allocated")
+
+    monkeypatch.setattr(streaming, "place", refuse)
     with pytest.raises(ValueError, match=r"ids up to 129.*vocab_size is 128"):
         lj.load(folder)
 

@@ -376,12 +376,12 @@ def test_R10_counts_that_no_file_holds_are_refused_at_once(tmp_path):
 @pytest.fixture
 def no_allocation(monkeypatch):
     """Fails the test if any weight is given memory."""
-    from llama_jax.formats import hf
+    from llama_jax.formats import streaming
 
     def refuse(*arguments):
         raise AssertionError("a weight was allocated")
 
-    monkeypatch.setattr(hf, "place", refuse)
+    monkeypatch.setattr(streaming, "place", refuse)
 
 
 @pytest.fixture
