@@ -464,6 +464,38 @@ class RampSection(Section):
 
 
 @dataclass(frozen=True)
+class LayerLossSection(Section):
+    """Layers of the student drawn to layers of the teacher, beside their distributions."""
+
+    weight: float | RampSection = option(  # noqa: RUF009 - it makes a field
+        "of this loss, which is added to the others", low=0.0
+    )
+    layers: tuple[tuple[int, int], ...] | None = option(
+        "pairs of a layer of the student and one of the teacher, from 0; null: all of the "
+        "student's, with the teacher's spread evenly and the last for the last",
+        default=None,
+    )
+
+    def check(self, where: str) -> None:
+        """Raises ValueError, naming the field under `where`, for numbers that mean nothing."""
+        for name in ("start", "end") if isinstance(self.weight, RampSection) else ():
+            if (number := getattr(self.weight, name)) < 0:
+                raise ValueError(f"{where}.weight.{name} is {number}; it must be at least 0")
+        if self.layers is None:
+            return
+        if not self.layers:
+            raise ValueError(f"{where}.layers is empty; give pairs of layers, or null for all")
+        for pair in self.layers:
+            if min(pair) < 0:
+                raise ValueError(f"{where}.layers holds {list(pair)}; layers are counted from 0")
+        ours = [pair[0] for pair in self.layers]
+        if len(set(ours)) < len(ours):
+            raise ValueError(
+                f"{where}.layers pairs a layer of the student twice ({ours}); pair each once"
+            )
+
+
+@dataclass(frozen=True)
 class DistillSection(Section):
     """Learning from a teacher: its distributions beside the labels of the rows."""
 
@@ -510,6 +542,14 @@ class DistillSection(Section):
         high=1.0,
     )
     on_policy_temperature: float = option("that the student samples at", default=1.0, above=0.0)
+    hidden: LayerLossSection | None = option(  # noqa: RUF009 - it makes a field
+        "draw hidden states to the teacher's, through learned projections; null: not",
+        default=None,
+    )
+    attention: LayerLossSection | None = option(  # noqa: RUF009 - it makes a field
+        "draw attention maps to the teacher's, as learned mixtures of heads; null: not",
+        default=None,
+    )
     step: Literal["jit", "pmap"] = option(
         "jit: both models lie on the mesh by its rules; pmap: a copy of both on every device, for "
         "meshes of the data axis alone",
@@ -522,6 +562,10 @@ class DistillSection(Section):
             raise ValueError("distill.teacher is empty; name the model to learn from")
         if self.teacher_architecture is not None:
             _check_architecture(self.teacher_architecture, "distill.teacher_architecture")
+        if self.hidden is not None:
+            self.hidden.check("distill.hidden")
+        if self.attention is not None:
+            self.attention.check("distill.attention")
         for name, low, high in (("temperature", 1e-6, None), ("soft_weight", 0.0, 1.0)):
             value = getattr(self, name)
             if not isinstance(value, RampSection):
@@ -681,6 +725,19 @@ class RunConfig(Section):
                 raise ValueError(
                     "distill.on_policy needs the teacher's view of what the student just said, "
                     "which distill.top_k cannot keep before; leave one of them out"
+                )
+        for name in ("hidden", "attention"):
+            if getattr(self.distill, name) is None:
+                continue
+            if self.distill.top_k is not None:
+                raise ValueError(
+                    f"distill.{name} looks into the teacher at every step, but distill.top_k keeps "
+                    f"its outputs alone; leave one of them out"
+                )
+            if self.mesh.context != 1:
+                raise ValueError(
+                    f"mesh.context is {self.mesh.context}, but distill.{name} compares whole rows; "
+                    f"set context to 1"
                 )
         if self.distill.on_policy and self.data.packing:
             raise ValueError(

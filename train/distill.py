@@ -1,6 +1,7 @@
 """Distillation: a loss that draws a student's distributions to a teacher's.
 
     loss = (1 - soft_weight) * cross entropy of the labels + soft_weight * T^2 * divergence
+           + weights * losses of layers (`distill_layers`)
 
 The teacher's parameters stand beside the state: they are never differentiated, have no optimizer
 state and are not saved with the run. Both models' logits exist for one chunk of positions at a time
@@ -24,6 +25,7 @@ from llama_jax.weights.dot import dot
 from llama_jax.weights.tensors import Leaf
 from train.config import DistillSection, RampSection
 from train.data.taught import TaughtBatch
+from train.distill_layers import Side, attention_loss, hidden_loss, layer_pairs
 from train.distill_on_policy import OnPolicyBatch
 from train.step import LossSums
 
@@ -53,7 +55,7 @@ class DistillLoss:
 
     Means beside the loss: hard_loss, the cross entropy; soft_loss, the divergence times T^2; and in
     evaluations kl, KL(teacher || student) at temperature 1, and agreement, how often both find the
-    same token likeliest.
+    same token likeliest. Losses of layers, hidden_loss and attention_loss, are of training alone.
     """
 
     section: DistillSection
@@ -71,8 +73,9 @@ class DistillLoss:
         step: jax.Array,
         compute: Compute,
         measure: bool = False,
+        auxiliary: tree.Tree | None = None,
     ) -> LossSums:
-        hidden, stats = _hidden(config, params, batch, compute)
+        hidden, states, stats = _hidden(config, params, batch, compute, bool(auxiliary))
         numbers = tuple(
             ramp(value, step, self.total_steps)
             for value in (self.section.soft_weight, self.section.temperature)
@@ -88,11 +91,13 @@ class DistillLoss:
                 kept, pieces[0], dealt_head(head, rules), pieces[1:], numbers
             )
             return LossSums(loss=loss, weight=mask.sum(), stats=stats, means=means)
-        taught, _ = _hidden(self.teacher, jax.lax.stop_gradient(teacher), batch, compute)
-        taught = jax.lax.stop_gradient(taught)
+        teacher = jax.lax.stop_gradient(teacher)
+        taught, their_states, _ = jax.lax.stop_gradient(
+            _hidden(self.teacher, teacher, batch, compute, bool(auxiliary))
+        )
         heads: list[Leaf] = [
             transformer.head_weight(config, params),
-            jax.lax.stop_gradient(transformer.head_weight(self.teacher, teacher)),
+            transformer.head_weight(self.teacher, teacher),
         ]
         ours, theirs = (loss_rules(head.shape[0], compute.rules) for head in heads)
         heads = [dealt_head(head, r) for head, r in zip(heads, (ours, theirs), strict=True)]
@@ -101,11 +106,45 @@ class DistillLoss:
         labelled = labelled.astype(jnp.float32)
         pieces = in_chunks(compute, hidden, taught, batch.targets, mask, labelled)
         loss, means = chunked_sums(chunk, pieces[0], heads[0], pieces[1:], (heads[1], *numbers))
+        if auxiliary:
+            sides = Side(config, params, states), Side(self.teacher, teacher, their_states)
+            more, seen = self._of_layers(auxiliary, *sides, batch, step, compute)
+            loss, means = loss + more, {**means, **seen}
         return LossSums(loss=loss, weight=mask.sum(), stats=stats, means=means)
 
+    def _of_layers(
+        self,
+        auxiliary: tree.Tree,
+        student: Side,
+        teacher: Side,
+        batch: Batch,
+        step: jax.Array,
+        compute: Compute,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """(the weighted sum, each loss without its weight)."""
+        total, means = jnp.float32(0), {}
+        configs = student.config, teacher.config
+        mask = batch.loss_mask.astype(jnp.float32)
+        if self.section.hidden is not None:
+            pairs = layer_pairs(self.section.hidden, *configs, name="hidden")
+            found = hidden_loss(auxiliary["hidden_projection"], pairs, student, teacher, mask)
+            total += ramp(self.section.hidden.weight, step, self.total_steps) * found
+            means["hidden_loss"] = found
+        if self.section.attention is not None:
+            pairs = layer_pairs(self.section.attention, *configs, name="attention")
+            mixture = auxiliary["attention_mixture"]
+            found = attention_loss(mixture, pairs, student, teacher, batch, compute=compute)
+            total += ramp(self.section.attention.weight, step, self.total_steps) * found
+            means["attention_loss"] = found
+        return total, means
 
-def _hidden(config: ModelConfig, params: tree.Tree, batch: Batch, compute: Compute) -> Any:
-    hidden, _, stats = transformer.hidden_states(
+
+def _hidden(
+    config: ModelConfig, params: tree.Tree, batch: Batch, compute: Compute, with_layers: bool
+) -> tuple[jax.Array, Any, Any]:
+    """(normed states, what the layers read if that is wanted, sums of the router)."""
+    run = transformer.layer_states if with_layers else transformer.hidden_states
+    return run(
         config,
         params,
         batch.tokens,
@@ -113,7 +152,6 @@ def _hidden(config: ModelConfig, params: tree.Tree, batch: Batch, compute: Compu
         positions=batch.positions,
         segment_ids=batch.segment_ids,
     )
-    return hidden, stats
 
 
 @dataclass(frozen=True)

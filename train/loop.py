@@ -128,7 +128,9 @@ def dry_run(run: RunConfig) -> dict[str, Any]:
         "mesh": dict(setup.mesh.shape),
         "parameters": total,
         "trained_parameters": trained,
-        "state_bytes": tree.num_bytes([setup.abstract.params, setup.abstract.opt_state]),
+        "state_bytes": tree.num_bytes(
+            [setup.abstract.params, setup.abstract.opt_state, setup.abstract.auxiliary]
+        ),
         "data": data.train_report.to_dict(),
         "hlo_lines": lowered.as_text().count("\n"),
     }

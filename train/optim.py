@@ -17,6 +17,7 @@ from llama_jax import tree
 from llama_jax.config import ModelConfig
 from llama_jax.weights.select import decay_mask
 from llama_jax.weights.table import weight_table
+from train.auxiliary import filled
 from train.config import OptimizerSection, ScheduleSection
 
 Schedule = Any  # update number [] int32 -> learning rate [] float32
@@ -130,13 +131,18 @@ def make_optimizer(
     mask: tree.Tree,
     section: OptimizerSection,
     schedule: Schedule,
+    *,
+    auxiliary: tree.Tree | None = None,
 ) -> Optimizer:
-    """The optimizer of the arrays of `params` (arrays or shape structs) that `mask` selects.
+    """The optimizer of the arrays of `params` (arrays or shape structs) that `mask` selects, and of
+    those in `auxiliary`.
 
-    Weight decay is decoupled (AdamW's) for every rule, and shrinks weights by their role.
+    Weight decay is decoupled (AdamW's) for every rule, and shrinks weights by their role; those
+    beside the model do not decay.
     """
-    decays, _ = tree.partition(decay_mask(config, params), mask)
-    rules = [_rule(config, params, mask, section)]
+    beside = auxiliary or {}
+    decays = filled(tree.partition(decay_mask(config, params), mask)[0], beside, False)
+    rules = [_rule(config, params, mask, section, beside)]
     if section.weight_decay:
         # A transformation of its own and not optax.masked, whose placeholder holes would be.
         rules.append(_decayed_weights(section.weight_decay, decays))
@@ -159,7 +165,11 @@ def _decayed_weights(rate: float, decays: tree.Tree) -> optax.GradientTransforma
 
 
 def _rule(
-    config: ModelConfig, params: tree.Tree, mask: tree.Tree, section: OptimizerSection
+    config: ModelConfig,
+    params: tree.Tree,
+    mask: tree.Tree,
+    section: OptimizerSection,
+    beside: tree.Tree,
 ) -> optax.GradientTransformation:
     """Gradient to update, before decay and learning rate."""
     match section.name:
@@ -176,7 +186,7 @@ def _rule(
         case "sgd":
             return optax.trace(decay=section.momentum) if section.momentum else optax.identity()
         case "muon":
-            return _muon(config, params, mask, section)
+            return _muon(config, params, mask, section, beside)
 
 
 def _adam(section: OptimizerSection) -> optax.GradientTransformation:
@@ -184,7 +194,11 @@ def _adam(section: OptimizerSection) -> optax.GradientTransformation:
 
 
 def _muon(
-    config: ModelConfig, params: tree.Tree, mask: tree.Tree, section: OptimizerSection
+    config: ModelConfig,
+    params: tree.Tree,
+    mask: tree.Tree,
+    section: OptimizerSection,
+    beside: tree.Tree,
 ) -> optax.GradientTransformation:
     """Muon (Jordan 2024) for the matrices of layers, each of a stack on its own; adam for the
     rest. A matrix's update is scaled to the size an adam update has (arXiv:2502.16982)."""
@@ -198,6 +212,7 @@ def _muon(
         return jax.tree.map(lambda _: MuonDimensionNumbers(-1, -2), leaves)
 
     labels, _ = tree.partition(tree.map_with_path(leaf_labels, params), mask)
+    labels = filled(labels, beside, "adam")
     matrices = optax.chain(
         scale_by_muon(
             beta=section.momentum, eps=section.epsilon, weight_dimension_numbers=dimensions

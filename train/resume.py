@@ -66,7 +66,7 @@ def _resumed(
     counters.update(extra["counters"])
     logger.info("resuming from step %d in %s", extra["step"], folder)
     key = jax.random.wrap_key_data(saved["rng"])
-    return TrainState(saved["step"], params, saved["opt_state"], key)
+    return TrainState(saved["step"], params, saved["opt_state"], key, saved["auxiliary"])
 
 
 def savable(state: TrainState) -> dict[str, Any]:
@@ -77,4 +77,9 @@ def savable(state: TrainState) -> dict[str, Any]:
         rng = jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=rng.sharding)
     else:
         rng = jax.random.key_data(rng)
-    return {"step": state.step, "opt_state": state.opt_state, "rng": rng}
+    return {
+        "step": state.step,
+        "opt_state": state.opt_state,
+        "rng": rng,
+        "auxiliary": state.auxiliary,
+    }

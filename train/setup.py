@@ -28,6 +28,7 @@ from train.config import MeshSection, RunConfig
 from train.data.preference import PreferenceBatch
 from train.data.taught import TaughtBatch
 from train.distill import DistillLoss, Teacher
+from train.distill_layers import init_auxiliary
 from train.distill_on_policy import OnPolicy
 from train.distill_pmap import AXIS, make_pmap_step
 from train.dpo import make_dpo_loss
@@ -65,7 +66,7 @@ def open_mesh(section: MeshSection) -> Mesh:
 class Setup:
     """A run made ready. `abstract` is the state as shape structs with shardings; `step` and
     `eval_step` are jitted and not compiled yet. `beside`: what they get beside the state, as shape
-    structs with shardings: the parameters of a teacher."""
+    structs with shardings: the parameters of a teacher, whose config is `teacher`."""
 
     run: RunConfig
     config: ModelConfig
@@ -76,6 +77,7 @@ class Setup:
     step: Any
     eval_step: Any
     beside: tuple[Any, ...] = ()
+    teacher: ModelConfig | None = None
 
     @property
     def compute(self) -> Compute:
@@ -156,10 +158,18 @@ def make_setup(
     schedule = make_schedule(
         run.schedule, peak=run.optimizer.learning_rate, total_steps=run.train.steps
     )
-    optimizer = make_optimizer(config, params, mask, run.optimizer, schedule)
+    taught_by = None if teacher is None else teacher.config
+    auxiliary = jax.eval_shape(lambda: _init_auxiliary(run, config, taught_by))
+    optimizer = make_optimizer(config, params, mask, run.optimizer, schedule, auxiliary=auxiliary)
 
     def first_state(params: tree.Tree) -> TrainState:
-        return init_state(params, mask=mask, optimizer=optimizer, rng=run_key(run, _STEPS))
+        return init_state(
+            params,
+            mask=mask,
+            optimizer=optimizer,
+            rng=run_key(run, _STEPS),
+            auxiliary=_init_auxiliary(run, config, taught_by),
+        )
 
     state = jax.eval_shape(first_state, params)
     places = state_shardings(config, state, mesh, rules)
@@ -209,7 +219,14 @@ def make_setup(
             out_shardings=replicated(mesh),
         ),
         beside=beside,
+        teacher=taught_by,
     )
+
+
+def _init_auxiliary(run: RunConfig, config: ModelConfig, teacher: ModelConfig | None) -> tree.Tree:
+    if run.distill is None or teacher is None:
+        return {}
+    return init_auxiliary(run.distill, config, teacher)
 
 
 def _make_loss(run: RunConfig, teacher: Teacher | None) -> Loss:
@@ -309,7 +326,10 @@ def make_state(setup: Setup, base: tree.Tree) -> TrainState:
     def first(base: tree.Tree) -> TrainState:
         params = _finisher(run, config)(base)
         key = run_key(run, _STEPS)
-        return init_state(params, mask=setup.mask, optimizer=setup.optimizer, rng=key)
+        beside = _init_auxiliary(run, config, setup.teacher)
+        return init_state(
+            params, mask=setup.mask, optimizer=setup.optimizer, rng=key, auxiliary=beside
+        )
 
     with warnings.catch_warnings():
         # Weights that are cast to the dtype they are trained in cannot hand on their memory.

@@ -1,6 +1,6 @@
 """What a training step turns into its successor, and where it lies on the mesh."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from llama_jax import tree
 from llama_jax.config import LogicalRules, ModelConfig
 from llama_jax.mesh.sharding import replicated, shardings
+from train.auxiliary import joined
 from train.optim import Optimizer, OptimizerState
 
 
@@ -18,21 +19,30 @@ from train.optim import Optimizer, OptimizerState
 class TrainState:
     """step: [] int32, batches seen, skipped ones included; params: the whole tree, frozen arrays
     too; opt_state: of the trained arrays alone; rng: the key of the run, into which anything random
-    in a step folds the step's number, so that a resumed run draws what the first one would have.
+    in a step folds the step's number, so that a resumed run draws what the first one would have;
+    auxiliary: weights trained beside the model, see `train.auxiliary`.
     """
 
     step: Any
     params: tree.Tree
     opt_state: OptimizerState
     rng: Any
+    auxiliary: tree.Tree = field(default_factory=dict)
 
 
 def init_state(
-    params: tree.Tree, *, mask: tree.Tree, optimizer: Optimizer, rng: jax.Array
+    params: tree.Tree,
+    *,
+    mask: tree.Tree,
+    optimizer: Optimizer,
+    rng: jax.Array,
+    auxiliary: tree.Tree | None = None,
 ) -> TrainState:
     """The state before the first step. Works on shape structs under `jax.eval_shape`."""
     trained, _ = tree.partition(params, mask)
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(trained), rng)
+    beside = auxiliary or {}
+    moments = optimizer.init(joined(trained, beside))
+    return TrainState(jnp.zeros((), jnp.int32), params, moments, rng, beside)
 
 
 def state_shardings(
@@ -61,4 +71,5 @@ def state_shardings(
         params=params,
         opt_state=tree.map_arrays_with_path(place, state.opt_state),
         rng=everywhere,
+        auxiliary=jax.tree.map(lambda _: everywhere, state.auxiliary),
     )

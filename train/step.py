@@ -12,6 +12,7 @@ from llama_jax.config import Compute, ModelConfig
 from llama_jax.mesh.sharding import constrain
 from llama_jax.model.losses import Batch, next_token_loss
 from llama_jax.model.moe import balancing_loss
+from train.auxiliary import filled, joined, parted
 from train.optim import Optimizer
 from train.state import TrainState
 
@@ -54,7 +55,8 @@ def make_train_step(
     """`step(state, batch, *beside) -> (state, metrics)` over arrays [B, T].
 
     What stands beside the state, such as a teacher, goes to the loss, which then is also told the
-    number of the step: `loss(config, params, batch, *beside, step=…, compute=…)`.
+    number of the step: `loss(config, params, batch, *beside, step=…, compute=…)`. Weights that are
+    trained beside the model, if the state has any, it gets as `auxiliary=…`.
 
     axis: of `jax.pmap`, when each device has a part of the batch's rows.
 
@@ -84,6 +86,8 @@ def make_train_step(
             batch = prepare(config, state.params, batch, key, first_row=first, compute=compute)
         gradient = _make_gradient(config, compute, _bound(loss, state.step, beside))
         trained, frozen = tree.partition(state.params, mask)
+        trained = joined(trained, state.auxiliary)
+        frozen = filled(frozen, state.auxiliary, None)
         sums, gradients = _accumulate(
             lambda part: gradient(trained, frozen, part),
             batch,
@@ -93,7 +97,9 @@ def make_train_step(
         sums, gradients = _over_devices((sums, gradients), axis)
         weight = jnp.maximum(sums["weight"], 1.0)
         gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
-        kept = None if held is None else tree.partition(held, mask)[0]
+        kept = None
+        if held is not None:
+            kept = filled(tree.partition(held, mask)[0], state.auxiliary, False)
         gradients = _with_zeros(gradients, trained, kept)
         updated, opt_state, metrics = optimizer.update(
             gradients, state.opt_state, trained, state.rng
@@ -105,11 +111,13 @@ def make_train_step(
         def chosen(new: jax.Array, old: jax.Array) -> jax.Array:
             return jnp.where(apply, new, old)
 
+        params, auxiliary = parted(tree.combine(jax.tree.map(chosen, updated, trained), frozen))
         after = TrainState(
             step=state.step + 1,
-            params=tree.combine(jax.tree.map(chosen, updated, trained), frozen),
+            params=params,
             opt_state=jax.tree.map(chosen, opt_state, state.opt_state),
             rng=state.rng,
+            auxiliary=auxiliary,
         )
         # 0/0 is what a mean over nothing is: no number that could be averaged into others.
         for name in sums:
@@ -128,8 +136,10 @@ def _bound(loss: Loss, step: jax.Array, beside: tuple[Any, ...], **options: Any)
     if not beside:
         return loss
 
-    def bound(config: ModelConfig, params: tree.Tree, batch: Batch, *, compute: Compute) -> Any:
-        return loss(config, params, batch, *beside, step=step, compute=compute, **options)
+    def bound(
+        config: ModelConfig, params: tree.Tree, batch: Batch, *, compute: Compute, **more: Any
+    ) -> Any:
+        return loss(config, params, batch, *beside, step=step, compute=compute, **options, **more)
 
     return bound
 
@@ -153,8 +163,9 @@ def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
     """(trained, frozen, batch) -> (sums, gradient of the sums) of one micro-batch."""
 
     def total(trained: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[jax.Array, Metrics]:
-        params = tree.combine(trained, frozen)
-        parts = LossSums(*loss(config, params, batch, compute=compute))
+        params, auxiliary = parted(tree.combine(trained, frozen))
+        more = {"auxiliary": auxiliary} if auxiliary else {}
+        parts = LossSums(*loss(config, params, batch, compute=compute, **more))
         sums = _named_sums(parts, batch)
         if parts.stats is None or config.moe is None:
             return parts.loss, sums

@@ -247,7 +247,9 @@ class Llama(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         cache: kv.KVCache | SlotCache | None = None,
         visible: int | None = None,
+        keep_layers: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any, moe.RouterStats | None]:
+        """keep_layers, without a cache: in its place, what each layer reads and the last gives."""
         rules = self.compute.rules
         parts = length_parts(rules)
         if parts > 1:
@@ -270,7 +272,11 @@ class Llama(nnx.Module):
         if isinstance(self.layers, nnx.List):
             x, layers, stats = self._unrolled(x, context, cache)
         elif cache is None:
-            x, layers, stats = self._scanned(x, context)
+            first = x
+            x, layers, stats = self._scanned(x, context, keep_layers)
+            if keep_layers:
+                states = jnp.concatenate([first[None], layers])
+                return self.norm(x), states, stats
         else:
             assert isinstance(cache, kv.KVCache)
             x, layers, stats = self._scanned_cached(x, context, cache)
@@ -304,7 +310,7 @@ class Llama(nnx.Module):
                 total = stats if total is None else jax.tree.map(jnp.add, total, stats)
         return x, (tuple(keys), tuple(values)), total
 
-    def _scanned(self, x: jax.Array, context: Context) -> Any:
+    def _scanned(self, x: jax.Array, context: Context, keep_layers: bool) -> Any:
         config, compute = self.config, self.compute
         graph, stacked = nnx.split(self.layers)
 
@@ -315,10 +321,10 @@ class Llama(nnx.Module):
 
         def body(x: jax.Array, state: Any) -> Any:
             x, _, stats = run(state, x, context)
-            return x, stats
+            return x, (x if keep_layers else None, stats)
 
-        x, stats = jax.lax.scan(body, x, stacked)
-        return x, None, jax.tree.map(lambda each: each.sum(axis=0), stats)
+        x, (layers, stats) = jax.lax.scan(body, x, stacked)
+        return x, layers, jax.tree.map(lambda each: each.sum(axis=0), stats)
 
     def _scanned_cached(self, x: jax.Array, context: Context, cache: kv.KVCache) -> Any:
         graph, stacked = nnx.split(self.layers)
@@ -492,6 +498,25 @@ def hidden_states(
     model = Llama(config, params, compute=compute)
     return model.hidden_states(
         tokens, positions=positions, segment_ids=segment_ids, cache=cache, visible=visible
+    )
+
+
+def layer_states(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    *,
+    compute: Compute,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "layers B T D"], moe.RouterStats | None]:
+    """As `hidden_states`, with what each layer reads in place of the cache, and behind it what the
+    last one gives. For stacked layers and sequences that no mesh divides."""
+    if length_parts(compute.rules) > 1:
+        raise ValueError("what layers read is in the order of the text only where it is undivided")
+    model = Llama(config, params, compute=compute)
+    return model.hidden_states(
+        tokens, positions=positions, segment_ids=segment_ids, keep_layers=True
     )
 
 
