@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import check_keys
+from llama_jax.formats.json_fields import parse_json
 
 MANIFEST, STATE, ADAPTERS = "manifest.json", "state.json", "adapters"
 FORMAT = 1
@@ -62,7 +63,7 @@ class Manifest:
         """Raises ValueError naming the file and what is wrong with it."""
         path = folder / MANIFEST
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from error
         except ValueError as error:
@@ -186,7 +187,7 @@ class Registry:
         if not versions or not path.is_file():
             return State(active=versions[0] if len(versions) == 1 else None)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"))
             check_keys(str(path), values, [each.name for each in dataclasses.fields(State)])
             return State(**{**values, "previous": tuple(values["previous"])})
         except (ValueError, TypeError, KeyError) as error:

@@ -156,7 +156,8 @@ class MoeConfig:
                 f"{self.num_local_experts} of num_local_experts"
             )
         coefficient = self.router_aux_loss_coef
-        if not isinstance(coefficient, int | float) or not 0 <= coefficient < math.inf:
+        is_number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
+        if not is_number or not 0 <= coefficient < math.inf:
             raise ValueError(
                 f"router_aux_loss_coef is {coefficient!r}; it must be a number of at least 0"
             )

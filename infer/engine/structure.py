@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from infer.engine.request import Structure
+from llama_jax.formats.json_fields import parse_json
 
 if TYPE_CHECKING:
     from llama_jax.formats.tokenizer import Tokenizer
@@ -94,7 +95,7 @@ def _grammar(matcher: Any, structure: Structure) -> str:
         return str(matcher.grammar_from_lark(structure.source))
     source = structure.source if structure.kind == "json_schema" else '{"type": "object"}'
     try:
-        schema = json.loads(source)
+        schema = parse_json(source)
     except ValueError as error:
         raise ValueError(f"the structure's JSON schema is not JSON: {error}") from error
     if not isinstance(schema, dict | bool):

@@ -20,6 +20,7 @@ from infer.server.app import make_app
 from infer.server.models import Build, Source
 from infer.server.run import make_context
 from infer.server.settings import Settings
+from llama_jax.formats.json_fields import parse_json
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
@@ -64,7 +65,7 @@ def read_batch(path: Path) -> list[Line]:
 
 def _read_line(text: str, where: str) -> Line:
     try:
-        row = json.loads(text)
+        row = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     wanted = {"custom_id", "method", "url", "body"}

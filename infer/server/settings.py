@@ -169,6 +169,11 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; ports end at 65535")
         if not self.models and self.models_dir is None:
             raise ValueError("nothing to serve: give a MODEL, or --models-dir")
+        if len(self.models) > self.max_loaded:
+            raise ValueError(
+                f"{len(self.models)} models are given, which stay loaded, but max_loaded is "
+                f"{self.max_loaded}; raise it, or give fewer"
+            )
         self._check_keys()
 
     def _check_keys(self) -> None:
@@ -236,6 +241,8 @@ def _from_yaml(path: Path) -> dict[str, Any]:
     for name, value in loaded.items():
         if name not in known:
             raise ValueError(f"{path} has no setting {name!r}{_nearest(name, known)}")
+        if value is None:
+            continue  # as if it were absent
         if name == "tenants":
             values[name] = _tenants(str(path), value)
         else:
@@ -306,8 +313,6 @@ def _type_of(name: str) -> type:
 
 
 def _typed(where: str, value: Any, kind: Any) -> Any:
-    if value is None:
-        return None
     if kind is tuple:
         if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
             raise ValueError(f"{where} is {value!r}; it must be a list of texts")

@@ -101,13 +101,15 @@ def _prompts(args: argparse.Namespace) -> tuple[list[Any], bool]:
 
 def read_prompts(path: Path) -> list[Any]:
     """A text or a list of messages for each row. Raises ValueError naming file and line."""
+    from llama_jax.formats.json_fields import parse_json
+
     prompts = []
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict) or len(row) != 1 or set(row) - {"prompt", "messages"}:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from llama_jax.formats.json_fields import parse_json
 from llama_jax.mesh.distributed import exchange
 
 MANIFEST = "checkpoint.json"
@@ -103,7 +104,7 @@ def _check_files(folder: Path, manifest: Mapping[str, Any], names: list[str]) ->
 def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         version = manifest["version"]
     except (ValueError, TypeError, KeyError) as error:
         raise _damaged(folder, f"{MANIFEST} cannot be read: {error}") from error

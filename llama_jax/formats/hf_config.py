@@ -6,12 +6,15 @@ were one. A field set to null counts as absent. Writing gives files that transfo
 to the same values; fields that describe the source rather than the model are not carried over.
 """
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import FLOAT_DTYPES, ModelConfig, MoeConfig
 from llama_jax.formats.hf_rope import read_rope, rope_to_hf
 from llama_jax.formats.json_fields import field_names, is_equal, read_json, shorten, to_number
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -63,8 +66,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),  # two names of one function
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "attention_dropout": (0,),
-    "hidden_dropout": (0,),
     "router_jitter_noise": (0,),
     "pretraining_tp": (1,),
     "partial_rotary_factor": (1,),
@@ -77,6 +78,9 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({},),
     "use_sliding_window": (False,),
 }
+
+# They act in training alone, and no training here drops anything: said aloud where not 0.
+_DROPOUT = ("attention_dropout", "hidden_dropout")
 
 # Refused with a better reason than being unknown.
 _REFUSED = {
@@ -225,7 +229,7 @@ def _check_fields(values: dict[str, Any], family: str) -> None:
     read = _READ | _FAMILY_READ[family]
     problems = []
     for name, value in values.items():
-        if name in read or name in _INERT or name == "layer_types":
+        if name in read or name in _INERT or name in (*_DROPOUT, "layer_types"):
             continue
         if name in _REFUSED:
             raise ValueError(f"{name} = {shorten(value)}: {_REFUSED[name]}")
@@ -238,13 +242,33 @@ def _check_fields(values: dict[str, Any], family: str) -> None:
         windowed = family != "llama" and values.get("sliding_window") is not None
         expected = "sliding_attention" if windowed else "full_attention"
         kinds = values["layer_types"]
+        layers = values.get("num_hidden_layers")
         if not isinstance(kinds, list) or any(kind != expected for kind in kinds):
             problems.append(f"layer_types = {shorten(kinds)} is not supported, only {expected!r}")
+        elif len(kinds) != layers:
+            problems.append(f"layer_types names {len(kinds)} layers, num_hidden_layers is {layers}")
+    problems += _check_dropout(values)
     if problems:
         raise ValueError(
             f"{'; '.join(problems)}. Such a field can change what the model computes, so the model "
             f"is refused. If you know that one does not, remove it or set it to null"
         )
+
+
+def _check_dropout(values: dict[str, Any]) -> list[str]:
+    problems = []
+    for name in _DROPOUT:
+        rate = values.get(name, 0)
+        if isinstance(rate, bool) or not isinstance(rate, int | float) or not 0 <= rate < 1:
+            problems.append(f"{name} is {shorten(rate)}; it must be a number from 0 to below 1")
+        elif rate:
+            logger.warning(
+                "%s is %s in config.json, which acts only in training: nothing is dropped here, "
+                "and an export says 0",
+                name,
+                rate,
+            )
+    return problems
 
 
 def _sliding_window(raw: dict[str, Any], family: str) -> int | None:

@@ -201,10 +201,11 @@ def _check_count(path: Path, config: ModelConfig, num_stored: int) -> None:
 
 
 def _hint(name: str, config: ModelConfig) -> str:
-    if name.endswith(".bias") and not (config.attention_bias and config.mlp_bias):
-        flag = "attention_bias" if "self_attn" in name else "mlp_bias"
-        return f" ({flag} is false in config.json)"
-    if ".layers." in name:
+    for part, flag in ((".self_attn.", "attention_bias"), (".mlp.", "mlp_bias")):
+        if name.endswith("_proj.bias") and part in name and not getattr(config, flag):
+            return f" ({flag} is false in config.json)"
+    layer = re.match(r"model\.layers\.(\d+)\.", name)
+    if layer and int(layer[1]) >= config.num_hidden_layers:
         return f" (num_hidden_layers is {config.num_hidden_layers})"
     return ""
 

@@ -25,7 +25,8 @@ def read_rope(values: dict[str, Any], family: str) -> tuple[float, RopeScaling |
     }
     given = {name: value for name, value in thetas.items() if value is not None}
     first = next(iter(given.values()), _ROPE_THETA[family])
-    if any(value != first for value in given.values()):
+    # Not `!=` alone: NaN differs from itself, and the config says what is wrong with it.
+    if any(value is not first and value != first for value in given.values()):
         stated = ", ".join(f"{name} = {value}" for name, value in given.items())
         raise ValueError(f"{stated} disagree; remove the wrong one")
     theta = to_number("rope_theta", first)

@@ -6,20 +6,29 @@ from pathlib import Path
 from typing import Any
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; a repeated key is an error, where Python keeps the last."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in result:
-                raise ValueError(f"{name!r} appears twice")
-            result[name] = value
-        return result
-
+def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
+    """What a JSON text says. Raises ValueError for anything else, also where it is nested deeper
+    than Python reads. unique: a repeated key is an error, where Python keeps the last."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
+        return json.loads(text, object_pairs_hook=_unique if unique else None)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in result:
+            raise ValueError(f"{name!r} appears twice")
+        result[name] = value
+    return result
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; a repeated key is an error."""
+    try:
+        value = parse_json(path.read_text(encoding="utf-8"), unique=True)
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(value).__name__}")

@@ -4,11 +4,11 @@ Every field is either read, known to change nothing, or refused by name when it 
 that is not plain LoRA: an adapter never loads as something else than what was trained.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import ModelConfig
+from llama_jax.formats.json_fields import read_json
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.lora_plan import module_names, names_module
 from llama_jax.weights.table import weight_table
@@ -74,12 +74,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / CONFIG_NAME
     if not path.is_file():
         raise ValueError(f"{folder} holds no {CONFIG_NAME}, so it is not a PEFT adapter")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+    raw = read_json(path)
     if raw.get("peft_type") != "LORA":
         raise ValueError(
             f"{path}: peft_type is {raw.get('peft_type')!r}; only LORA adapters can be loaded"

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
@@ -72,6 +72,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     if not proto.pieces:
         raise ValueError(f"{path}: a SentencePiece model without pieces")
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    _check_ids(path, trainer, len(proto.pieces))
     kinds: dict[int, Literal["bpe", "unigram"]] = {1: "unigram", 2: "bpe"}
     if trainer.model_type not in kinds:
         raise ValueError(
@@ -96,6 +97,14 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
     )
 
 
+def _check_ids(path: Path, trainer: Any, num_pieces: int) -> None:
+    for name in ("unk_id", "bos_id", "eos_id", "pad_id"):
+        index = getattr(trainer, name)
+        # Any negative number but the unknown token's says that there is no such token.
+        if index >= num_pieces or (name == "unk_id" and index < 0):
+            raise ValueError(f"{path}: {name} is {index}, but there are {num_pieces} pieces")
+
+
 def _id_or_none(index: int) -> int | None:
     return index if index >= 0 else None
 
@@ -112,7 +121,10 @@ def build_sentencepiece(
     tokenizer = tokenizers.Tokenizer(
         _bpe(model, is_whole_first=bool(user_defined)) if model.kind == "bpe" else _unigram(model)
     )
-    tokenizer.normalizer = _normalizer(model, prefix_rule)
+    try:
+        tokenizer.normalizer = _normalizer(model, prefix_rule)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{where}: its precompiled character map is damaged: {error}") from error
     splits: list[pre_tokenizers.PreTokenizer] = []
     if prefix_rule == "first chunk":
         splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))

@@ -262,8 +262,9 @@ def _add_tokens(backend: tokenizers.Tokenizer, settings: TokenizerSettings) -> N
         backend.add_tokens([token])
         if backend.token_to_id(token.content) != index:
             raise ValueError(
-                f"tokenizer_config.json: added_tokens_decoder gives {token.content!r} the id "
-                f"{index}, but the vocabulary has {backend.token_to_id(token.content)}"
+                f"tokenizer_config.json's added_tokens_decoder gives {token.content!r} the id "
+                f"{index} (or added_tokens.json does), but the vocabulary has "
+                f"{backend.token_to_id(token.content)}"
             )
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     wanted = dict.fromkeys([*settings.named.values(), *settings.extra])

@@ -4,11 +4,12 @@ Files that hold code or pickles are never opened, and keys that point to code (a
 tokenizer_class of the repository) are never followed: ids come from the vocabulary files alone.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from llama_jax.formats.json_fields import read_json, shorten
 
 # All files transformers may read for a tokenizer, copied as they are on export.
 TOKENIZER_FILES = (
@@ -22,6 +23,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
+_ADDED_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 NAMED_TOKENS = (
@@ -79,13 +81,14 @@ def read_settings(folder: Path) -> TokenizerSettings:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    return read_json(path)
+
+
+def _read_text(path: Path) -> str:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object, got {type(content).__name__}")
-    return content
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
 
 
 def _token_text(value: Any, where: str) -> str | None:
@@ -99,16 +102,26 @@ def _token_text(value: Any, where: str) -> str | None:
 
 def _added_tokens(config: Mapping[str, Any], folder: Path) -> dict[int, Mapping[str, Any]]:
     added: dict[int, Mapping[str, Any]] = {}
-    for key, token in (config.get("added_tokens_decoder") or {}).items():
-        where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder[{key!r}]"
-        if not str(key).isdecimal():
-            raise ValueError(f"{where}: the key must be a token id")
+    stated = config.get("added_tokens_decoder") or {}
+    where = f"{folder / 'tokenizer_config.json'}: added_tokens_decoder"
+    if not isinstance(stated, dict):
+        raise ValueError(f"{where} must be an object, got {shorten(stated)}")
+    for key, token in stated.items():
+        if not key.isdecimal():
+            raise ValueError(f"{where}[{key!r}]: the key must be a token id")
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise ValueError(f"{where} must be an object with content, got {token!r}")
+            raise ValueError(f"{where}[{key!r}] must be an object with content, got {token!r}")
+        for name in _ADDED_FLAGS:
+            if not isinstance(token.get(name, False), bool):
+                raise ValueError(
+                    f"{where}[{key!r}]: {name} must be true or false, got {shorten(token[name])}"
+                )
         added[int(key)] = token
-    old_style = _read_json(folder / "added_tokens.json")
-    for text, index in old_style.items():
-        added.setdefault(int(index), {"content": text, "normalized": True, "special": False})
+    old_style = folder / "added_tokens.json"
+    for text, index in _read_json(old_style).items():
+        if isinstance(index, bool) or not isinstance(index, int) or index < 0:
+            raise ValueError(f"{old_style}: {text!r} has {shorten(index)}; it must be a token id")
+        added.setdefault(index, {"content": text, "normalized": True, "special": False})
     return dict(sorted(added.items()))
 
 
@@ -116,6 +129,8 @@ def _extra_tokens(config: Mapping[str, Any], folder: Path) -> list[str]:
     texts = []
     for key in ("additional_special_tokens", "extra_special_tokens"):
         value = config.get(key) or []
+        if not isinstance(value, dict | list):
+            raise ValueError(f"{folder}: {key} must be a list of tokens, got {shorten(value)}")
         for token in value.values() if isinstance(value, dict) else value:
             text = _token_text(token, f"{folder}: {key}")
             if text is not None and text not in texts:
@@ -132,9 +147,9 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         templates = named_templates(_read_json(file).get("chat_template"), str(file))
     default = folder / "chat_template.jinja"
     if default.is_file():
-        templates["default"] = default.read_text(encoding="utf-8")
+        templates["default"] = _read_text(default)
     for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
-        templates[path.stem] = path.read_text(encoding="utf-8")
+        templates[path.stem] = _read_text(path)
     return templates
 
 

@@ -467,7 +467,8 @@ def test_experts_have_no_default():
         ("use_sliding_window", True),
         ("pretraining_tp", 2),
         ("rope_interleaved", True),
-        ("attention_dropout", 0.1),
+        ("attention_dropout", 1.0),
+        ("attention_dropout", "0.1"),
         ("router_jitter_noise", 0.1),
         ("sliding_window", 4096),
         ("num_local_experts", 8),
@@ -479,6 +480,25 @@ def test_fields_that_change_the_mathematics_are_refused(field, value):
     with pytest.raises(ValueError, match=field) as error:
         from_hf(BASE | {field: value})
     assert str(value)[:5].strip("[{'\"").lower() in str(error.value).lower()
+
+
+def test_dropout_acts_in_training_alone_and_is_said_aloud(caplog):
+    with caplog.at_level("WARNING"):
+        assert from_hf(BASE | {"attention_dropout": 0.1}) == from_hf(BASE)
+    assert "attention_dropout is 0.1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (BASE | {"rope_theta": float("nan")}, "rope_theta is nan; it must be a finite number"),
+        (MIXTRAL | {"router_aux_loss_coef": True}, "router_aux_loss_coef is True; it must be"),
+        (BASE | {"layer_types": ["full_attention"] * 3}, "names 3 layers, num_hidden_layers is 2"),
+    ],
+)
+def test_messages_say_what_is_wrong(raw, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf(raw)
 
 
 def test_all_unknown_fields_are_named_at_once():

@@ -243,13 +243,53 @@ def test_broken_model_files_are_refused(tmp_path: Path, content: bytes, message:
         ("tokenizer_config.json", '{"split_special_tokens": true}', "split_special_tokens"),
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "name and template"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "must be a token id"),
-        ("special_tokens_map.json", "no json", "special_tokens_map.json: not a JSON file"),
+        ("special_tokens_map.json", "no json", "special_tokens_map.json is not valid JSON"),
+        ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json is not valid JSON"),
+        ("tokenizer_config.json", '{"a": 1, "a": 2}', "'a' appears twice"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": "x"}', 'must be an object, got "x"'),
+        (
+            "tokenizer_config.json",
+            '{"added_tokens_decoder": {"500": {"content": "x", "special": "no"}}}',
+            "special must be true or false",
+        ),
+        ("tokenizer_config.json", '{"additional_special_tokens": "abc"}', "must be a list"),
+        ("special_tokens_map.json", '{"additional_special_tokens": 5}', "must be a list"),
+        ("added_tokens.json", '{"x": "5"}', "added_tokens.json: 'x' has \"5\"; it must be"),
+        ("added_tokens.json", '{"x": null}', "it must be a token id"),
     ],
 )
 def test_broken_json_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
     tiny.llama3_folder(tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/x.jinja"])
+def test_a_template_file_in_another_encoding_is_named(tmp_path: Path, name: str) -> None:
+    path = tiny.llama3_folder(tmp_path) / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"\xff\xfe{{")
+    with pytest.raises(ValueError, match=f"{path.name} is not a text in UTF-8"):
+        load_tokenizer(tmp_path)
+
+
+def test_damaged_sentencepiece_files_are_refused(tmp_path: Path) -> None:
+    from sentencepiece import sentencepiece_model_pb2
+
+    tiny.train_sentencepiece(tmp_path)
+    path = tmp_path / "tokenizer.model"
+    whole = path.read_bytes()
+    for name in ("unk_id", "bos_id", "eos_id", "pad_id"):
+        proto = sentencepiece_model_pb2.ModelProto.FromString(whole)
+        setattr(proto.trainer_spec, name, 99_999)
+        path.write_bytes(proto.SerializeToString())
+        with pytest.raises(ValueError, match=f"{name} is 99999, but there are"):
+            load_tokenizer(tmp_path)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(whole)
+    proto.normalizer_spec.precompiled_charsmap = b"\xff" * 64
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(ValueError, match="tokenizer.model: its precompiled character map"):
         load_tokenizer(tmp_path)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from llama_jax.formats import json_fields
+
 Kind = Literal["chat", "instruction", "preference", "text"]
 ROLES = ("system", "user", "assistant")
 
@@ -50,7 +52,7 @@ def parse_row(line: str | bytes, where: str) -> Row:
 
 def parse_json(line: str | bytes, where: str) -> Any:
     try:
-        return json.loads(line)
+        return json_fields.parse_json(line)
     except ValueError as error:
         raise ValueError(f"{where}: not a JSON object: {error}") from error
 
