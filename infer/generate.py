@@ -262,12 +262,20 @@ class Generator:
     def check_wishes(self, wishes: SamplingParams, *, where: str) -> None:
         if wishes.stop and self.tokenizer is None:
             raise ValueError(f"{where} has stop strings, but the model has no tokenizer")
-        for token in wishes.logit_bias:
+        bias = wishes.logit_bias
+        for token in bias:
             if token >= self.config.vocab_size:
                 raise ValueError(
-                    f"{where}: logit_bias names token {token}; ids are 0 to "
+                    f"logit_bias of {where} names token {token}; ids are 0 to "
                     f"{self.config.vocab_size - 1}"
                 )
+        forbidden = [token for token, value in bias.items() if value <= -100]
+        if forbidden:
+            allowed = self.model.rules.allowed
+            left = np.ones(self.config.vocab_size, bool) if allowed is None else allowed.copy()
+            left[[*forbidden, *(self.end_tokens if wishes.min_tokens else ())]] = False
+            if not left.any():
+                raise ValueError(f"logit_bias of {where} forbids every token; allow at least one")
 
     def run(self, rows: Sequence[Row], stats: Stats) -> Iterator[Piece]:
         """Completes the rows, in batches from the longest prompt to the shortest."""

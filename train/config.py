@@ -179,7 +179,7 @@ class DataSection(Section):
         default=2,
         low=0,
     )
-    num_workers: int = option("threads that make batches ahead", default=1, low=1)
+    num_workers: int = option("threads that make batches ahead", default=1, low=1, high=256)
     cache: str | None = option(
         "a local folder that keeps the tokenized rows, so that they need not fit in memory and the "
         "next start need not make them again; sources that changed are noticed. null: in memory",
@@ -311,6 +311,7 @@ class MeshSection(Section):
         "emulate this many devices on the CPU; null: the devices that are there",
         default=None,
         low=1,
+        high=4096,
     )
     slice: str | None = option(
         "the TPU slice this run is made for, such as v5e-16, by number of chips: what `fit` proves "

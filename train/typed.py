@@ -160,8 +160,14 @@ def _convert_tuple(arguments: tuple[Any, ...], value: Any, where: str) -> tuple[
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
 
 
+# No count or number is larger as an integer; one that is would overflow far from its name.
+_MOST = 2**32 - 1
+
+
 def _convert_scalar(hint: Any, value: Any, where: str) -> Any:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if isinstance(value, int) and abs(value) > _MOST:
+        raise ValueError(f"{where} is {str(value)[:20]}…; it must be at most {_MOST}")
     if hint is float and is_number:
         if not math.isfinite(value):
             raise ValueError(f"{where} is {value!r}; it must be a finite number")

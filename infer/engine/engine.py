@@ -37,7 +37,7 @@ from infer.engine.request import (
 )
 from infer.engine.runner import Runner
 from infer.engine.scheduler import Choice, Piece, Scheduler, plan_pieces
-from infer.engine.structure import Grammars, TextMatcher
+from infer.engine.structure import Grammars, StructureError, TextMatcher
 from infer.sampling import NO_TOKEN, Sampled
 from llama_jax.config import Compute
 
@@ -460,8 +460,11 @@ class BatchingEngine:
         active, row = self._active[choice.request.id], choice.row
         sampled = None
         if row.limit > 0:
-            mask = None if choice.matcher is None else choice.matcher.mask()
-            sampled = self._runner.first_token(hidden, place, choice, mask)
+            masks = self._masks([choice])
+            if choice.request.id not in self._active:
+                return
+            assert choice.slot is not None
+            sampled = self._runner.first_token(hidden, place, choice, masks.get(choice.slot))
         if row.index == 0:
             active.cached_tokens = choice.cached
             self._tell(active, Started(choice.cached, row.prompt_logprobs))
@@ -482,7 +485,10 @@ class BatchingEngine:
         if not choices:
             return
         self._close_hole(choices)
-        masks = {c.slot: c.matcher.mask() for c in choices if c.slot is not None and c.matcher}
+        masks = self._masks(choices)
+        choices = [choice for choice in choices if choice.request.id in self._active]
+        if not choices:
+            return
         drafts = self._drafts(choices)
         sampled, length = self._runner.next_tokens(choices, masks, drafts)
         for choice in choices:
@@ -490,6 +496,19 @@ class BatchingEngine:
             slot = choice.slot
             self._give_all(choice, sampled, slot * length, drafts.get(slot, []))
         self._owed_seconds -= time.perf_counter() - began
+
+    def _masks(self, choices: list[Choice]) -> dict[int, np.ndarray]:
+        """What their structures allow next, by slot. A request whose structure fails is ended."""
+        masks: dict[int, np.ndarray] = {}
+        for choice in choices:
+            active = self._active.get(choice.request.id)
+            if active is not None and choice.matcher is not None:
+                assert choice.slot is not None
+                try:
+                    masks[choice.slot] = choice.matcher.mask()
+                except StructureError as error:
+                    self._end(active, Failed("request", str(error)))
+        return masks
 
     def _drafts(self, choices: list[Choice]) -> dict[int, list[int]]:
         """Guessed tokens by slot. None where a token changes what the next one may be."""
@@ -536,12 +555,7 @@ class BatchingEngine:
         if token == NO_TOKEN:
             assert choice.slot is not None
             self._runner.clear(choice.slot)
-            message = (
-                f"no token can be chosen after {len(row.token_ids)} new tokens, because logits "
-                f"are NaN or infinite, or every token is forbidden; check logit_bias, the weights "
-                f"and compute.dtype ({self.model.compute.dtype})"
-            )
-            self._end(active, Failed("engine", message))
+            self._end(active, self._no_token(choice))
             return
         logprob = None
         if row.params.logprobs is not None:
@@ -555,13 +569,31 @@ class BatchingEngine:
                 sampled.top_tokens[place],
             )
         if choice.matcher is not None:
-            choice.matcher.push(token)
+            try:
+                choice.matcher.push(token)
+            except StructureError as error:
+                self._end(active, Failed("request", str(error)))
+                return
         piece = row.push(token, logprob)
         self._counts["generated_tokens_total"] += 1
         self._scheduler.took(choice, 1)
         self._tell(active, piece)
         if row.finish_reason is not None:
             self._choice_ended(active, choice)
+
+    def _no_token(self, choice: Choice) -> Failed:
+        row = choice.row
+        begin = f"no token can be chosen after {len(row.token_ids)} new tokens, because"
+        if choice.matcher is not None and any(v <= -100 for v in row.params.logit_bias.values()):
+            return Failed(
+                "request",
+                f"{begin} logit_bias forbids what response_format asks for; allow one of the two",
+            )
+        return Failed(
+            "engine",
+            f"{begin} logits are NaN or infinite, or every token is forbidden; check logit_bias, "
+            f"the weights and compute.dtype ({self.model.compute.dtype})",
+        )
 
     def _logprob(
         self, row: Row, token: int, logprob: Any, top_logprobs: Any, top_tokens: Any

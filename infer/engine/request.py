@@ -52,10 +52,10 @@ class Started:
 
 @dataclass(frozen=True)
 class Failed:
-    """The request ended without an answer. reason: `cancelled`, `engine` (the engine broke), or
-    `drained` (the time to finish at shutdown was over)."""
+    """The request ended without an answer. reason: `cancelled`, `request` (what it asks cannot be
+    done), `engine` (the engine broke), or `drained` (the time to finish at shutdown was over)."""
 
-    reason: Literal["cancelled", "engine", "drained"]
+    reason: Literal["cancelled", "request", "engine", "drained"]
     message: str
 
 

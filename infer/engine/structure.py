@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 _SPECIAL = b"\xff"
 
 
+class StructureError(Exception):
+    """A structure that cannot go on, because it needs more than the library allows."""
+
+
 class Grammars:
     """Compiles structures for one tokenizer."""
 
@@ -39,7 +43,7 @@ class Grammars:
         problem = library.LLMatcher.validate_grammar(grammar, self._library)
         matcher = library.LLMatcher(self._library, grammar, log_level=0)
         if matcher.is_error():
-            reason = (matcher.get_error() or problem).splitlines()[0]
+            reason = " ".join((matcher.get_error() or problem).split())[:300]
             raise ValueError(f"the structure ({structure.kind}) cannot be compiled: {reason}")
         return TextMatcher(matcher, self._words)
 
@@ -54,16 +58,25 @@ class TextMatcher:
         return TextMatcher(self._matcher.deep_copy(), self._words)
 
     def mask(self) -> np.ndarray:
-        """uint32 [ceil(V / 32)]: a bit for each token that may come next, the lowest first."""
+        """uint32 [ceil(V / 32)]: a bit for each token that may come next, the lowest first.
+
+        Raises StructureError."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        self._check()
         whole = np.zeros(self._words, np.uint32)
         whole[: len(bits)] = bits[: self._words]
         return whole
 
     def push(self, token_id: int) -> None:
-        """A token that the mask allowed has been taken."""
-        if not self._matcher.consume_token(token_id) and self._matcher.is_error():
-            raise RuntimeError(f"the structure lost its way: {self._matcher.get_error()}")
+        """A token that the mask allowed has been taken. Raises StructureError."""
+        self._matcher.consume_token(token_id)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            # The state that follows the first line is for the library's makers.
+            reason = self._matcher.get_error().splitlines()[0]
+            raise StructureError(f"the structure cannot be followed: {reason}; make it smaller")
 
 
 class _Vocabulary:

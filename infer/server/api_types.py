@@ -336,7 +336,7 @@ def refused(error: ValueError) -> ApiError:
     """A 400 with the words of whoever refused; such messages begin with the field."""
     message = str(error)
     first = message.split(" ", 1)[0]
-    param = first if first in SamplingParams.__dataclass_fields__ else None
+    param = first if first in (*SamplingParams.__dataclass_fields__, "prompt") else None
     return ApiError(400, message, param=param)
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -48,9 +49,7 @@ def make_app(context: Context) -> ASGIApp:
         Route("/docs", show_docs, methods=["GET"]),
         Route("/", show_page, methods=["GET"]),
     ]
-    app = Starlette(
-        routes=routes, exception_handlers={HTTPException: _http_error, ApiError: _api_error}
-    )
+    app = _App(routes=routes, exception_handlers={HTTPException: _http_error, ApiError: _api_error})
     # A path with a slash too many is another path, not a reason to redirect.
     app.router.redirect_slashes = False
     settings = context.settings
@@ -64,6 +63,13 @@ def make_app(context: Context) -> ASGIApp:
         allow_headers=["authorization", "content-type", "x-request-id"],
         expose_headers=["x-request-id", VERSION_HEADER, "retry-after"],
     )
+
+
+class _App(Starlette):
+    """Without Starlette's own answer to unexpected errors: `Guard` gives one that is an object."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return ExceptionMiddleware(self.router, handlers=self.exception_handlers)
 
 
 def _http_error(request: Request, error: Exception) -> Response:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from llama_jax.formats.chat import ChatTemplate
 
 
+# Names of arguments, which a variable of a template cannot have.
+_TAKEN = {"self", "tokenizer", "template", "messages", "tools", "add_generation_prompt"}
+
+
 def start_chat(
     context: Context, body: ChatRequest, arrival: Arrival
 ) -> tuple[Generation, "type[ChatAnswer]"]:
@@ -101,13 +105,22 @@ def chat_ids(lease: Lease, body: ChatRequest) -> list[int]:
     if body.tools and body.tool_choice != "none":
         tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
     template = _template(lease, body, tools)
+    variables = body.chat_template_kwargs or {}
+    taken = sorted(_TAKEN & set(variables))
+    if taken:
+        raise ApiError(
+            400,
+            f"chat_template_kwargs has {', '.join(taken)}, which the request sets elsewhere or a "
+            f"template may not have; leave it out",
+            param="chat_template_kwargs",
+        )
     return encode_chat(
         tokenizer,
         [message.to_template() for message in body.messages],
         add_generation_prompt=True,
         tools=tools,
         template=template,
-        **(body.chat_template_kwargs or {}),
+        **variables,
     )
 
 

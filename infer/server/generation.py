@@ -186,6 +186,8 @@ class Generation:
         self.usage.cached_tokens += event.cached_tokens
 
     def _failed(self, event: Failed) -> ApiError:
+        if event.reason == "request":
+            return ApiError(400, event.message)
         if event.reason == "engine":
             return ApiError(500, f"the engine failed: {event.message}", code="engine_failed")
         if event.reason == "drained":

@@ -180,6 +180,8 @@ class Models:
             )
         rest, _, adapter = model.partition(":")
         name, _, version = rest.partition("@")
+        if rest.endswith("@") or model.endswith(":"):
+            raise _unknown(model, f"there is no model {model!r}: nothing follows its @ or :")
         if name not in self._sources and name not in self._states:
             # The registry may lie on a slow disk; its answer is remembered.
             await asyncio.to_thread(self._state, name, model)

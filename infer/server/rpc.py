@@ -187,19 +187,20 @@ class Methods:
                 if method.server_streaming
                 else grpc.unary_unary_rpc_method_handler
             )
+            answering = self._answering_stream if method.server_streaming else self._answering
             handlers[method.name] = make(
-                self._answering_stream(call) if method.server_streaming else self._answering(call),
-                request_deserializer=messages.message_class(method.input_type.name).FromString,
+                # Without a deserializer of gRPC's, which answers UNKNOWN to what it cannot read.
+                answering(call, messages.message_class(method.input_type.name)),
                 response_serializer=lambda message: message.SerializeToString(),
             )
         return grpc.method_handlers_generic_handler(messages.SERVICE, handlers)
 
     # Errors become codes in one place for whole answers and one for streams.
 
-    def _answering(self, call: Any) -> Any:
-        async def answer(request: Message, rpc: Rpc) -> Any:
+    def _answering(self, call: Any, kind: type[Message]) -> Any:
+        async def answer(raw: bytes, rpc: Rpc) -> Any:
             try:
-                return await call(request, self._arrival(rpc))
+                return await call(messages.parse_message(kind, raw), self._arrival(rpc))
             except ApiError as error:
                 await _abort(rpc, error)
             except Exception as error:
@@ -208,9 +209,10 @@ class Methods:
 
         return answer
 
-    def _answering_stream(self, call: Any) -> Any:
-        async def answer(request: Message, rpc: Rpc) -> Pieces:
+    def _answering_stream(self, call: Any, kind: type[Message]) -> Any:
+        async def answer(raw: bytes, rpc: Rpc) -> Pieces:
             try:
+                request = messages.parse_message(kind, raw)
                 async with contextlib.aclosing(call(request, self._arrival(rpc))) as pieces:
                     async for piece in pieces:
                         yield piece

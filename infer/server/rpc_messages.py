@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from infer.server.errors import ApiError
 
@@ -36,6 +36,14 @@ def message_class(name: str) -> type[Message]:
         pool.FindMessageTypeByName(f"llama_jax.v1.{name}")
     )
     return found
+
+
+def parse_message(kind: type[Message], raw: bytes) -> Message:
+    """Raises ApiError for bytes that are no such message."""
+    try:
+        return kind.FromString(raw)
+    except DecodeError as error:
+        raise ApiError(400, f"the message is no {kind.DESCRIPTOR.name}: {error}") from error
 
 
 def _as_dict(message: Message) -> dict[str, Any]:
@@ -67,6 +75,8 @@ def _response_format(values: dict[str, Any]) -> dict[str, Any]:
     if not given:
         return {}
     [(kind, value)] = given.items()
+    if kind == "json_object" and not value:
+        return {}
     if kind == "json_object":
         return {"response_format": {"type": "json_object"}}
     if kind == "json_schema":

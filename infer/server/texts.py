@@ -32,7 +32,9 @@ async def embed(context: Context, body: EmbeddingRequest, arrival: Arrival) -> R
         raise ApiError(400, f"input has {len(inputs)} entries, over {limit}", param="input")
     if body.dimensions is not None:
         raise ApiError(
-            400, "dimensions is not offered: the model's own size is", param="dimensions"
+            400,
+            f"dimensions is {body.dimensions}; only the model's own size is offered, leave it out",
+            param="dimensions",
         )
     with context.gate.admit(arrival.caller):
         lease = await context.models.lease(body.model, arrival.request_id)

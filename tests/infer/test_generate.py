@@ -359,7 +359,7 @@ def test_bad_requests_say_what_is_wrong(tiny):
         ([[-1]], {}, "-1; ids are 0 to 127"),
         ([[True]], {}, "True"),
         ([[3]], {"stop": ("a",)}, "stop strings"),
-        ([[3]], {"logit_bias": {128: 1.0}}, "logit_bias names token 128"),
+        ([[3]], {"logit_bias": {128: 1.0}}, "logit_bias of prompt 0 names token 128"),
         ([[3]], {"top_q": 1}, "top_q"),
         ([3.5], {}, "3.5"),
     ):

@@ -1,5 +1,6 @@
 """The run config: what is refused, what is filled in, and that the schema is the shipped one."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,15 +10,18 @@ import pytest
 
 from train.config import (
     OPTIMIZER_DEFAULTS,
+    DataSection,
     MeshSection,
     ModelSection,
     OptimizerSection,
     RunConfig,
     ScheduleSection,
+    TrainSection,
     load_run_config,
     parse_yaml,
     run_config_schema,
 )
+from train.typed import from_dict
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -169,6 +173,18 @@ def test_sections_are_checked_when_built_in_python_too():
         ModelSection(name="m", init="zeros")
     rest = {"tensor": 1, "context": 1, "expert": 1}
     assert MeshSection(data=2).sizes() == {"data": 2, "fsdp": -1, **rest}
+
+
+@pytest.mark.parametrize("kind", [TrainSection, DataSection, OptimizerSection])
+def test_numbers_beyond_any_array_are_refused_by_name(kind):
+    needed = {"steps": 1, "batch_size": 1, "sequence_length": 2, "train": "x"}
+    names = [spec.name for spec in dataclasses.fields(kind) if "int" in str(spec.type)]
+    names += [spec.name for spec in dataclasses.fields(kind) if "float" in str(spec.type)]
+    assert names
+    for name in names:
+        values = {key: needed[key] for key in needed if key in kind.__dataclass_fields__}
+        with pytest.raises(ValueError, match=name):
+            from_dict(kind, values | {name: 10**400})
 
 
 def test_the_shipped_schema_is_current():

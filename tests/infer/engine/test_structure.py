@@ -106,6 +106,29 @@ def test_a_structure_that_is_none_is_refused(engine, structure, message):
     assert engine.state == "ready"
 
 
+@pytest.mark.parametrize(
+    ("structure", "wishes", "message"),
+    [
+        (Structure("regex", "a{1000000}"), {}, "the structure cannot be followed: lexer error"),
+        (Structure("grammar", 'start: "a"~1000000'), {}, "cannot be followed: parser error"),
+        (
+            Structure("regex", "a+"),
+            {"logit_bias": {ord("a") - 32 + 2 + len(WORDS): -100.0}},
+            "logit_bias forbids what response_format asks for",
+        ),
+    ],
+)
+def test_a_structure_that_fails_on_the_way_ends_its_own_request_alone(
+    engine, structure, wishes, message
+):
+    before = answer(engine, None)[0].token_ids()
+    broken = Request("b", (5, 6), SamplingParams(n=2, **wishes), structure=structure)
+    free = Request("f", (5, 6, 7, 8), SamplingParams(seed=3, max_tokens=120))
+    failed, other = ask(engine, broken, free)
+    assert failed.last.reason == "request" and message in failed.last.message
+    assert other.token_ids() == before and engine.state == "ready"
+
+
 @pytest.mark.parametrize("wishes", [{"ignore_eos": True}, {"min_tokens": 3}])
 def test_what_would_fight_with_the_structure_is_refused(engine, wishes):
     structure = Structure("regex", "a")

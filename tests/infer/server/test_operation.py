@@ -459,6 +459,18 @@ def test_what_is_left_after_the_drain_gets_an_error_event():  # R102
         connection.close()
 
 
+def test_what_nobody_foresaw_is_an_error_object_too(monkeypatch):
+    def broken(*given):
+        raise ZeroDivisionError("a secret word")
+
+    monkeypatch.setattr("infer.server.rest.start_completion", broken)
+    with running() as server:
+        status, body, headers = server.complete()
+        assert status == 500 and headers["content-type"] == "application/json"
+        assert body["error"]["code"] == "internal" and "secret" not in str(body)
+        assert server.call("/healthz")[0] == 200
+
+
 def test_an_engine_that_breaks_is_reported_and_started_again():
     with running(engine_options=slow(0.01)) as server:
         connection, response = open_stream(server, max_tokens=8000)

@@ -27,15 +27,17 @@ class Client:
         self.channel = grpc.insecure_channel(f"127.0.0.1:{server.address.grpc_port}", OPTIONS)
         self.metadata = [] if key is None else [("authorization", f"Bearer {key}")]
 
-    def __call__(self, name, timeout=20, **fields):
+    def __call__(self, name, timeout=20, raw=None, **fields):
         method = service().methods_by_name[name]
         make = self.channel.unary_stream if method.server_streaming else self.channel.unary_unary
         call = make(
             f"/{SERVICE}/{name}",
-            request_serializer=lambda message: message.SerializeToString(),
+            request_serializer=lambda given: (
+                given if isinstance(given, bytes) else given.SerializeToString()
+            ),
             response_deserializer=message_class(method.output_type.name).FromString,
         )
-        request = message_class(method.input_type.name)(**fields)
+        request = raw if raw is not None else message_class(method.input_type.name)(**fields)
         return call(request, timeout=timeout, metadata=self.metadata)
 
 
@@ -56,6 +58,14 @@ def refused(call):
     with pytest.raises(grpc.RpcError) as raised:
         list(call) if hasattr(call, "__iter__") else call()
     return raised.value
+
+
+@pytest.mark.parametrize("raw", [b"\xff\xff\xff", b"\x0a\x02\xff\xfe", b"\x0a\x7f"])
+@pytest.mark.parametrize("name", ["Complete", "StreamComplete", "Embed"])
+def test_bytes_that_are_no_message_are_refused(client, name, raw):  # R100
+    error = refused(lambda: list(client(name, raw=raw)))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and "the message is no" in error.details()
+
 
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}

@@ -39,6 +39,12 @@ def test_every_setting_can_be_spelled_as_a_text():
             assert isinstance(value, kinds), each.name
 
 
+def test_null_in_a_file_is_as_if_absent(tmp_path):
+    path = tmp_path / "serve.yaml"
+    path.write_text("models: [m]\nport: null\nmax_slots:\ntenants: null\napi_key: null\n")
+    assert read_settings({}, config=path, environment={}) == Settings(models=("m",))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -51,6 +57,7 @@ def test_every_setting_can_be_spelled_as_a_text():
         ("models: [m]\nopen_metrics: 1", "must be of type bool"),
         ("models: [m]\ndrain_seconds: .nan", "must be of type float"),
         ("models: [m]\nlog_level: loud", "log_level is 'loud'"),
+        ("models: [a, b, c]\nmax_loaded: 2", "3 models are given, .* max_loaded is 2; raise it"),
         ("port: 1", "nothing to serve"),
         ("- m", "must be a mapping"),
         ("models: [", "is not YAML"),
