@@ -64,9 +64,13 @@ async def _receive(request: Request) -> tuple[bytes, bool]:
 
 def _unpacked(unpack: "zlib._Decompress", chunk: bytes, room: int) -> bytes:
     try:
-        return unpack.decompress(chunk, room)
+        data = unpack.decompress(chunk, room)
     except zlib.error as error:
         raise ApiError(400, f"the body is not gzip: {error}") from error
+    if unpack.unused_data:
+        # zlib would keep all that follows, however much it is.
+        raise ApiError(400, "the body goes on after its gzip data; send one gzip member")
+    return data
 
 
 async def _drop(request: Request) -> None:

@@ -253,6 +253,9 @@ def test_bodies_may_be_packed_but_not_be_bombs(small):  # R121
         assert small.call("/v1/completions", raw=packed, headers=headers)[0] == 413
     assert small.call("/v1/completions", raw=b"no gzip", headers=headers)[0] == 400
     assert small.call("/v1/completions", raw=gzip.compress(good)[:-9], headers=headers)[0] == 400
+    for more in (b"junk", gzip.compress(good)):
+        raw = gzip.compress(good) + more
+        assert small.call("/v1/completions", raw=raw, headers=headers)[0] == 400
     headers["content-encoding"] = "br"
     assert small.call("/v1/completions", raw=good, headers=headers)[0] == 415
 

@@ -64,8 +64,9 @@ def refused(call):
 @pytest.mark.parametrize("name", ["Complete", "StreamComplete", "Embed"])
 def test_bytes_that_are_no_message_are_refused(client, name, raw):  # R100
     error = refused(lambda: list(client(name, raw=raw)))
-    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and "the message is no" in error.details()
-
+    assert (
+        error.code() == grpc.StatusCode.INVALID_ARGUMENT and "the message is no" in error.details()
+    )
 
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
