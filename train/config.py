@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from llama_jax.config import DEFAULT_RULES, MESH_AXES, Compute
+from llama_jax.formats.json_fields import read_text
 from llama_jax.mesh.slices import slice_named
 from llama_jax.weights.lora_config import LoraConfig
 from train.typed import Section, from_dict, json_schema, option, to_dict
@@ -790,7 +791,7 @@ def load_run_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfi
     Raises ValueError naming the file and the field, FileNotFoundError for a missing file.
     """
     path = Path(path)
-    values = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    values = parse_yaml(read_text(path), str(path))
     if not isinstance(values, dict):
         raise ValueError(f"{path}: the run config must be a mapping with the key `model` and more")
     for text in overrides:

@@ -20,7 +20,7 @@ from infer.server.app import make_app
 from infer.server.models import Build, Source
 from infer.server.run import make_context
 from infer.server.settings import Settings
-from llama_jax.formats.json_fields import parse_json
+from llama_jax.formats.json_fields import parse_json, read_text
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
@@ -51,7 +51,7 @@ class Counts:
 def read_batch(path: Path) -> list[Line]:
     """Raises ValueError naming file and line."""
     lines: dict[str, Line] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, text in enumerate(read_text(path).split("\n"), start=1):
         if not text.strip():
             continue
         line = _read_line(text, f"{path}, line {number}")

@@ -22,6 +22,7 @@ from infer.params import SamplingParams
 from infer.registry import Registry, State, UnknownNameError
 from infer.server.errors import ApiError
 from infer.server.settings import Settings
+from llama_jax.formats.json_fields import read_text
 
 if TYPE_CHECKING:
     from llama_jax.formats.tokenizer import Tokenizer
@@ -486,7 +487,7 @@ class Models:
             version=version,
             model=folder / manifest.model,
             adapter=None if manifest.adapter is None else folder / manifest.adapter,
-            template=None if template is None else (folder / template).read_text(encoding="utf-8"),
+            template=None if template is None else read_text(folder / template),
             created=manifest.created,
             quantization=manifest.quantization,
         )

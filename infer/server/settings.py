@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama_jax.formats.json_fields import read_text
+
 PREFIX = "LLAMA_JAX_"
 # Variables of that prefix which other parts of the project read, and those that Kubernetes makes
 # for a Service called llama-jax.
@@ -231,7 +233,7 @@ def _from_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(loaded, dict):

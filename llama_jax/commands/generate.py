@@ -101,10 +101,10 @@ def _prompts(args: argparse.Namespace) -> tuple[list[Any], bool]:
 
 def read_prompts(path: Path) -> list[Any]:
     """A text or a list of messages for each row. Raises ValueError naming file and line."""
-    from llama_jax.formats.json_fields import parse_json
+    from llama_jax.formats.json_fields import parse_json, read_text
 
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -1,9 +1,17 @@
-"""Fields of JSON files, read strictly."""
+"""Text and JSON files, read strictly: what is wrong with one comes with its name."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+
+
+def read_text(path: Path) -> str:
+    """Raises ValueError naming a file that is not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
 
 
 def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
@@ -26,8 +34,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; a repeated key is an error."""
+    text = read_text(path)
     try:
-        value = parse_json(path.read_text(encoding="utf-8"), unique=True)
+        value = parse_json(text, unique=True)
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(value, dict):

@@ -4,12 +4,14 @@ Every field is either read, known to change nothing, or refused by name when it 
 that is not plain LoRA: an adapter never loads as something else than what was trained.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llama_jax.config import ModelConfig
 from llama_jax.formats.json_fields import read_json
-from llama_jax.weights.lora_config import LoraConfig
+from llama_jax.weights.lora_config import LoraConfig, pattern_names
 from llama_jax.weights.lora_plan import module_names, names_module
 from llama_jax.weights.table import weight_table
 
@@ -129,7 +131,14 @@ def to_lora_config(config: ModelConfig, raw: dict[str, Any]) -> LoraConfig:
         )
     if isinstance(fields.get("layers_to_transform"), list):
         fields["layers_to_transform"] = tuple(fields["layers_to_transform"]) or None
-    return LoraConfig(**fields)
+    lora = LoraConfig(**fields)
+
+    def known(patterns: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in patterns.items() if any(pattern_names(k, m) for m in modules)}
+
+    return dataclasses.replace(
+        lora, rank_pattern=known(lora.rank_pattern), alpha_pattern=known(lora.alpha_pattern)
+    )
 
 
 def to_json(lora: LoraConfig, base_model_name_or_path: str | None) -> dict[str, Any]:

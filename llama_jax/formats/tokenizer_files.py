@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llama_jax.formats.json_fields import read_json, shorten
+from llama_jax.formats.json_fields import read_json, read_text, shorten
 
 # All files transformers may read for a tokenizer, copied as they are on export.
 TOKENIZER_FILES = (
@@ -84,13 +84,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read_json(path)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
-
-
 def _token_text(value: Any, where: str) -> str | None:
     """Tokens are written as text or as an object with the field content."""
     if isinstance(value, dict):
@@ -147,9 +140,9 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         templates = named_templates(_read_json(file).get("chat_template"), str(file))
     default = folder / "chat_template.jinja"
     if default.is_file():
-        templates["default"] = _read_text(default)
+        templates["default"] = read_text(default)
     for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja")):
-        templates[path.stem] = _read_text(path)
+        templates[path.stem] = read_text(path)
     return templates
 
 

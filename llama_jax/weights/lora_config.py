@@ -107,10 +107,12 @@ def lora_scale(rank: int, alpha: float, use_rslora: bool) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", module):
-            return value
-    return default
+    return next((v for key, v in patterns.items() if pattern_names(key, module)), default)
+
+
+def pattern_names(key: str, module: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern is about a module, as PEFT decides it."""
+    return re.match(rf"(.*\.)?({key})$", module) is not None
 
 
 def _names(field_name: str, value: Any) -> tuple[str, ...]:

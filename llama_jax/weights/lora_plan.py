@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.weights.lora_config import LoraConfig, lora_scale
+from llama_jax.weights.lora_config import LoraConfig, lora_scale, pattern_names
 from llama_jax.weights.table import Weight, weight_table
 
 
@@ -72,6 +72,7 @@ def plan_adapter(config: ModelConfig, lora: LoraConfig) -> AdapterPlan:
         if rank.any():
             ranks[path], scales[path] = rank, scale
     _check_names(config, lora, rows)
+    _check_patterns(lora, rows)
     if not ranks:
         raise ValueError(
             f"lora.target_modules {lora.target_modules!r} matches no module of this model; its "
@@ -164,6 +165,17 @@ def _check_names(config: ModelConfig, lora: LoraConfig, rows: Mapping[str, Weigh
                 raise ValueError(
                     f"lora.target_modules: {name!r} is a norm, which has no matrix to adapt; put "
                     f"it in modules_to_save"
+                )
+
+
+def _check_patterns(lora: LoraConfig, rows: Mapping[str, Weight]) -> None:
+    modules = [module for row in rows.values() for module, _ in module_names(row)]
+    for field_name in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(lora, field_name):
+            if not any(pattern_names(key, module) for module in modules):
+                raise ValueError(
+                    f"lora.{field_name}: {key!r} is the end of no module's name in this model; its "
+                    f"modules are {', '.join(_short_names(rows))}"
                 )
 
 

@@ -175,6 +175,13 @@ def test_sections_are_checked_when_built_in_python_too():
     assert MeshSection(data=2).sizes() == {"data": 2, "fsdp": -1, **rest}
 
 
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes("model: é".encode("latin-1"))
+    with pytest.raises(ValueError, match="run.yaml is not a text in UTF-8"):
+        load_run_config(path)
+
+
 @pytest.mark.parametrize("kind", [TrainSection, DataSection, OptimizerSection])
 def test_numbers_beyond_any_array_are_refused_by_name(kind):
     needed = {"steps": 1, "batch_size": 1, "sequence_length": 2, "train": "x"}

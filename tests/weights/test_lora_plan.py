@@ -122,6 +122,8 @@ def test_a_wrong_configuration_is_refused(options, message):
         ({"target_modules": ("input_layernorm",)}, "is a norm"),
         ({"modules_to_save": ("lm_haed",)}, "did you mean 'lm_head'?"),
         ({"exclude_modules": ("q_prj",)}, "lora.exclude_modules"),
+        ({"rank_pattern": {"q_prj": 4}}, "lora.rank_pattern: 'q_prj' is the end of no module's"),
+        ({"alpha_pattern": {"proj": 4}}, "lora.alpha_pattern: 'proj' is the end of no module's"),
         ({"layers_to_transform": (12,)}, "12 layers, 0 to 11"),
         ({"modules_to_save": ("layers.0.input_layernorm",)}, "in some layers only"),
         ({"modules_to_save": ("proj",), "target_modules": ("q_proj",)}, "leave it out of one"),
