@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from llama_jax.config import check_keys
+from llama_jax.config import check_keys, is_finite_number
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -138,8 +138,7 @@ def _check_int(
 
 
 def _check_number(name: str, value: Any, *, low: float, high: float) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
+    if not is_finite_number(value) or not low <= value <= high:
         allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of at least {low:g}"
         raise ValueError(f"{name} is {value!r}; it must be a finite number {allowed}")
 

@@ -7,7 +7,7 @@ names. This module imports neither JAX nor Flax, so that commands can validate b
 
 import dataclasses
 import difflib
-import math
+import sys
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Self
 
@@ -59,9 +59,14 @@ def _require_int(owner: str, name: str, value: Any, *, low: int, high: int) -> N
         )
 
 
-def _require_number(owner: str, name: str, value: Any, *, above: float) -> None:
+def is_finite_number(value: Any) -> bool:
+    """No boolean, NaN or infinity, nor an integer beyond every float, of which isfinite raises."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not value > above:
+    return number and bool(abs(value) <= sys.float_info.max)
+
+
+def _require_number(owner: str, name: str, value: Any, *, above: float) -> None:
+    if not is_finite_number(value) or not value > above:
         raise ValueError(f"{owner}.{name} is {value!r}; it must be a finite number above {above}")
 
 
@@ -156,8 +161,7 @@ class MoeConfig:
                 f"{self.num_local_experts} of num_local_experts"
             )
         coefficient = self.router_aux_loss_coef
-        is_number = isinstance(coefficient, int | float) and not isinstance(coefficient, bool)
-        if not is_number or not 0 <= coefficient < math.inf:
+        if not is_finite_number(coefficient) or coefficient < 0:
             raise ValueError(
                 f"router_aux_loss_coef is {coefficient!r}; it must be a number of at least 0"
             )

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import tree
-from llama_jax.config import ModelConfig
+from llama_jax.config import FLOAT_DTYPES, ModelConfig
 from llama_jax.formats import peft_mixtral
 from llama_jax.formats.atomic import atomic_folder
 from llama_jax.formats.peft_config import (
@@ -129,6 +129,11 @@ def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
     foreign = [name for name in file.header.tensors if not name.startswith(PREFIX)]
     if foreign:
         raise ValueError(f"{path}: these tensors lack the prefix {PREFIX!r}: {_listed(foreign)}")
+    for name, info in file.header.tensors.items():
+        if info.dtype.name not in (*FLOAT_DTYPES, "float64"):
+            raise ValueError(
+                f"{path}: {name} is {info.dtype}; allowed are {', '.join(FLOAT_DTYPES)}, float64"
+            )
     return {name.removeprefix(PREFIX): file.view(name) for name in file.header.tensors}
 
 

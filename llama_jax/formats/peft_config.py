@@ -122,7 +122,8 @@ def to_lora_config(config: ModelConfig, raw: dict[str, Any]) -> LoraConfig:
             fields[name] = tuple(
                 n
                 for n in value
-                if any(names_module(n, m, by_ending=name == "modules_to_save") for m in modules)
+                if not isinstance(n, str)  # which the config refuses
+                or any(names_module(n, m, by_ending=name == "modules_to_save") for m in modules)
                 or (name != "exclude_modules" and n == "lm_head")
             )
     if fields.get("target_modules") == ():

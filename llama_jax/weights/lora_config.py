@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from llama_jax.config import is_finite_number
+
 ALL_LINEAR = "all-linear"
+_MOST_RANK = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,12 @@ class LoraConfig:
                 "lora.target_modules is empty; name the modules to adapt, or train chosen weights "
                 "without adapters (method full with patterns)"
             )
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(
+                    f"lora.{name} is {getattr(self, name)!r}; give a mapping from ends of module "
+                    f"names to numbers"
+                )
         _check_rank("r", self.r)
         _check_alpha("lora_alpha", self.lora_alpha)
         for key, rank in self.rank_pattern.items():
@@ -137,9 +146,11 @@ def _check_regex(field_name: str, pattern: Any) -> None:
 def _check_rank(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"lora.{name} is {value!r}; a rank is a positive integer")
+    if value > _MOST_RANK:
+        raise ValueError(f"lora.{name} is {value}; a rank is at most {_MOST_RANK}")
 
 
 def _check_alpha(name: str, value: Any) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value <= 0:
-        raise ValueError(f"lora.{name} is {value!r}; it must be a finite number above 0")
+    # Scales are float32.
+    if not is_finite_number(value) or not 0 < value <= 1e30:
+        raise ValueError(f"lora.{name} is {value!r}; it must be above 0, at most 1e30")

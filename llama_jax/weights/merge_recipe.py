@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llama_jax.config import FLOAT_DTYPES, check_keys
+from llama_jax.config import FLOAT_DTYPES, check_keys, is_finite_number
 
 _COMMON = ("method", "dtype", "vocabulary", "tokenizer")
 # The first input is the one the result takes its shape and its config from.
@@ -185,8 +185,7 @@ def _dtype(value: Any) -> str | None:
 
 
 def _number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
+    if not is_finite_number(value) or not low <= value <= high:
         bounds = "" if high == math.inf else f" between {low} and {high}"
         raise ValueError(f"{name} is {value!r}; it must be a finite number{bounds}")
     return float(value)

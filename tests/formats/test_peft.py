@@ -260,10 +260,23 @@ def test_settings_that_are_no_adapter(folder):
     refused(folder, "r is missing")
     edit(folder, r=0)
     refused(folder, "a rank is a positive integer")
+    edit(folder, r=4, rank_pattern=[])
+    refused(folder, "give a mapping")
+    edit(folder, rank_pattern={}, modules_to_save=[5])
+    refused(folder, "module names are strings")
     (folder / CONFIG_FILE).write_text("{")
     refused(folder, "not valid JSON")
     (folder / CONFIG_FILE).unlink()
     refused(folder, "not a PEFT adapter")
+
+
+def test_integers_are_no_factors(folder):
+    path = folder / WEIGHTS_FILE
+    file = SafetensorsFile(path)
+    tensors = {name: np.array(file.view(name)) for name in file.header.tensors}
+    name = min(tensors)
+    write_arrays(path, {**tensors, name: tensors[name].astype(np.int8)})
+    refused(folder, name, "is int8; allowed are float32")
 
 
 def test_pickles_are_not_opened(folder):
