@@ -3,8 +3,9 @@
 usage: python benchmarks/quantization.py [--steps N] [--folder F]
 
 SmolLM2-135M on a CPU. First the model as it comes under every scheme: which data the scheme needs,
-bytes of its weights, tokens/s of greedy generation (batch 4), and the perplexity of the held-out
-answers of the demo. Then the same model trained for N steps on the demo's rows, with its products
+bytes of its weights, tokens/s of greedy generation (batch 4), the perplexity of the held-out
+answers of the demo, whose other rows calibrate, and that of text of another kind, from Python's
+language reference. Then the same model trained for N steps on the demo's rows, with its products
 rounded (method qat, int4 weights) and without (method full, quantized afterwards): how much of the
 perplexity that int4 loses training recovers. Each row is printed when it is known. Runs are kept in
 the folder, and gone on with.
@@ -12,6 +13,7 @@ the folder, and gone on with.
 
 import argparse
 import datetime
+import functools
 import os
 import platform
 import tempfile
@@ -23,17 +25,29 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 
 PROMPTS = ("The capital of France is", "Water boils at", "In 1969", "A prime number is")
 NEW_TOKENS = 32
-# scheme -> the data it needs
-SCHEMES = {
-    "none": "none",
-    "int8": "none",
-    "int8-dynamic": "none",
-    "int8-static": "unlabelled rows",
-    "nf4": "none",
-    "int4": "none",
-    "int4-dynamic": "none",
-    "fp8": "none",
-}
+# (scheme, methods)
+SCHEMES: list[tuple[str, tuple[str, ...]]] = [
+    ("none", ()),
+    ("int8", ()),
+    ("fp8", ()),
+    ("int8-dynamic", ()),
+    ("int8-dynamic, tile 64", ()),
+    ("int8-dynamic", ("smoothquant",)),
+    ("int8-static", ()),
+    ("int8-static", ("smoothquant",)),
+    ("int8-static", ("smoothquant", "gptq")),
+    ("nf4", ()),
+    ("nf4", ("awq",)),
+    ("nf4", ("gptq",)),
+    ("int4", ()),
+    ("int4", ("awq",)),
+    ("int4", ("gptq",)),
+    ("int4", ("awq", "gptq")),
+    ("int4-dynamic", ()),
+    ("int4-dynamic, tile 64", ("gptq",)),
+]
+CALIBRATION_TOKENS = 4096
+OTHER_ROWS = 5
 
 
 def main() -> None:
@@ -43,6 +57,7 @@ def main() -> None:
     parser.add_argument("--sequence-length", type=int, default=128)
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir(), "quantization"))
     parser.add_argument("--only", choices=["schemes", "training"])
+    parser.add_argument("--modes", nargs="+", help="only these, such as 'int4 + awq'")
     args = parser.parse_args()
     import jax
 
@@ -50,36 +65,43 @@ def main() -> None:
         f"{datetime.date.today()}, {platform.processor() or platform.machine()}, "
         f"{os.cpu_count()} cores, jax {jax.__version__}\n"
     )
-    print("| mode | data needed | MB | tokens/s | perplexity |\n| --- | --- | --- | --- | --- |")
+    print("| mode | data needed | MB | tokens/s | perplexity | of other text |")
+    print("| --- | --- | --- | --- | --- | --- |")
     if args.only != "training":
-        of_schemes()
+        of_schemes(args.modes)
     if args.only != "schemes":
         of_training(args)
 
 
-def of_schemes() -> None:
-    from llama_jax.load import load
-
-    for scheme, data in SCHEMES.items():
-        model = load("smollm2-135m")
-        show(scheme, data, quantized(model, scheme))
-
-
-def quantized(model: Any, scheme: str) -> Any:
+def of_schemes(only: list[str] | None) -> None:
     import dataclasses
 
-    from llama_jax.commands.quantize import calibration_batches
-    from llama_jax.config import Compute
-    from llama_jax.weights.calibrate import calibrate
+    from llama_jax.commands.quantize import calibration_rows, quantize_calibrated
+    from llama_jax.load import load
+
+    model = load("smollm2-135m")
+    tokens = calibration_rows(model, rows("train"), CALIBRATION_TOKENS)
+    for name, methods in SCHEMES:
+        mode, data, changed = " + ".join([name, *methods]), "none", model
+        if only is not None and mode not in only:
+            continue
+        scheme, _, tile = name.partition(", tile ")
+        options: dict[str, Any] = {"scheme": scheme, "tile": int(tile) if tile else None}
+        if methods or scheme.endswith("static"):
+            data = f"{sum(map(len, tokens))} tokens of unlabelled rows"
+            params = quantize_calibrated(model, tokens, methods=methods, **options)
+            changed = dataclasses.replace(model, params=params)
+        elif scheme != "none":
+            changed = quantized(model, **options)
+        show(mode, data, changed)
+
+
+def quantized(model: Any, scheme: str, tile: int | None = None) -> Any:
+    import dataclasses
+
     from llama_jax.weights.quantize import quantize
 
-    if scheme == "none":
-        return model
-    peaks = None
-    if scheme.endswith("static"):
-        batches = calibration_batches(model, rows("train"), 2048)
-        peaks = calibrate(model.config, model.params, batches, compute=Compute())
-    params = quantize(model.config, model.params, scheme=scheme, peaks=peaks)
+    params = quantize(model.config, model.params, scheme=scheme, tile=tile)
     return dataclasses.replace(model, params=params)
 
 
@@ -124,6 +146,20 @@ def of_training(args: argparse.Namespace) -> None:
     print(f"QAT recovers {(after - qat) / (after - before):.0%} of what int4 loses")
 
 
+@functools.cache
+def other_rows() -> list[Any]:
+    from distillation import write_rows
+
+    from train.data.sources import read_rows
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_rows(Path(folder))
+        lines = (Path(folder) / "heldout.jsonl").read_text().splitlines()
+        few = Path(folder) / "few.jsonl"
+        few.write_text("\n".join(lines[:OTHER_ROWS]) + "\n")
+        return list(read_rows([str(few)]))
+
+
 def rows(name: str) -> list[Any]:
     from train.data.sources import read_rows
 
@@ -148,10 +184,16 @@ def show(mode: str, data: str, model: Any) -> float:
     run()  # compiles
     begin = time.perf_counter()
     speed = run() / (time.perf_counter() - begin)
-    perplexity = evaluate(model, rows("heldout"), compute=Compute(), match=False)["perplexity"]
+    found = [
+        evaluate(model, each, compute=Compute(), match=False)["perplexity"]
+        for each in (rows("heldout"), other_rows())
+    ]
     size = tree.num_bytes(model.params) / 1e6
-    print(f"| {mode} | {data} | {size:.0f} | {speed:.1f} | {perplexity:.4f} |", flush=True)
-    return perplexity
+    print(
+        f"| {mode} | {data} | {size:.0f} | {speed:.1f} | {found[0]:.4f} | {found[1]:.3f} |",
+        flush=True,
+    )
+    return found[0]
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """Writes a model in another program's format.
 
-hf: a Hugging Face folder that transformers loads. gguf: one file for llama.cpp. peft: the adapter
-on MODEL (a checkpoint of a LoRA run, or --adapter) as a folder that peft loads. Adapters and
-quantized weights go into hf and gguf only as the full matrices they stand for, with --merge. An
-adapter trained on a quantized base is merged onto the dequantized base, which it was trained on;
---onto merges it onto another model, such as the one from before quantization."""
+hf: a Hugging Face folder that transformers loads. compressed-tensors: such a folder with the
+quantized weights of MODEL as they are, which vLLM and transformers load. gguf: one file for
+llama.cpp. peft: the adapter on MODEL (a checkpoint of a LoRA run, or --adapter) as a folder that
+peft loads. Adapters and quantized weights go into hf and gguf only as the full matrices they stand
+for, with --merge. An adapter trained on a quantized base is merged onto the dequantized base, which
+it was trained on; --onto merges it onto another model, such as the one from before quantization."""
 
 import argparse
 from pathlib import Path
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 HELP = "write a model as a Hugging Face folder, a PEFT adapter or a GGUF file"
 EXAMPLE = "llama-jax export smollm2-135m models/smollm2-hf --format hf --dtype bfloat16"
 
-FORMATS = ("hf", "peft", "gguf")
+FORMATS = ("hf", "peft", "gguf", "compressed-tensors")
 HF_DTYPES = ("float32", "bfloat16", "float16")
 GGUF_DTYPES = {
     "float32": "f32",
@@ -39,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "float32)",
     )
     parser.add_argument(
-        "--max-shard-size", metavar="SIZE", help="of one file, for hf, such as 2GB (default: 5GB)"
+        "--max-shard-size",
+        metavar="SIZE",
+        help="of one file of a folder, such as 2GB (default: 5GB)",
     )
     add_adapter_arguments(parser)
     parser.add_argument(
@@ -95,6 +98,7 @@ def _check_flags(args: argparse.Namespace) -> None:
         "hf": ("dtype", "max_shard_size", "merge", "onto"),
         "gguf": ("dtype", "merge", "onto"),
         "peft": (),
+        "compressed-tensors": ("max_shard_size",),
     }[args.format]
     for name in ("dtype", "max_shard_size", "merge", "onto"):
         if getattr(args, name) and name not in reads:
@@ -119,6 +123,17 @@ def _write(args: argparse.Namespace, out: Path, model: "Model") -> list[Path]:
             model.config,
             model.params,
             base_model_name_or_path=args.model,
+            overwrite=args.overwrite,
+        )
+    if args.format == "compressed-tensors":
+        from llama_jax.formats.compressed_tensors import save_compressed
+
+        return save_compressed(
+            out,
+            model.config,
+            model.params,
+            tokenizer=model.tokenizer,
+            max_shard_size=args.max_shard_size or "5GB",
             overwrite=args.overwrite,
         )
     if args.format == "gguf":

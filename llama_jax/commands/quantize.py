@@ -2,10 +2,12 @@
 
 int8 and fp8 have one scale for each output channel, int4 and nf4 one for every 64 values. With
 -dynamic or -static behind them, int8 and int4 round activations to int8 too and multiply integers:
-with a scale for each token at run time, or fixed ones measured on the rows of --calibration, whose
-labels are not read. qat makes integers of a model trained with method qat, as it was trained to
-have them. Embedding, head and router stay as they are unless --all is given. But for
--static, which runs the model, weights are read, quantized and written piece by piece."""
+with a scale for each token at run time (with --tile: for each tile of a token), or fixed ones
+measured on the rows of --calibration, whose labels are not read. --method loses less than rounding
+to nearest does: smoothquant and awq scale channels before it, gptq chooses codes by the inputs they
+meet. qat makes integers of a model trained with method qat, as it was trained to have them.
+Embedding, head and router stay as they are unless --all is given. But for -static and --method,
+which run the model, weights are read, quantized and written piece by piece."""
 
 import argparse
 from pathlib import Path
@@ -22,12 +24,20 @@ SCHEMES = (
     *("int8-dynamic", "int8-static", "int4-dynamic", "int4-static"),
     "qat",
 )
+METHODS = ("smoothquant", "awq", "gptq")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("out", metavar="OUT", help="the checkpoint folder to write")
     parser.add_argument("--scheme", required=True, choices=SCHEMES)
+    parser.add_argument(
+        "--method",
+        action="append",
+        choices=METHODS,
+        help="smoothquant (of -dynamic and -static) or awq (of the others), and gptq; may be given "
+        "twice (default: to the nearest)",
+    )
     parser.add_argument(
         "--tile",
         type=int,
@@ -43,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration",
         action="append",
         metavar="FILE",
-        help="rows to measure activations on, for the -static schemes; may be given several times",
+        help="rows to measure activations on, for the -static schemes and --method; may be given "
+        "several times",
     )
     parser.add_argument(
         "--calibration-tokens",
@@ -72,13 +83,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     out = check_out(args.out, args.model)
     if args.all and args.skip:
         raise ValueError("--all and --skip contradict each other; keep one")
-    is_static = args.scheme.endswith("-static")
-    if is_static != bool(args.calibration):
-        raise ValueError(
-            f"--scheme {args.scheme} needs rows to measure activations on; give --calibration FILE"
-            if is_static
-            else f"--calibration is for the -static schemes; {args.scheme} measures nothing"
-        )
+    measures = _measures(args)
     if args.calibration_tokens < 1:
         raise ValueError(f"--calibration-tokens must be at least 1, not {args.calibration_tokens}")
     start_jax()
@@ -86,15 +91,45 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from llama_jax.formats.atomic import check_target
 
     check_target(out, overwrite=args.overwrite)
-    make = _static if is_static else _converted if args.scheme == "qat" else _streamed
+    make = _calibrated if measures else _converted if args.scheme == "qat" else _streamed
     before, params = make(args, out)
     return {
         "out": str(out),
         "scheme": args.scheme,
+        "method": args.method or [],
         "bytes": tree.num_bytes(params),
         "bytes_before": before,
         "file_bytes": num_bytes([out]),
     }
+
+
+def _measures(args: argparse.Namespace) -> bool:
+    """Whether the model has to run. Raises ValueError for flags that contradict or miss
+    something."""
+    methods = args.method or []
+    if len(set(methods)) < len(methods):
+        raise ValueError(f"--method {methods[-1]} is given twice; keep one")
+    if methods and args.scheme == "qat":
+        raise ValueError("--scheme qat converts what was trained; leave --method out")
+    is_integer = args.scheme.endswith(("-static", "-dynamic"))
+    for method, fits in (("smoothquant", is_integer), ("awq", not is_integer)):
+        if method in methods and not fits:
+            other = "awq" if method == "smoothquant" else "smoothquant"
+            raise ValueError(
+                f"--method {method} is for schemes that "
+                f"{'round' if method == 'smoothquant' else 'do not round'} activations; with "
+                f"--scheme {args.scheme} use {other} or gptq"
+            )
+    measures = bool(methods) or args.scheme.endswith("-static")
+    if measures != bool(args.calibration):
+        what = f"--method {methods[0]}" if methods else f"--scheme {args.scheme}"
+        raise ValueError(
+            f"{what} needs rows to measure activations on; give --calibration FILE"
+            if measures
+            else f"--calibration is for the -static schemes and for --method; {args.scheme} alone "
+            f"measures nothing"
+        )
+    return measures
 
 
 def _skip(args: argparse.Namespace) -> tuple[str, ...] | None:
@@ -124,31 +159,65 @@ def _streamed(args: argparse.Namespace, out: Path) -> tuple[int, Any]:
     return before, params
 
 
-def _static(args: argparse.Namespace, out: Path) -> tuple[int, Any]:
+def _calibrated(args: argparse.Namespace, out: Path) -> tuple[int, Any]:
     """The same with the model in memory, which runs to be measured."""
     from llama_jax import tree
-    from llama_jax.config import Compute
     from llama_jax.formats.checkpoint import save_model
     from llama_jax.load import load
-    from llama_jax.weights.calibrate import calibrate
-    from llama_jax.weights.quantize import quantize
 
     rows = list(_rows(args.calibration))
     model = load(args.model)
     before = tree.num_bytes(model.params)
-    batches = calibration_batches(model, rows, args.calibration_tokens)
-    params = quantize(
-        model.config,
-        model.params,
+    params = quantize_calibrated(
+        model,
+        calibration_rows(model, rows, args.calibration_tokens),
         scheme=args.scheme,
+        methods=args.method or (),
         tile=args.tile,
         skip=_skip(args),
         double=args.double,
-        peaks=calibrate(model.config, model.params, batches, compute=Compute()),
-        donate=True,
     )
     save_model(out, model.config, params, model.tokenizer, overwrite=args.overwrite)
     return before, params
+
+
+def quantize_calibrated(
+    model: "Model",
+    rows: list[Any],
+    *,
+    scheme: str,
+    methods: Any,
+    tile: int | None = None,
+    skip: tuple[str, ...] | None = None,
+    double: bool = False,
+) -> Any:
+    """The quantized parameters, measured on `rows` of token ids."""
+    from llama_jax.config import Compute
+    from llama_jax.weights.calibrate import calibrate
+    from llama_jax.weights.gptq import gptq
+    from llama_jax.weights.quantize import Quantization, quantize
+    from llama_jax.weights.smooth import smooth
+
+    config, params, compute = model.config, model.params, Compute()
+    if "smoothquant" in methods or "awq" in methods:
+        params = smooth(
+            config,
+            params,
+            rows,
+            scheme=scheme,
+            tile=tile,
+            skip=skip,
+            double=double,
+            compute=compute,
+        )
+    peaks = None
+    if scheme.endswith("-static"):
+        peaks = calibrate(config, params, rows, compute=compute)
+    how = Quantization(scheme, tile, skip, double, peaks)
+    rounded = quantize(config, params, **vars(how))
+    if "gptq" not in methods:
+        return rounded
+    return gptq(config, params, rounded, rows, how=how, compute=compute)
 
 
 def _converted(args: argparse.Namespace, out: Path) -> tuple[int, Any]:
@@ -173,33 +242,31 @@ def _rows(files: list[str]) -> Any:
     return read_rows(files)
 
 
-def calibration_batches(model: "Model", rows: Any, num_tokens: int) -> list[Any]:
-    """The tokens of rows, one after the other, cut into batches [1, T] without padding."""
-    import numpy as np
-
+def calibration_rows(model: "Model", rows: Any, num_tokens: int) -> list[Any]:
+    """The token ids of rows, each as it would be read, `num_tokens` of them at most."""
     from train.config import DataSection
     from train.data.render import render_rows
     from train.data.report import DataReport
 
     if model.tokenizer is None:
         raise ValueError("the model brings no tokenizer, so rows cannot be turned into tokens")
-    length = min(512, model.config.max_position_embeddings)
     samples = render_rows(
         rows,
         model.tokenizer,
         DataSection(train=("rows",), long_rows="cut", long_texts="split"),
-        sequence_length=length,
+        sequence_length=min(512, model.config.max_position_embeddings),
         train_all=False,
         report=DataReport(),
     )
-    ids = [np.asarray(sample.ids) for sample in samples]
-    if not ids:
+    found, left = [], num_tokens
+    for sample in samples:
+        found.append(sample.ids[:left])
+        left -= len(found[-1])
+        if left <= 0:
+            break
+    if not found:
         raise ValueError("the calibration rows hold no tokens")
-    tokens = np.concatenate(ids)[:num_tokens].astype(np.int32)
-    if len(tokens) < length:
-        return [tokens[None]]
-    whole = len(tokens) // length * length
-    return list(tokens[:whole].reshape(-1, 1, length))
+    return found
 
 
 def show(report: dict[str, Any], args: argparse.Namespace) -> None:

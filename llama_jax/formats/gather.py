@@ -26,17 +26,10 @@ def check_params(
     Raises ValueError naming every leaf at fault; adapters and quantized leaves only pass with
     `merge`. `target` says in the message what cannot hold them.
     """
-    if isinstance(params.get("layers"), list | tuple):
-        raise ValueError("params hold one tree per layer; export takes the stacked layers")
-    leaves = tree.flatten(params)
-    table = weight_table(config)
-    problems = [f"{path} is missing" for path in table if path not in leaves]
+    leaves = check_whole(config, params, target=target)
+    problems = []
     for path, leaf in leaves.items():
-        if path not in table:
-            problems.append(f"{path} is unexpected")
-        elif tuple(leaf.shape) != table[path].shape:
-            problems.append(f"{path} has shape {leaf.shape}, expected {table[path].shape}")
-        elif not is_plain(leaf):
+        if not is_plain(leaf):
             if not merge:
                 kind = "an adapter" if is_adapted(leaf) else "quantized weights"
                 raise ValueError(
@@ -45,6 +38,26 @@ def check_params(
                 )
         elif np.dtype(leaf.dtype).name not in FLOAT_DTYPES:
             problems.append(f"{path} is {leaf.dtype}, allowed are {', '.join(FLOAT_DTYPES)}")
+    if problems:
+        raise ValueError(f"params do not fit the config: {'; '.join(problems[:20])}")
+    return leaves
+
+
+def check_whole(config: ModelConfig, params: tree.Tree, *, target: str) -> dict[str, Any]:
+    """Path -> leaf of parameters of whatever kind, with all that the config has, in one process.
+
+    Raises ValueError naming every leaf at fault, and what cannot be written, `target`.
+    """
+    if isinstance(params.get("layers"), list | tuple):
+        raise ValueError(f"params hold one tree per layer; {target} takes the stacked layers")
+    leaves = tree.flatten(params)
+    table = weight_table(config)
+    problems = [f"{path} is missing" for path in table if path not in leaves]
+    for path, leaf in leaves.items():
+        if path not in table:
+            problems.append(f"{path} is unexpected")
+        elif tuple(leaf.shape) != table[path].shape:
+            problems.append(f"{path} has shape {leaf.shape}, expected {table[path].shape}")
         if any(
             isinstance(array, jax.Array) and not array.is_fully_addressable
             for array in jax.tree.leaves(leaf)
@@ -60,10 +73,15 @@ def check_params(
 
 def fetch(leaf: Any, at: tuple[int, ...], *, dtype: np.dtype[Any], name: str) -> np.ndarray:
     """`leaf[at]` on the host, converted to `dtype`; `name` is for the error message."""
-    tensor = jax.tree.map(lambda array: _take(array, at), leaf)
+    tensor = take(leaf, at)
     if not is_plain(leaf):
         return np.asarray(to_array(jax.tree.map(jnp.asarray, tensor), dtype=dtype))
     return convert(tensor, dtype, name=name)
+
+
+def take(leaf: Any, at: tuple[int, ...]) -> Any:
+    """`leaf[at]` of a stack with its arrays on the host."""
+    return jax.tree.map(lambda array: _take(array, at), leaf)
 
 
 def _take(array: Any, at: tuple[int, ...]) -> np.ndarray:

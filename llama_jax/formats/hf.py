@@ -157,16 +157,25 @@ def save_hf(
 
 
 def write_descriptions(
-    folder: Path, config: ModelConfig, dtypes: set[str], tokenizer: Any = None
+    folder: Path,
+    config: ModelConfig,
+    dtypes: set[str],
+    tokenizer: Any = None,
+    *,
+    quantization: dict[str, Any] | None = None,
 ) -> None:
-    """Everything in a model folder but the weights, which have these dtypes.
+    """Everything in a model folder but the weights, which have these dtypes; `quantization` is what
+    config.json says of matrices that are no plain ones.
 
     Raises ValueError for an architecture that Hugging Face's configuration cannot describe.
     """
     # One dtype is declared; a mixture is left for the reader to find in the files.
     uniform = len(dtypes) == 1
     exported = config.replace(dtype=min(dtypes)) if uniform else config
-    _write_json(folder / "config.json", to_hf(exported, declare_dtype=uniform))
+    described = to_hf(exported, declare_dtype=uniform)
+    if quantization is not None:
+        described["quantization_config"] = quantization
+    _write_json(folder / "config.json", described)
     _write_json(folder / "generation_config.json", generation_to_hf(exported))
     if tokenizer is not None:
         tokenizer.save(folder)

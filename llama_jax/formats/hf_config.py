@@ -84,7 +84,7 @@ _DROPOUT = ("attention_dropout", "hidden_dropout")
 
 # Refused with a better reason than being unknown.
 _REFUSED = {
-    "quantization_config": "the weights are quantized in a format that is not read; load the "
+    "quantization_config": "the weights are quantized in a format that is only written; load the "
     "unquantized model and use `llama-jax quantize`",
 }
 

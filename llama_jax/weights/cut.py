@@ -34,8 +34,8 @@ def check_plain(params: tree.Tree) -> None:
         if is_quantized(leaf) or is_adapted(leaf):
             kind = "quantized" if is_quantized(leaf) else "adapted"
             raise ValueError(
-                f"{path} is {kind}; only plain weights can be pruned or cut, so export the model "
-                f"with --merge first"
+                f"{path} is {kind}; only plain weights can be pruned, cut or calibrated, so export "
+                f"the model with --merge first"
             )
 
 

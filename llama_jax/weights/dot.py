@@ -16,7 +16,6 @@ from llama_jax.weights.tensors import (
     IntegerTensor,
     Leaf,
     LoraTensor,
-    ObservedTensor,
     PackedTensor,
     QatTensor,
     SavedTensor,
@@ -66,9 +65,6 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
         wide = x.astype(jnp.float32), weight.weight.astype(jnp.float32)
         rounded = qat.product(*wide, bits=weight.bits, backward=weight.backward)
         return rounded.astype(compute.accumulation_dtype)
-    if isinstance(weight, ObservedTensor):
-        jax.debug.callback(weight.seen, jnp.abs(x).max())
-        return _product(x, weight.base, compute)
     if is_quantized(weight):
         # Weight-only: the products are of activations and rescaled integers, as QLoRA has them.
         return _plain(x, to_array(weight, dtype=x.dtype), compute)
@@ -81,17 +77,52 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
 def _integer_product(x: jax.Array, weight: IntegerTensor) -> jax.Array:
     """x [T, in], rounded to int8, times integers, summed as int32 and scaled: float32 [T, out]."""
     wide = x.astype(jnp.float32)
+    if weight.base.scale.shape[-1] > 1:
+        return _tiled_product(wide, weight)
     scale = weight.activation_scale
     if scale is None:
-        peak = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
-        # A row of zeros, or of numbers too small for a scale.
-        scale = jnp.where(peak < jnp.finfo(jnp.float32).tiny * 127, 1.0, peak / 127)
-    codes = jnp.clip(jnp.round(wide * (1 / scale)), -127, 127).astype(jnp.int8)
-    total = jax.lax.dot_general(
-        codes, weight.codes(), (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
-    )
+        scale = _activation_scales(wide)
+    total = _integer_sums(_rounded(wide, scale), weight.codes())
     # In the order of AQT, whose training this must equal bit for bit.
-    return total.astype(jnp.float32) * scale * weight.base.scale.astype(jnp.float32)[:, 0]
+    return total * scale * weight.base.scale.astype(jnp.float32)[:, 0]
+
+
+def _tiled_product(x: jax.Array, weight: IntegerTensor) -> jax.Array:
+    """The same with scales for each tile of a row, whose sums are added one tile at a time."""
+    tile, scales = weight.tile, weight.base.scale.astype(jnp.float32)
+    tiles = scales.shape[-1]
+    padding = ((0, 0), (0, tiles * tile - x.shape[-1]))
+    parts = jnp.pad(x, padding).reshape(len(x), tiles, tile)
+    own = _activation_scales(parts)
+    codes = _rounded(parts, own).reshape(len(x), -1)
+    matrix = jnp.pad(weight.codes(), padding)
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        left, right = (
+            jax.lax.dynamic_slice_in_dim(each, i * tile, tile, axis=1) for each in (codes, matrix)
+        )
+        return total + _integer_sums(left, right) * own[:, i] * scales[:, i]
+
+    return jax.lax.fori_loop(0, tiles, add, jnp.zeros((len(x), len(matrix)), jnp.float32))
+
+
+def _activation_scales(x: jax.Array) -> jax.Array:
+    """[..., 1]: of each row its own."""
+    peak = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    # A row of zeros, or of numbers too small for a scale.
+    return jnp.where(peak < jnp.finfo(jnp.float32).tiny * 127, 1.0, peak / 127)
+
+
+def _rounded(x: jax.Array, scale: jax.Array) -> jax.Array:
+    return jnp.clip(jnp.round(x * (1 / scale)), -127, 127).astype(jnp.int8)
+
+
+def _integer_sums(left: jax.Array, right: jax.Array) -> jax.Array:
+    """int8 [T, in] times int8 [out, in], exact, as float32 [T, out]."""
+    total = jax.lax.dot_general(
+        left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+    )
+    return total.astype(jnp.float32)
 
 
 def _integer_forward(x: jax.Array, weight: IntegerTensor) -> Any:
@@ -130,7 +161,7 @@ def embed(weight: Leaf, ids: jax.Array, *, compute: Compute) -> jax.Array:
         return (rows + update * weight.scale.astype(jnp.float32)).astype(dtype)
     if isinstance(weight, QatTensor):
         return embed(weight.dequantize(), ids, compute=compute)
-    if isinstance(weight, IntegerTensor | ObservedTensor):
+    if isinstance(weight, IntegerTensor):
         return embed(weight.base, ids, compute=compute)
     if isinstance(weight, PackedTensor):
         rows_of = dataclasses.replace(

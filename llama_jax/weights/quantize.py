@@ -10,7 +10,8 @@ quantization scales of long rows take eight bits, which makes 4.14 bits a weight
 A scheme is a row of `SCHEMES`; a new one is a new row, and a branch in `to_array` if its leaf is
 new. With `-dynamic` or `-static` behind them, `int8` and `int4` round activations to int8 as well,
 and products are those of integers: with a scale for each token at run time, or with one for each
-weight from `calibrate`. Weights then have one float32 scale for each output.
+weight from `calibrate`. Weights then have one float32 scale for each output, or, with a tile, both
+have one for each tile of a row, and sums are made tile by tile.
 """
 
 import functools
@@ -119,10 +120,15 @@ class Quantization:
             raise ValueError(
                 f"scheme is {self.scheme!r}; allowed are {', '.join((*SCHEMES, *INTEGER_SCHEMES))}"
             )
-        if self.activations is not None and (self.tile is not None or self.double):
+        if self.activations is not None and self.double:
             raise ValueError(
-                f"scheme {self.scheme} has one scale for each output: sums of integers are scaled "
-                f"once; leave tile and double quantization out"
+                f"scheme {self.scheme} has few scales, which sums of integers are multiplied with; "
+                f"leave double quantization out"
+            )
+        if self.activations == "static" and self.tile is not None:
+            raise ValueError(
+                f"scheme {self.scheme} has one scale for all inputs of a weight; leave tile out, "
+                f"or choose {self.scheme.replace('static', 'dynamic')}"
             )
         if (self.activations == "static") != (self.peaks is not None):
             raise ValueError(
@@ -280,7 +286,7 @@ def _quantize_matrix(weight: jax.Array, *, how: Quantization) -> tuple[Leaf, jax
     scheme = how.weights
     wide = weight.astype(jnp.float32)
     size = wide.shape[-1]
-    tile = size if how.activations else min(how.tile or scheme.tile or size, size)
+    tile = min(how.tile or (None if how.activations else scheme.tile) or size, size)
     tiles = num_tiles(size, tile)
     padding = [(0, 0)] * (wide.ndim - 1) + [(0, tiles * tile - size)]
     tiled = jnp.pad(wide, padding).reshape(*wide.shape[:-1], tiles, tile)
@@ -344,6 +350,11 @@ def encode(
     rounded = scale.astype(jnp.float32) * scheme.largest
     divisor = peak if scale_dtype == jnp.float32 else rounded
     return scheme.store(_codes(values, divisor, empty, scheme)), scale
+
+
+def to_codes(values: jax.Array, scale: jax.Array, scheme: Scheme) -> jax.Array:
+    """Stored values for float32 values with scales that are there already."""
+    return scheme.store(_codes(values, scale * scheme.largest, scale <= 0, scheme))
 
 
 def _is_empty(peak: jax.Array, scheme: Scheme) -> jax.Array:

@@ -8,7 +8,6 @@ has the shape of the matrix it stands for. What multiplies them is in `dot.py`.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -131,9 +130,10 @@ class PackedTensor:
 class IntegerTensor:
     """A matrix of int8 or int4 values that activations are multiplied with as integers.
 
-    base: int8 values in a QArray or int4 ones in a PackedTensor, a float32 scale for each output.
-    Activations are rounded to int8 first: with a scale of their own for each token where
-    activation_scale is None, else with that, [...], one number for each matrix of the stack.
+    base: int8 values in a QArray or int4 ones in a PackedTensor, a float32 scale for each output
+    or for each tile of a row. Activations are rounded to int8 first: with a scale of their own for
+    each token (and tile) where activation_scale is None, else with that, [...], one number for each
+    matrix of the stack.
     """
 
     base: QArray | PackedTensor
@@ -150,6 +150,13 @@ class IntegerTensor:
     @property
     def dtype(self) -> Any:
         return self.base.dtype
+
+    @property
+    def tile(self) -> int:
+        """How many inputs share a scale."""
+        if isinstance(self.base, PackedTensor):
+            return self.base.tile
+        return self.base.shape[-1] // self.base.scale.shape[-1]
 
     def codes(self) -> jax.Array:
         """The integers, int8 [..., out, in]."""
@@ -185,28 +192,6 @@ class QatTensor:
         flat = self.weight.astype(jnp.float32).reshape(-1, self.shape[-1])
         values, scale = codes(flat, bits=self.bits)
         return (values.astype(jnp.float32) * scale).reshape(self.shape)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class ObservedTensor:
-    """A weight whose inputs are looked at: `seen` is called with their largest magnitude, each
-    time the weight is multiplied. For calibration only."""
-
-    base: Leaf
-    seen: Callable[[Any], None] = field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
 
 
 def pack_nibbles(codes: jax.Array) -> jax.Array:
@@ -388,7 +373,7 @@ def _to_float32(leaf: Leaf) -> jax.Array:
         return _to_float32(leaf.base) + leaf.delta()
     if isinstance(leaf, SavedTensor):
         return _to_float32(leaf.saved)
-    if isinstance(leaf, IntegerTensor | ObservedTensor):
+    if isinstance(leaf, IntegerTensor):
         return _to_float32(leaf.base)
     if isinstance(leaf, PackedTensor | QatTensor):
         return leaf.dequantize()

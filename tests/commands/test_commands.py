@@ -433,7 +433,42 @@ def test_static_scales_need_rows_and_only_they_do(model: str, run: Run, tmp_path
     assert code == 2 and "give --calibration FILE" in error
     flags = ("--scheme", "int8", "--calibration", tmp_path / "rows.jsonl")
     code, _, error = run("quantize", model, tmp_path / "q", *flags)
-    assert code == 2 and "int8 measures nothing" in error
+    assert code == 2 and "int8 alone measures nothing" in error
+
+
+def test_quantize_measured_on_rows(model: str, run: Run, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "the quick brown fox jumps"}\n{"text": "over the lazy dog"}\n')
+    _, before, _ = run("eval", model, "--data", rows)
+    losses = {}
+    for methods in ((), ("awq",), ("gptq",), ("awq", "gptq")):
+        out = tmp_path / "-".join(("q", *methods))
+        flags = [flag for method in methods for flag in ("--method", method)]
+        flags += ["--calibration", rows] if methods else []
+        code, report, error = run("quantize", model, out, "--scheme", "int4", *flags)
+        assert code == 0, error
+        assert report["method"] == list(methods)
+        losses[methods] = run("eval", out, "--data", rows)[1]["loss"]
+    assert len(set(losses.values())) == 4
+    off = {methods: abs(loss - before["loss"]) for methods, loss in losses.items()}
+    assert off["gptq",] < off[()]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--scheme", "int8", "--method", "gptq"), "--method gptq needs rows"),
+        (("--scheme", "int8", "--method", "smoothquant"), "use awq or gptq"),
+        (("--scheme", "int8-dynamic", "--method", "awq"), "use smoothquant or gptq"),
+        (("--scheme", "qat", "--method", "gptq"), "leave --method out"),
+        (("--scheme", "int8", "--method", "gptq", "--method", "gptq"), "given twice"),
+    ],
+)
+def test_methods_that_do_not_fit(
+    flags: tuple[str, ...], message: str, model: str, run: Run, tmp_path: Path
+) -> None:
+    code, _, error = run("quantize", model, tmp_path / "q", *flags)
+    assert code == 2 and message in error
 
 
 def test_a_quantized_model_is_merged_onto_itself_or_onto_another(

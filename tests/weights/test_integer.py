@@ -28,7 +28,7 @@ def gaussian(*shape, seed=0):
 def quantized(scheme, config=CONFIG, params=PARAMS, **options):
     peaks = None
     if scheme.endswith("static"):
-        peaks = calibrate(config, params, [TOKENS], compute=Compute())
+        peaks = calibrate(config, params, TOKENS, compute=Compute())
     return quantize(config, params, scheme=scheme, peaks=peaks, **options)
 
 
@@ -48,6 +48,32 @@ def test_a_product_by_hand(scheme):
     np.testing.assert_allclose(dot(x, leaf, compute=Compute()), expected, atol=1e-4)
     assert (np.asarray(dot(x, leaf, compute=Compute()))[1] == 0).all()
     np.testing.assert_array_equal(leaf.codes(), codes)
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("int8-dynamic", 32), ("int4-dynamic", 33)])
+def test_a_product_in_tiles_by_hand(scheme, size):
+    """Both operands have scales for 8 inputs at a time; the last tile of four bits may be short."""
+    weight, x = gaussian(5, size), gaussian(3, size, seed=1).at[1].set(0).at[2, 3].mul(1000)
+    leaf = quantize_array(weight, scheme=scheme, tile=8)
+    assert leaf.tile == 8 and leaf.base.scale.shape == (5, -(-size // 8))
+    largest = 127 if scheme.startswith("int8") else 7
+    expected = np.zeros((3, 5))
+    for low in range(0, size, 8):
+        part, inputs = (np.asarray(a, np.float64)[:, low : low + 8] for a in (weight, x))
+        scale = np.abs(part).max(axis=1) / largest
+        peak = np.abs(inputs).max(axis=1, keepdims=True)
+        units = np.where(peak > 0, peak / 127, 1)
+        codes = np.round(part / scale[:, None])
+        expected += (np.round(inputs / units) @ codes.T) * units * scale
+    got = dot(x, leaf, compute=Compute())
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+    # What is far out in one tile leaves the others alone.
+    whole = dot(x, quantize_array(weight, scheme=scheme), compute=Compute())
+    exact = np.asarray(x @ weight.T)
+    far, near = (np.abs(np.asarray(y) - exact)[2].max() for y in (whole, got))
+    assert near < 0.7 * far or scheme.startswith("int4")
+    gradient = jax.grad(lambda x: dot(x, leaf, compute=Compute()).sum())(x)
+    np.testing.assert_allclose(gradient, jnp.ones((3, 5)) @ to_array(leaf), atol=1e-5)
 
 
 def test_static_scales_are_fixed_and_clamp():
@@ -91,8 +117,8 @@ def test_logits_stay_near_and_survive_the_disk_and_the_mesh(tmp_path, scheme):
 
 
 def test_calibration_sees_the_largest_input_of_each_layer():
-    peaks = calibrate(CONFIG, PARAMS, [TOKENS[:2], TOKENS[2:]], compute=Compute())
-    whole = calibrate(CONFIG, PARAMS, [TOKENS], compute=Compute())
+    peaks = calibrate(CONFIG, PARAMS, [TOKENS[3, :5], *TOKENS], compute=Compute())
+    whole = calibrate(CONFIG, PARAMS, TOKENS, compute=Compute())
     matrices = [
         p for p, leaf in tree.flatten(quantized("int8-dynamic")).items() if is_quantized(leaf)
     ]
@@ -122,8 +148,10 @@ def test_wrong_input_is_refused():
         quantize(CONFIG, PARAMS, scheme="int8-dynamic", peaks={})
     with pytest.raises(ValueError, match=r"says nothing about layers\.mlp\.down_proj\.weight"):
         quantize(CONFIG, PARAMS, scheme="int8-static", peaks={})
-    with pytest.raises(ValueError, match="one scale for each output"):
-        quantize(CONFIG, PARAMS, scheme="int8-dynamic", tile=32)
+    with pytest.raises(ValueError, match="one scale for all inputs of a weight; leave tile out"):
+        quantize(CONFIG, PARAMS, scheme="int8-static", tile=32, peaks={})
+    with pytest.raises(ValueError, match="few scales"):
+        quantize(CONFIG, PARAMS, scheme="int4-dynamic", double=True)
     mixtral = FAMILIES["mixtral"]
     with pytest.raises(ValueError, match="experts are multiplied in groups"):
         quantize(mixtral, tiny_params(mixtral), scheme="int8-dynamic")

@@ -1,0 +1,265 @@
+"""Quantized models as Hugging Face folders that vLLM and transformers read: compressed-tensors.
+
+config.json says in `quantization_config` what the matrices hold; beside each lie its scales:
+
+    int8-dynamic, int8-static   int-quantized: `weight` int8 [out, in]; `input_scale` of static ones
+    fp8                         float-quantized: `weight` float8 [out, in]
+    int8, int4, int4-dynamic    pack-quantized: `weight_packed` int32, codes plus half their range,
+                                the first in the lowest bits; `weight_shape`
+
+`weight_scale` is float32, [out, 1] or [out, tiles]. Readers make scales of tokens themselves, and
+may divide by 127.5 where this project divides by 127. The format is that of the package
+compressed-tensors (https://github.com/vllm-project/compressed-tensors), which the tests read it
+with.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from qwix import QArray
+
+from llama_jax import tree
+from llama_jax.config import FLOAT_DTYPES, ModelConfig
+from llama_jax.formats.atomic import atomic_folder
+from llama_jax.formats.gather import check_whole, fetch, is_plain, take
+from llama_jax.formats.hf import in_file_order, write_descriptions
+from llama_jax.formats.safetensors import TensorSpec, parse_bytes, write_sharded
+from llama_jax.weights.table import Weight
+from llama_jax.weights.tensors import IntegerTensor, Leaf, PackedTensor, is_adapted
+
+_TARGET = "a compressed-tensors folder"
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """How a matrix is written. tile: how many values of a row share a scale, None for all;
+    activations: `dynamic`, `static` or None."""
+
+    bits: int
+    is_float: bool
+    tile: int | None
+    activations: str | None
+
+    @property
+    def format(self) -> str:
+        if self.is_float:
+            return "float-quantized"
+        return "int-quantized" if self.bits == 8 and self.activations else "pack-quantized"
+
+    def to_config(self) -> dict[str, Any]:
+        """A group of `quantization_config`, for all linear layers that are not ignored."""
+        weights = {
+            "num_bits": self.bits,
+            "type": "float" if self.is_float else "int",
+            "symmetric": True,
+            "dynamic": False,
+            "strategy": "channel" if self.tile is None else "group",
+            "group_size": self.tile,
+        }
+        inputs = None
+        if self.activations is not None:
+            is_dynamic = self.activations == "dynamic"
+            inputs = {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "dynamic": is_dynamic,
+                "strategy": "token" if is_dynamic else "tensor",
+            }
+        return {
+            "targets": ["Linear"],
+            "format": self.format,
+            "weights": weights,
+            "input_activations": inputs,
+            "output_activations": None,
+        }
+
+
+def save_compressed(
+    folder: str | Path,
+    config: ModelConfig,
+    params: tree.Tree,
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
+) -> list[Path]:
+    """Writes the folder and returns its files; what is not quantized keeps its dtype.
+
+    Raises ValueError for a model without quantized weights, for adapters, for a quantized embedding
+    and quantized experts, for nf4, for matrices quantized in different ways, and for a last tile
+    that is shorter than the others.
+    """
+    leaves = check_whole(config, params, target=_TARGET)
+    kinds = {path: _kind(path, leaf) for path, leaf in leaves.items() if not is_plain(leaf)}
+    if not kinds:
+        raise ValueError("no weight is quantized; write the model with --format hf")
+    kind = _only_kind(kinds, {path: leaf.shape[-1] for path, leaf in leaves.items()})
+    for path, leaf in leaves.items():
+        if path not in kinds and np.dtype(leaf.dtype).name not in FLOAT_DTYPES:
+            raise ValueError(f"{path} is {leaf.dtype}, allowed are {', '.join(FLOAT_DTYPES)}")
+    specs: list[TensorSpec] = []
+    made: dict[str, tuple[_Row, str]] = {}
+    ignored = ["lm_head"] if "lm_head.weight" not in kinds else []
+    for row, name, at in in_file_order(config):
+        leaf, place = leaves[row.path], _Row(row, name, at)
+        if row.path not in kinds:
+            specs.append(TensorSpec(name, np.dtype(leaf.dtype), row.shape[len(at) :]))
+            made[name] = (place, "plain")
+            if row.role == "matrix":
+                ignored.append(name.removesuffix(".weight"))
+            continue
+        for part, dtype, shape in _parts(leaf, kind, row.shape[len(at) :]):
+            full = f"{name.removesuffix('.weight')}.{part}"
+            specs.append(TensorSpec(full, np.dtype(dtype), shape))
+            made[full] = (place, part)
+
+    def values(spec: TensorSpec) -> np.ndarray:
+        place, part = made[spec.name]
+        leaf = leaves[place.row.path]
+        if part == "plain":
+            return fetch(leaf, place.at, dtype=spec.dtype, name=spec.name)
+        return _values(take(leaf, place.at), part, kind).reshape(spec.shape)
+
+    plain = {np.dtype(leaf.dtype).name for path, leaf in leaves.items() if path not in kinds}
+    described = {
+        "quant_method": "compressed-tensors",
+        "format": kind.format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": kind.to_config()},
+        "ignore": ignored,
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        write_descriptions(temporary, config, plain, tokenizer, quantization=described)
+        write_sharded(
+            temporary,
+            specs,
+            values,
+            max_shard_bytes=parse_bytes(max_shard_size),
+            metadata={"format": "pt"},
+        )
+    return sorted(Path(folder).iterdir())
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A tensor of the file: its row of the weight table, its name, and where in the stack it is."""
+
+    row: Weight
+    name: str
+    at: tuple[int, ...]
+
+
+def _kind(path: str, leaf: Leaf) -> _Kind:
+    if is_adapted(leaf):
+        raise ValueError(
+            f"{path} holds an adapter, which {_TARGET} cannot; merge it first, with "
+            f"`export --format hf --merge`, and quantize the result"
+        )
+    if not path.startswith("layers.") and path != "lm_head.weight":
+        raise ValueError(
+            f"{path} is quantized, but readers of compressed-tensors take linear layers alone; "
+            f"quantize without --all"
+        )
+    if ".block_sparse_moe." in path:
+        raise ValueError(
+            f"{path} is quantized, but its readers have no experts as linear layers; skip them, "
+            f"or export with --format hf --merge"
+        )
+    activations = None
+    if isinstance(leaf, IntegerTensor):
+        if leaf.base.scale.shape[-1] > 1:
+            raise ValueError(
+                f"{path} is multiplied tile by tile, with scales of activations that "
+                f"compressed-tensors does not have; quantize without --tile"
+            )
+        activations = "dynamic" if leaf.activation_scale is None else "static"
+        leaf = leaf.base
+    if isinstance(leaf, PackedTensor):
+        if leaf.codebook != "int4":
+            raise ValueError(
+                f"{path} holds {leaf.codebook} values, which compressed-tensors does not have; "
+                f"choose int4, or export with --format hf --merge"
+            )
+        if leaf.size % leaf.tile:
+            raise ValueError(
+                f"the rows of {path} have {leaf.size} values, which tiles of {leaf.tile} do not "
+                f"divide; quantize with a --tile that does"
+            )
+        bits, tile, is_float = 4, leaf.tile, False
+    elif isinstance(leaf, QArray):
+        tile = leaf.shape[-1] // leaf.scale.shape[-1]
+        is_float, bits = np.dtype(leaf.qvalue.dtype) != np.int8, 8
+    else:
+        raise ValueError(
+            f"{path} is a {type(leaf).__name__}; quantize the model first, with --scheme qat if it "
+            f"was trained with method qat"
+        )
+    return _Kind(bits, is_float, tile, activations)
+
+
+def _only_kind(kinds: Mapping[str, _Kind], sizes: Mapping[str, int]) -> _Kind:
+    """The kind of all matrices, whose rows have these sizes."""
+    if all(kind.tile == sizes[path] for path, kind in kinds.items()):
+        kinds = {path: dataclasses.replace(kind, tile=None) for path, kind in kinds.items()}
+    found = set(kinds.values())
+    if len(found) > 1:
+        shown = "; ".join(
+            f"{next(path for path, each in kinds.items() if each == kind)} is {kind}"
+            for kind in sorted(found, key=str)[:3]
+        )
+        raise ValueError(
+            f"matrices are quantized in different ways ({shown}), but {_TARGET} says one for all"
+        )
+    return found.pop()
+
+
+def _parts(leaf: Leaf, kind: _Kind, shape: tuple[int, ...]) -> list[tuple[str, Any, Any]]:
+    """(name, dtype, shape) of the tensors of a matrix [out, in]."""
+    out, size = shape
+    scale = ("weight_scale", np.float32, (out, 1 if kind.tile is None else size // kind.tile))
+    if kind.format == "pack-quantized":
+        words = math.ceil(size * kind.bits / 32)
+        return [
+            ("weight_packed", np.int32, (out, words)),
+            ("weight_shape", np.int64, (2,)),
+            scale,
+        ]
+    weight = ("weight", leaf.qvalue.dtype if kind.is_float else np.int8, shape)
+    if kind.activations == "static":
+        return [weight, scale, ("input_scale", np.float32, (1,))]
+    return [weight, scale]
+
+
+def _values(leaf: Leaf, part: str, kind: _Kind) -> np.ndarray:
+    """A part of one matrix, whose arrays lie on the host."""
+    if part == "input_scale":
+        return np.asarray(leaf.activation_scale, np.float32)
+    base = leaf.base if isinstance(leaf, IntegerTensor) else leaf
+    if part == "weight_scale":
+        return np.asarray(base.scale.astype(np.float32))
+    if part == "weight_shape":
+        return np.asarray(base.shape, np.int64)
+    if part == "weight":
+        return np.asarray(base.qvalue)
+    return _packed(base, kind)
+
+
+def _packed(base: Leaf, kind: _Kind) -> np.ndarray:
+    """int32 [out, words]: unsigned codes, as many as go into a word, little end first."""
+    if kind.bits == 4:
+        # Two's complement plus 8 is its highest bit turned over.
+        codes = np.asarray(base.packed) ^ np.uint8(0x88)
+        if base.size % 2:
+            codes[:, -1] &= np.uint8(0x0F)
+    else:
+        codes = np.asarray(base.qvalue).view(np.uint8) ^ np.uint8(0x80)
+    codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 4)))
+    return np.ascontiguousarray(codes).view("<i4")
