@@ -3,7 +3,8 @@
 hf: a Hugging Face folder that transformers loads. compressed-tensors: such a folder with the
 quantized weights of MODEL as they are, which vLLM and transformers load. gguf: one file for
 llama.cpp. peft: the adapter on MODEL (a checkpoint of a LoRA run, or --adapter) as a folder that
-peft loads. Adapters and quantized weights go into hf and gguf only as the full matrices they stand
+peft loads. stablehlo: a folder with the forward pass as a portable program and the arrays it takes.
+Adapters and quantized weights go into hf, gguf and stablehlo only as the full matrices they stand
 for, with --merge. An adapter trained on a quantized base is merged onto the dequantized base, which
 it was trained on; --onto merges it onto another model, such as the one from before quantization."""
 
@@ -14,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llama_jax.load import Model
 
-HELP = "write a model as a Hugging Face folder, a PEFT adapter or a GGUF file"
+HELP = "write a model as a Hugging Face folder, a PEFT adapter, a GGUF file or StableHLO"
 EXAMPLE = "llama-jax export smollm2-135m models/smollm2-hf --format hf --dtype bfloat16"
 
-FORMATS = ("hf", "peft", "gguf", "compressed-tensors")
+FORMATS = ("hf", "peft", "gguf", "compressed-tensors", "stablehlo")
 HF_DTYPES = ("float32", "bfloat16", "float16")
 GGUF_DTYPES = {
     "float32": "f32",
@@ -97,6 +98,7 @@ def _check_flags(args: argparse.Namespace) -> None:
     reads = {
         "hf": ("dtype", "max_shard_size", "merge", "onto"),
         "gguf": ("dtype", "merge", "onto"),
+        "stablehlo": ("dtype", "merge", "onto"),
         "peft": (),
         "compressed-tensors": ("max_shard_size",),
     }[args.format]
@@ -106,8 +108,11 @@ def _check_flags(args: argparse.Namespace) -> None:
             raise ValueError(f"--format {args.format} does not read {flag}; leave it out")
     if args.onto is not None and not args.merge:
         raise ValueError("--onto says what to merge onto; it needs --merge")
-    if args.format == "hf" and args.dtype is not None and args.dtype not in HF_DTYPES:
-        raise ValueError(f"--dtype {args.dtype} is for --format gguf; hf writes {HF_DTYPES}")
+    if args.format != "gguf" and args.dtype is not None and args.dtype not in HF_DTYPES:
+        raise ValueError(
+            f"--dtype {args.dtype} is for --format gguf; {args.format} writes "
+            f"{', '.join(HF_DTYPES)}"
+        )
     if args.max_shard_size is not None:
         from llama_jax.formats.safetensors import parse_bytes
 
@@ -149,6 +154,18 @@ def _write(args: argparse.Namespace, out: Path, model: "Model") -> list[Path]:
             overwrite=args.overwrite,
         )
         return [path]
+    if args.format == "stablehlo":
+        from llama_jax.formats.stablehlo import save_stablehlo
+
+        return save_stablehlo(
+            out,
+            model.config,
+            model.params,
+            tokenizer=model.tokenizer,
+            dtype=args.dtype,
+            merge=args.merge,
+            overwrite=args.overwrite,
+        )
     from llama_jax.load import save_hf
 
     return save_hf(
