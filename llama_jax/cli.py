@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         if args.traceback:
             raise
-        _complain(args.command, str(error))
+        _complain(args.command, _told(error))
         return WRONG_INPUT
     except (RuntimeError, OSError, MemoryError) as error:
         # Some errors bring the code that whoever started the command waits for.
@@ -117,6 +117,13 @@ def _run(args: argparse.Namespace) -> int:
         report = module.run(args)
         module.show(report, args)
     return FAILED if isinstance(report, dict) and report.get("ok") is False else DONE
+
+
+def _told(error: Exception) -> str:
+    """Without the number that the operating system gives its errors."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
 
 
 def _complain(command: str, message: str) -> None:

@@ -183,7 +183,8 @@ def test_models_lists_every_preset_with_published_sizes(
         "dpo",
         "distill",
     ]
-    assert listed["llama3.1-8b"]["export"] == ["hf", "peft", "gguf", "compressed-tensors"]
+    formats = ["hf", "peft", "gguf", "compressed-tensors", "stablehlo"]
+    assert listed["llama3.1-8b"]["export"] == formats
 
     assert cli.main(["models"]) == cli.DONE
     shown = capsys.readouterr().out

@@ -50,7 +50,7 @@ def check_target(target: str | Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise ValueError(
             f"{target} exists and is not empty; choose another folder or allow overwriting "
-            f"(overwrite=True)"
+            f"(overwrite=True, --overwrite)"
         )
     if not any((target / name).is_file() for name in DESCRIPTIONS):
         raise ValueError(

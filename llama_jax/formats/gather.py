@@ -34,7 +34,7 @@ def check_params(
                 kind = "an adapter" if is_adapted(leaf) else "quantized weights"
                 raise ValueError(
                     f"{path} holds {kind}, which {target} cannot; pass "
-                    f"merge=True to write the full matrices, or export the adapter as PEFT"
+                    f"merge=True (--merge) to write the full matrices, or export the adapter as PEFT"
                 )
         elif np.dtype(leaf.dtype).name not in FLOAT_DTYPES:
             problems.append(f"{path} is {leaf.dtype}, allowed are {', '.join(FLOAT_DTYPES)}")

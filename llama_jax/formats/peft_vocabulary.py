@@ -58,7 +58,11 @@ def with_vocabulary(
         return params
     described = " and ".join(f"{size} rows of {path}" for path, size in sizes.items())
     if not resize or min(sizes.values()) < base:
-        hint = "" if min(sizes.values()) < base else "; pass resize=True to add the new rows to it"
+        hint = (
+            ""
+            if min(sizes.values()) < base
+            else "; pass resize=True (--resize) to add the new rows to it"
+        )
         raise ValueError(
             f"{folder / WEIGHTS_NAME} stores {described}, but the base model has {base} rows{hint}"
         )

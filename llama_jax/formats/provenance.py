@@ -35,9 +35,14 @@ Render = Callable[[Conversation], str]
 
 
 def check_roles(messages: Sequence[Mapping[str, Any]], control: Iterable[str]) -> None:
-    """Roles are written into headers, so they are words, and none that completes a token."""
+    """Roles are written into headers, so they are words, and none that completes a token; every
+    message but one that calls tools says something."""
     for index, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, Mapping) else None
+        if not isinstance(message, Mapping):
+            raise TemplateError(
+                f"messages[{index}] is {message!r:.80}; it must be an object with role and content"
+            )
+        role = message.get("role")
         if not isinstance(role, str) or not _PLAIN_WORD.fullmatch(role):
             raise TemplateError(
                 f"messages[{index}]: role must be a word such as system, user or assistant, "
@@ -45,6 +50,14 @@ def check_roles(messages: Sequence[Mapping[str, Any]], control: Iterable[str]) -
             )
         if role not in _KNOWN_ROLES and any(role in token for token in control):
             raise TemplateError(f"messages[{index}]: role {role!r} is part of a control token")
+        content = message.get("content")
+        if not isinstance(content, str | list | Mapping) and not (
+            content is None and message.get("tool_calls")
+        ):
+            raise TemplateError(
+                f"messages[{index}]: content is {content!r:.80}; it must be text, or parts or a "
+                f"tool's result where the template takes them"
+            )
 
 
 def template_text(

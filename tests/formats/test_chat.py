@@ -260,6 +260,23 @@ def test_the_templates_own_message_comes_through_r31(models: dict[str, Tokenizer
         encode_chat(models["llama2"], [], add_generation_prompt=True)
 
 
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (5, r"messages\[0\] is 5; it must be an object"),
+        ({"role": "user"}, "content is None; it must be text"),
+        ({"role": "user", "content": 5}, "content is 5"),
+        ({"role": "user", "content": True}, "content is True"),
+        ({"content": "x"}, "role must be a word"),
+    ],
+)
+def test_messages_without_words_are_refused(
+    models: dict[str, Tokenizer], message: object, said: str
+) -> None:
+    with pytest.raises(TemplateError, match=said):
+        encode_chat(models["llama3"], [message], add_generation_prompt=True)  # type: ignore[list-item]
+
+
 # Training
 
 
