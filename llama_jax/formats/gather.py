@@ -33,8 +33,8 @@ def check_params(
             if not merge:
                 kind = "an adapter" if is_adapted(leaf) else "quantized weights"
                 raise ValueError(
-                    f"{path} holds {kind}, which {target} cannot; pass "
-                    f"merge=True (--merge) to write the full matrices, or export the adapter as PEFT"
+                    f"{path} holds {kind}, which {target} cannot; pass merge=True (--merge) to "
+                    f"write the full matrices, or export the adapter as PEFT"
                 )
         elif np.dtype(leaf.dtype).name not in FLOAT_DTYPES:
             problems.append(f"{path} is {leaf.dtype}, allowed are {', '.join(FLOAT_DTYPES)}")

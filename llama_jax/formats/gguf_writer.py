@@ -170,5 +170,6 @@ def check_file_target(target: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{target} is a folder; give the name of a file in it")
     if target.exists() and not overwrite:
         raise ValueError(
-            f"{target} exists; choose another name or allow overwriting (overwrite=True, --overwrite)"
+            f"{target} exists; choose another name or allow overwriting (overwrite=True, "
+            f"--overwrite)"
         )
