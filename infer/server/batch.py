@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 from starlette.types import ASGIApp, Message
 
 from infer.server.app import make_app
+from infer.server.errors import ApiError
 from infer.server.models import Build, Source
 from infer.server.run import make_context
 from infer.server.settings import Settings
@@ -145,7 +146,12 @@ async def _answer_all(
     on_done: Callable[[Counts], None],
 ) -> None:
     context = make_context(settings, build, [model])
-    await context.models.start()
+    try:
+        await context.models.start()
+    except ApiError as error:
+        # A model that is wrong is the caller's to mend; anything else is not.
+        kind = ValueError if isinstance(error.__cause__, ValueError) else RuntimeError
+        raise kind(error.message) from error
     try:
         app, waiting = make_app(context), iter(todo)
 

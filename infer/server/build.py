@@ -16,6 +16,7 @@ from infer.registry import NAME
 from infer.server.models import COMMAND_LINE_VERSION, Build, Built, Source
 from infer.server.settings import Settings
 from llama_jax.config import Compute
+from llama_jax.model_name import check_model_name
 
 
 def engine_options(settings: Settings) -> EngineOptions:
@@ -79,6 +80,7 @@ def given_sources(settings: Settings) -> list[Source]:
             )
         if name in sources:
             raise ValueError(f"two models are called {name}; name them yourself: NAME=MODEL")
+        check_model_name(model)
         sources[name] = Source(name, COMMAND_LINE_VERSION, model, created=int(time.time()))
     for text in settings.adapters:
         model, adapter, folder = _adapter_of(text, list(sources))

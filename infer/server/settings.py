@@ -169,6 +169,8 @@ class Settings:
         for name in ("port", "grpc_port"):
             if (getattr(self, name) or 0) > 65535:
                 raise ValueError(f"{name} is {getattr(self, name)}; ports end at 65535")
+        if not self.host:
+            raise ValueError("host is empty, which would be every address; write 0.0.0.0 for that")
         if not self.models and self.models_dir is None:
             raise ValueError("nothing to serve: give a MODEL, or --models-dir")
         if len(self.models) > self.max_loaded:

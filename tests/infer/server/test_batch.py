@@ -11,8 +11,10 @@ import time
 import pytest
 
 from infer.server.batch import open_answers, read_batch, run_batch
+from infer.server.build import given_sources
 from infer.server.models import Built, Source
 from infer.server.settings import Settings
+from llama_jax import cli
 from tests.infer.server.running import byte_tokenizer
 from tests.infer.server.scripted_engine import ScriptedEngine, saying
 
@@ -134,3 +136,32 @@ def test_a_killed_run_goes_on(tmp_path):
         len(asked.read_text().splitlines())
         <= NUM_REQUESTS + kills * 2 * Settings(models=("m",)).max_slots
     )
+
+
+def test_a_model_that_is_wrong_is_the_callers_to_mend(tmp_path):
+    source, target = write(tmp_path / "in.jsonl", [line(0)]), tmp_path / "out.jsonl"
+
+    def broken(source):
+        raise ValueError("config.json says nothing")
+
+    with pytest.raises(ValueError, match="config.json says nothing"):
+        asyncio.run(
+            run_batch(
+                source,
+                target,
+                settings=Settings(models=("m",)),
+                build=broken,
+                model=Source("m", "1", "m"),
+            )
+        )
+
+
+def test_what_is_no_model_is_refused_before_anything_starts(tmp_path, capsys):
+    source = write(tmp_path / "in.jsonl", [line(0)])
+    nowhere = str(tmp_path / "nowhere")
+    assert cli.main(["batch", nowhere, str(source), str(tmp_path / "out")]) == cli.WRONG_INPUT
+    assert "is neither there nor a name that is known" in capsys.readouterr().err
+    for name in ("", "a/b/c", "model.gguf"):
+        with pytest.raises(ValueError, match="neither there nor a name"):
+            given_sources(Settings(models=(f"m={name}",)))
+    given_sources(Settings(models=("m=org/name", str(tmp_path))))

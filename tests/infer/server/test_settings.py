@@ -57,6 +57,7 @@ def test_null_in_a_file_is_as_if_absent(tmp_path):
         ("models: [m]\nopen_metrics: 1", "must be of type bool"),
         ("models: [m]\ndrain_seconds: .nan", "must be of type float"),
         ("models: [m]\nlog_level: loud", "log_level is 'loud'"),
+        ("models: [m]\nhost: ''", "host is empty"),
         ("models: [a, b, c]\nmax_loaded: 2", "3 models are given, .* max_loaded is 2; raise it"),
         ("port: 1", "nothing to serve"),
         ("- m", "must be a mapping"),
