@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from llama_jax.formats.json_fields import read_json
 from train.goodput import CAUSES, LOOP_CAUSES
 
 # What only a look at the whole run can tell.
@@ -27,8 +28,13 @@ class Attempts:
 
     def __init__(self, path: Path, *, first_step: int, now: Callable[[], float] = time.time):
         self._path, self._first_step, self._now = path, first_step, now
-        text = path.read_text(encoding="utf-8") if path.is_file() else "{}"
-        self._earlier: list[dict[str, Any]] = json.loads(text).get("attempts", [])
+        earlier = read_json(path).get("attempts") if path.is_file() else []
+        if not isinstance(earlier, list) or not all(isinstance(each, dict) for each in earlier):
+            raise ValueError(
+                f"{path} does not say what the attempts at this run were; move it away to count "
+                f"them from now on"
+            )
+        self._earlier: list[dict[str, Any]] = earlier
 
     def write(self, summary: Mapping[str, Any], last_step: int) -> dict[str, Any]:
         """Takes in what this process did so far, `Goodput.summary()` and the last step it did.

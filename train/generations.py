@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from llama_jax import tree
 from llama_jax.config import ModelConfig
 from train.config import RunConfig
+from train.entries import read_entries
 
 # sample(run, (model config, params, tokenizer), mesh) -> the continuation of each of the run's
 # prompts. Brought by the command, because training knows nothing of inference.
@@ -41,8 +42,5 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def read_generations(path: Path) -> list[dict[str, Any]]:
-    """The entries of a generations.jsonl; a last line that a crash cut off is left out."""
-    if not path.is_file():
-        return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
+    """The entries of a generations.jsonl; see `read_entries`."""
+    return read_entries(path)

@@ -12,6 +12,7 @@ import tensorboardX
 
 from llama_jax.mesh.slices import peak_flops
 from llama_jax.model.flops import model_flops
+from train.entries import read_entries
 from train.fit import trained_weights
 from train.setup import Setup
 
@@ -56,21 +57,8 @@ class MetricsWriter:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The entries of a metrics.jsonl; a last line that a crash cut off is left out."""
-    if not path.is_file():
-        return []
-    entries = []
-    lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            entries.append(json.loads(line))
-        except ValueError as error:
-            if number == len(lines):  # no line feed after it
-                break
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-    return entries
+    """The entries of a metrics.jsonl; see `read_entries`."""
+    return read_entries(path)
 
 
 def _finite(entry: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_jax.formats.json_fields import read_json
 from train.config import RunConfig
 
 # Fields that may differ when a run goes on: they change neither what is learned nor from what,
@@ -86,7 +87,7 @@ def open_run_dir(run: RunConfig) -> RunDir:
             f"output {folder.path} is not empty and holds no run (no config.json); choose another "
             f"folder"
         )
-    before = json.loads(folder.config.read_text(encoding="utf-8"))
+    before = read_json(folder.config)
     changes = differences(before, json.loads(json.dumps(run.to_dict())))
     if changes:
         raise ValueError(

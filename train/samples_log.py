@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from train.entries import read_entries
+
 
 class SamplesLog:
     """A line {"step": …, "samples": […]} for each step. The numbers count the samples that the
@@ -32,9 +34,5 @@ class SamplesLog:
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """The entries of a samples.jsonl; a last line that a crash cut off is left out."""
-    if not path.is_file():
-        return []
-    # What stands behind the last line feed was not written whole.
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
+    """The entries of a samples.jsonl; see `read_entries`."""
+    return read_entries(path)

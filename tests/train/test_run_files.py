@@ -10,6 +10,7 @@ import pytest
 
 from tests.train.command import ROOT
 from tests.train.test_loop import config
+from train.attempts import Attempts
 from train.lock import locked
 from train.run_dir import open_run_dir
 from train.samples_log import SamplesLog, read_samples
@@ -70,3 +71,32 @@ def test_a_folder_that_a_run_was_killed_in_before_it_began_is_a_new_one(tmp_path
     (folder / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="not empty and holds no run"):
         open_run_dir(run)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{bad\n{"step": 1}\n', "line 1: not JSON"),
+        ("[1]\n", "line 1: an entry is an object with its step"),
+        ('{"step": 1}\n{"step": "2"}\n', "line 2: an entry is"),
+        ("[" * 100_000 + "\n", "nested too deeply"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(tmp_path, text, said):
+    path = tmp_path / "samples.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"samples.jsonl, .*{said}"):
+        SamplesLog(path, resume_step=3)
+    assert path.read_text() == text  # nothing is lost
+
+
+def test_damaged_settings_of_a_run_are_named(tmp_path):
+    run = config(tmp_path)
+    for name, text in (("config.json", "{"), ("goodput.json", "[]"), ("goodput.json", "{}")):
+        path = tmp_path / name
+        path.write_text(text)
+        with pytest.raises(ValueError, match=name):
+            if name == "config.json":
+                open_run_dir(run.replace(output=str(tmp_path)))
+            else:
+                Attempts(path, first_step=0)
