@@ -73,6 +73,8 @@ def load(
 
 def find_model(model: str | Path) -> Path:
     """The folder or .gguf file that `model` stands for; the errors are those of `load`."""
+    if not isinstance(model, str | Path):
+        raise ValueError(f"{model!r} is no MODEL; give {ALLOWED}")
     name = str(model)
     path = Path(model).expanduser() if name else None
     if path is not None and path.is_dir():

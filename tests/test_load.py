@@ -314,3 +314,9 @@ def test_save_hf_takes_the_model_first(folder, tmp_path):
     files = lj.save_hf(model, tmp_path / "out", dtype="float16", max_shard_size="100KB")
     assert (tmp_path / "out" / "model.safetensors.index.json") in files
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+
+
+@pytest.mark.parametrize("model", [None, 5, b"x", ["a"]])
+def test_what_is_no_name_at_all_is_refused(model):
+    with pytest.raises(ValueError, match="is no MODEL; give a Hugging Face folder"):
+        load(model)

@@ -176,6 +176,11 @@ def slice_named(text: str) -> Slice:
     count, is_cloud, prefix, number = match.groups()
     cloud_names = {generation.cloud_prefix: generation for generation in GENERATIONS.values()}
     generation = (cloud_names if is_cloud else GENERATIONS | cloud_names).get(prefix)
+    if generation is None and is_cloud:
+        raise ValueError(
+            f"slice {text!r} is unknown: Cloud's names begin with {', '.join(cloud_names)}; by "
+            f"chips it would be {text.removeprefix('cloud:')}"
+        )
     if generation is None:
         near = difflib.get_close_matches(prefix, GENERATIONS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import fsspec
 
 from train.data.rows import OPTIONAL_KEYS, parse_json
+from train.data.unpacking import BoundedReader
 
 PACKAGE_PREFIX = "package:"
 # Values of one row as the file has them, and where they stand.
@@ -81,7 +82,12 @@ def _read_file(files: Any, path: str, shown: str) -> Iterator[Values]:
     read, compression = _reader(path, shown)
     try:
         with files.open(path, "rb", compression=compression) as file:
-            yield from read(file, shown)
+            packed_bytes = files.size(path) if compression else None
+            if packed_bytes is None:
+                yield from read(file, shown)
+                return
+            bounded = BoundedReader(file, packed_bytes=packed_bytes, shown=shown)
+            yield from read(io.BufferedReader(bounded), shown)
     except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{shown} is damaged or not what its ending says: {error}") from error
 

@@ -79,6 +79,18 @@ def test_json_arrays_and_lines_under_the_same_ending(tmp_path):
         values_of(str(path))
 
 
+@pytest.mark.parametrize("compress", [(".gz", gzip.compress), (".bz2", bz2.compress)])
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_what_unpacks_without_end_is_refused(tmp_path, monkeypatch, kind, compress):  # R117
+    monkeypatch.setattr("train.data.unpacking.FREE_BYTES", 10_000)
+    ending, pack = compress
+    path = tmp_path / f"rows{kind}{ending}"
+    row = b'text\n"' if kind == ".csv" else b'{"text": "'
+    path.write_bytes(pack(row + bytes(20_000_000)))
+    with pytest.raises(ValueError, match=f"rows{kind}{ending} unpacks to over 200 times its"):
+        values_of(str(path))
+
+
 @pytest.mark.parametrize(("ending", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
 def test_compressed_files(tmp_path, ending, compress):
     path = tmp_path / f"rows.jsonl{ending}"
