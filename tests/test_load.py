@@ -319,4 +319,4 @@ def test_save_hf_takes_the_model_first(folder, tmp_path):
 @pytest.mark.parametrize("model", [None, 5, b"x", ["a"]])
 def test_what_is_no_name_at_all_is_refused(model):
     with pytest.raises(ValueError, match="is no MODEL; give a Hugging Face folder"):
-        load(model)
+        lj.load(model)
