@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from llama_jax import tree
 from llama_jax.config import REMAT_POLICIES, ModelConfig
 from llama_jax.kernels.splash import visited_share
-from llama_jax.mesh.compile import Compiled, compile_for
+from llama_jax.mesh.compile import Compiled, compile_for, device_bytes
 from llama_jax.mesh.flops import count_flops
 from llama_jax.mesh.sequence import length_parts
 from llama_jax.mesh.sharding import make_mesh, mesh_axes
@@ -53,18 +53,7 @@ class Fit:
 
     def bounds(self) -> dict[str, float]:
         """Seconds of a step that each of a chip's peak rates allows at best."""
-        chip, chips = self.slice.generation, self.slice.total_chips
-        bounds = {"compute": self.flops / chips / chip.peak_flops}
-        if self.compiled.collectives is not None and self.compiled.bytes_accessed is not None:
-            sent = self.compiled.collectives.values()
-            dcn = sum(each.dcn_bytes for each in sent)
-            devices = chip.devices_per_chip
-            bounds["memory"] = self.compiled.bytes_accessed * devices / chip.hbm_bandwidth
-            ici = sum(each.bytes for each in sent) - dcn
-            bounds["ici"] = ici * devices / chip.ici_bandwidth
-            if self.slice.count > 1:
-                bounds["dcn"] = dcn * devices / chip.dcn_bandwidth
-        return bounds
+        return self.compiled.bounds(self.slice, self.flops)
 
     def to_dict(self) -> dict[str, Any]:
         chip = self.slice.generation
@@ -91,16 +80,7 @@ class Fit:
             "closed_form_flops": self.closed_form_flops,
             "model_flops_per_step": self.model_flops,
             "bytes_accessed_per_chip": _times(self.compiled.bytes_accessed, per_chip),
-            "collectives": None
-            if self.compiled.collectives is None
-            else {
-                kind: {
-                    "count": each.count,
-                    "bytes_per_chip": each.bytes * per_chip,
-                    "dcn_bytes_per_chip": each.dcn_bytes * per_chip,
-                }
-                for kind, each in self.compiled.collectives.items()
-            },
+            "collectives": self.compiled.sent_per_chip(per_chip),
             "uncounted_loops": list(self.compiled.uncounted_loops),
             "bound_seconds": bounds,
             "bound_by": longest,
@@ -181,20 +161,6 @@ def _computed_shares(
         # Megablox leaves its kernels the name of the function.
         shares |= dict.fromkeys(("ragged_dot", "kernel"), share)
     return shares
-
-
-def device_bytes(structs: Any) -> int:
-    """Bytes of one device, from shapes and shardings."""
-    total = 0
-    for struct in jax.tree.leaves(structs):
-        shape = struct.sharding.shard_shape(struct.shape)
-        itemsize = (
-            8
-            if jax.dtypes.issubdtype(struct.dtype, jax.dtypes.prng_key)
-            else (struct.dtype.itemsize)
-        )
-        total += math.prod(shape) * itemsize
-    return total
 
 
 def trained_weights(setup: Setup, config: ModelConfig) -> Trained:

@@ -11,14 +11,14 @@ import jax
 
 from llama_jax import tree
 from llama_jax.config import ModelConfig
-from llama_jax.mesh.compile import Compiled, compile_for
+from llama_jax.mesh.compile import Compiled, compile_for, device_bytes
 from llama_jax.mesh.sharding import make_mesh, partition_spec, shardings
 from llama_jax.mesh.slices import Slice, slice_devices
 from llama_jax.model.cache import init_cache
 from llama_jax.model.transformer import decode
 from llama_jax.weights.table import abstract_params
 from train.config import RunConfig
-from train.fit import Say, device_bytes
+from train.fit import Say
 from train.setup import make_setup
 from train.start import read_shape
 

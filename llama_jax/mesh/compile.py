@@ -1,8 +1,10 @@
 """Compiling a lowered step for a slice that is not here, and what the compiler then knows of it."""
 
+import math
 import re
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,12 +46,47 @@ class Compiled:
     uncounted_loops: tuple[str, ...]
     refusal: str | None
 
+    def sent_per_chip(self, devices: int) -> dict[str, dict[str, float]] | None:
+        """The collectives of the `devices` devices of a chip, by kind, for reports."""
+        if self.collectives is None:
+            return None
+        return {
+            kind: {
+                "count": each.count,
+                "bytes_per_chip": each.bytes * devices,
+                "dcn_bytes_per_chip": each.dcn_bytes * devices,
+            }
+            for kind, each in self.collectives.items()
+        }
 
-def compile_for(lowered: Any, wanted: Slice, *, argument_bytes: int) -> Compiled:
+    def bounds(self, wanted: Slice, flops: float) -> dict[str, float]:
+        """Seconds that each of a chip's peak rates allows at best; flops: on all chips."""
+        chip = wanted.generation
+        bounds = {"compute": flops / wanted.total_chips / chip.peak_flops}
+        if self.collectives is not None and self.bytes_accessed is not None:
+            sent = self.collectives.values()
+            dcn = sum(each.dcn_bytes for each in sent)
+            devices = chip.devices_per_chip
+            bounds["memory"] = self.bytes_accessed * devices / chip.hbm_bandwidth
+            ici = sum(each.bytes for each in sent) - dcn
+            bounds["ici"] = ici * devices / chip.ici_bandwidth
+            if wanted.count > 1:
+                bounds["dcn"] = dcn * devices / chip.dcn_bandwidth
+        return bounds
+
+
+def compile_for(
+    lowered: Any,
+    wanted: Slice,
+    *,
+    argument_bytes: int,
+    of_kernels: Mapping[str, float] | None = None,
+) -> Compiled:
     """Runs the TPU compiler. A program that does not fit is an answer, not an error; everything
     else that the compiler refuses is raised.
 
     argument_bytes: of one device, for when the compiler does not come so far as to count them.
+    of_kernels: see `Program.bytes_accessed`.
     """
     begin = time.perf_counter()
     try:
@@ -80,10 +117,24 @@ def compile_for(lowered: Any, wanted: Slice, *, argument_bytes: int) -> Compiled
         memory=memory,
         seconds=seconds,
         collectives=program.collectives(devices_per_slice=per_slice),
-        bytes_accessed=program.bytes_accessed(),
+        bytes_accessed=program.bytes_accessed(of_kernels=of_kernels),
         uncounted_loops=tuple(program.uncounted_loops),
         refusal=None,
     )
+
+
+def device_bytes(structs: Any) -> int:
+    """Bytes of one device, from shapes and shardings."""
+    total = 0
+    for struct in jax.tree.leaves(structs):
+        shape = struct.sharding.shard_shape(struct.shape)
+        itemsize = (
+            8
+            if jax.dtypes.issubdtype(struct.dtype, jax.dtypes.prng_key)
+            else (struct.dtype.itemsize)
+        )
+        total += math.prod(shape) * itemsize
+    return total
 
 
 def _needed(message: str, argument_bytes: int) -> int:

@@ -16,7 +16,8 @@ def count_flops(jaxpr: Any, *, kernel_shares: KernelShares | None = None) -> flo
     """Multiplications and additions of all devices together.
 
     jaxpr: a `ClosedJaxpr`, as `jitted.trace(...)` holds it. kernel_shares: for Pallas kernels,
-    whose grid says how many blocks there are, the part of them that is computed.
+    whose grid says how many blocks there are, the part of them that is computed; what is computed
+    in one whose share is 0 depends on data, and is added by who asks.
 
     Raises ValueError for a loop whose length the jaxpr does not say.
     """
@@ -70,6 +71,8 @@ def _ragged(equation: Any) -> float:
 def _kernel(params: dict[str, Any], shares: KernelShares) -> float:
     name = params["name"] or params["jaxpr"].debug_info.func_name
     share = next((value for start, value in shares.items() if name.startswith(start)), 1.0)
+    if share == 0.0:
+        return 0.0
     sizes = params["grid_mapping"].grid
     if not all(isinstance(size, int) for size in sizes):
         # A grid that depends on data: the kernel's authors say what all rows would take.

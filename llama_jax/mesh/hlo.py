@@ -7,7 +7,7 @@ computation is weighed by how often it runs.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,8 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "send")
 _SLICES = ("dynamic-slice", "slice", "gather")
+# What overwrites a part of its first operand in place, and which operand holds that part.
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 # What moves nothing by itself, or whose traffic is counted inside.
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
@@ -134,26 +136,32 @@ class Program:
                 )
         return found
 
-    def bytes_accessed(self) -> float:
+    def bytes_accessed(self, *, of_kernels: Mapping[str, float] | None = None) -> float:
         """Bytes that one device reads from and writes to its main memory: operands and results of
         every instruction that runs, slices at the size of the slice. Values that the compiler
-        keeps on the chip, marked S(n) in the layout, are left out."""
+        keeps on the chip, marked S(n) in the layout, are left out.
+
+        of_kernels: of a call of a kernel that reads parts of its operands, by the beginning of its
+        name."""
         counted: Counter[str] = Counter()
         for name, times, fused in self.runs():
             if not fused:
                 counted[name] += times
-        return sum(times * self._traffic(name) for name, times in counted.items())
+        kernels = of_kernels or {}
+        return sum(times * self._traffic(name, kernels) for name, times in counted.items())
 
-    def _traffic(self, name: str) -> float:
+    def _traffic(self, name: str, of_kernels: Mapping[str, float]) -> float:
         instructions = self.computations.get(name, [])
         shapes = {each.name: each.shape for each in instructions}
         total = 0.0
         for each in instructions:
             if each.op in _FREE or each.op.endswith("-done"):
                 continue
-            inner = re.search(r"calls=%?([\w.\-]+)", each.rest) if each.op == "fusion" else None
-            if inner and inner[1] in self.computations:
-                reads, writes = self._fusion_traffic(inner[1])
+            known = [size for start, size in of_kernels.items() if each.name.startswith(start)]
+            if each.op == "custom-call" and known:
+                total += known[0]
+            elif inner := self._fused(each):
+                reads, writes = self._fusion_traffic(inner)
                 total += sum(
                     _num_bytes(shapes.get(operand, ""), memory=True) if size is None else size
                     for operand, size in zip(each.operands, reads, strict=False)
@@ -161,12 +169,20 @@ class Program:
                 total += _num_bytes(each.shape, memory=True) if writes is None else writes
             elif each.op in _SLICES:
                 total += 2 * _num_bytes(each.shape, memory=True)
-            elif each.op == "dynamic-update-slice":
-                total += 2 * _num_bytes(shapes.get(each.operands[1], ""), memory=True)
+            elif each.op in _UPDATES:
+                update = each.operands[_UPDATES[each.op]]
+                total += 2 * _num_bytes(shapes.get(update, ""), memory=True)
             else:
                 total += _num_bytes(each.shape, memory=True)
                 total += sum(_num_bytes(shapes.get(o, ""), memory=True) for o in each.operands)
         return total
+
+    def _fused(self, instruction: _Instruction) -> str | None:
+        """The computation of a fusion."""
+        if instruction.op != "fusion":
+            return None
+        inner = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
+        return inner[1] if inner and inner[1] in self.computations else None
 
     def _fusion_traffic(self, name: str) -> tuple[list[float | None], float | None]:
         """Bytes read of each parameter and bytes written; None: all there is."""
@@ -176,23 +192,33 @@ class Program:
             key=lambda each: int(each.rest.split(")")[0]),
         )
         by_name = {each.name: each for each in body}
-        reads: list[float | None] = []
-        for parameter in parameters:
-            users = [each for each in body if parameter.name in each.operands]
-            is_source = all(each.operands[0] == parameter.name for each in users)
-            if is_source and users and all(each.op in _SLICES for each in users):
-                reads.append(sum(_num_bytes(each.shape) for each in users))
-            elif is_source and users and all(each.op == "dynamic-update-slice" for each in users):
-                reads.append(0.0)
-            else:
-                reads.append(None)
+        reads = [self._read_of(parameter.name, body) for parameter in parameters]
         root = next((each for each in body if each.is_root), None)
         while root is not None and root.op == "bitcast":
             root = by_name.get(root.operands[0])
-        if root is not None and root.op == "dynamic-update-slice":
-            update = by_name.get(root.operands[1])
+        if root is not None and root.op in _UPDATES:
+            update = by_name.get(root.operands[_UPDATES[root.op]])
             return reads, _num_bytes(update.shape) if update else None
         return reads, None
+
+    def _read_of(self, name: str, body: list[_Instruction]) -> float | None:
+        """Bytes of a value that the instructions of a fusion read; None: all there is."""
+        sizes = [self._read_by(each, name, body) for each in body if name in each.operands]
+        known = [size for size in sizes if size is not None]
+        return sum(known) if sizes and len(known) == len(sizes) else None
+
+    def _read_by(self, user: _Instruction, name: str, body: list[_Instruction]) -> float | None:
+        if "output_to_operand_aliasing" in user.rest:
+            return self._read_of(user.name, body)  # the same value in another order
+        if inner := self._fused(user):
+            sizes = self._fusion_traffic(inner)[0]
+            known = [size for each, size in zip(user.operands, sizes, strict=False) if each == name]
+            return None if None in known else sum(size or 0.0 for size in known)
+        if user.operands[0] != name or name in user.operands[1:]:
+            return None
+        if user.op in _SLICES:
+            return _num_bytes(user.shape)
+        return 0.0 if user.op in _UPDATES else None
 
 
 def _num_bytes(shape: str, *, memory: bool = False) -> float:
@@ -236,10 +262,13 @@ def _first_group(rest: str) -> list[int]:
         return [int(pairs[1]), int(pairs[2])]
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return [int(device) for device in listed[1].split(",")]
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", rest):
+    if named := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\))\))? \{([^}]*)\}", rest
+    ):
         sizes = [(name, int(size)) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])]
-        wanted = set(re.findall(r"'(\w+)'", named[2]))
-        return _places(sizes, wanted)
+        places = _places(sizes, set(re.findall(r"'(\w+)'", named[3])))
+        ids = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", named[2] or "")
+        return [int(_iota(ids[1], ids[2])[place]) for place in places] if ids else places
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
         return _iota_group(iota)
     return []
@@ -255,10 +284,16 @@ def _places(sizes: list[tuple[str, int]], wanted: set[str]) -> list[int]:
 
 
 def _iota_group(match: "re.Match[str]") -> list[int]:
+    devices = _iota(match[3], match[4])
+    return [int(device) for device in devices.reshape(int(match[1]), int(match[2]))[0]]
+
+
+def _iota(dims: str, order: str | None) -> Any:
+    """0, 1, 2, … laid out in `dims`, transposed to `order` if there is one, in a row."""
     import numpy as np
 
-    dims = [int(n) for n in match[3].split(",")]
-    devices = np.arange(math.prod(dims)).reshape(dims)
-    if match[4]:
-        devices = devices.transpose([int(n) for n in match[4].split(",")])
-    return [int(device) for device in devices.reshape(int(match[1]), int(match[2]))[0]]
+    sizes = [int(n) for n in dims.split(",")]
+    devices = np.arange(math.prod(sizes)).reshape(sizes)
+    if order:
+        devices = devices.transpose([int(n) for n in order.split(",")])
+    return devices.reshape(-1)

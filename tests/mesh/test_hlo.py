@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from llama_jax.mesh.hlo import Program
+from llama_jax.mesh.hlo import Program, _first_group
 from llama_jax.mesh.sharding import make_mesh
 
 
@@ -147,3 +147,67 @@ def test_a_loop_of_unknown_length_is_named():
 def test_text_without_an_entry_is_refused():
     with pytest.raises(ValueError, match="no ENTRY"):
         Program.parse("HloModule nothing")
+
+
+# As the TPU compiler writes them: a layer of a stack is sliced in a fusion inside the fusion of its
+# product, in another order of bytes; a scatter updates its first operand; a kernel reads what it
+# likes of its operands.
+SERVED = """
+%reordered (p.0: s8[4,64,32]) -> s8[4,64,32] {
+  %p.0 = s8[4,64,32]{2,1,0} parameter(0)
+  ROOT %copy.1 = s8[4,64,32]{2,1,0} copy(%p.0)
+}
+
+%sliced (p.1: s8[4,64,32], p.2: s32[]) -> bf16[64,32] {
+  %p.1 = s8[4,64,32]{2,1,0} parameter(0)
+  %f.1 = s8[4,64,32]{2,1,0} fusion(%p.1), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%reordered
+  %p.2 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %s.1 = s8[1,64,32]{2,1,0} dynamic-slice(%f.1, %p.2, %zero, %zero), dynamic_slice_sizes={1,64,32}
+  ROOT %c.1 = bf16[64,32]{1,0} convert(%s.1)
+}
+
+%product (p.3: s8[4,64,32], p.4: s32[], p.5: bf16[8,32]) -> bf16[8,64] {
+  %p.3 = s8[4,64,32]{2,1,0} parameter(0)
+  %p.4 = s32[] parameter(1)
+  %p.5 = bf16[8,32]{1,0} parameter(2)
+  %f.2 = bf16[64,32]{1,0} fusion(%p.3, %p.4), kind=kLoop, calls=%sliced
+  ROOT %conv = bf16[8,64]{1,0} convolution(%p.5, %f.2), dim_labels=bf_oi->bf
+}
+
+%written (p.6: bf16[100,64], p.7: s32[8,1], p.8: bf16[8,64]) -> bf16[100,64] {
+  %p.6 = bf16[100,64]{1,0} parameter(0)
+  %p.7 = s32[8,1]{1,0} parameter(1)
+  %p.8 = bf16[8,64]{1,0} parameter(2)
+  ROOT %scatter.1 = bf16[100,64]{1,0} scatter(%p.6, %p.7, %p.8), to_apply=%add
+}
+
+ENTRY %main (a: s8[4,64,32], i: s32[], x: bf16[8,32], pages: bf16[100,64], at: s32[8,1]) -> bf16[8,64] {
+  %a = s8[4,64,32]{2,1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %x = bf16[8,32]{1,0} parameter(2)
+  %pages = bf16[100,64]{1,0} parameter(3)
+  %at = s32[8,1]{1,0} parameter(4)
+  %y = bf16[8,64]{1,0} fusion(%a, %i, %x), kind=kOutput, calls=%product
+  %new = bf16[100,64]{1,0} fusion(%pages, %at, %y), kind=kCustom, calls=%written
+  ROOT %attend.1 = bf16[8,64]{1,0} custom-call(%y, %new), custom_call_target="tpu_custom_call"
+}
+"""  # noqa: E501  as a compiler writes it
+
+
+def test_what_is_sliced_scattered_or_read_by_a_kernel_is_no_whole_array():
+    program = Program.parse(SERVED)
+    product = 64 * 32 + 4 + 2 * 8 * 32 + 2 * 8 * 64  # the layer, its number, operand, result
+    written = 4 * 8 + 2 * 8 * 64 + 2 * 8 * 64  # places, new rows read and written
+    assert program.bytes_accessed(of_kernels={"attend": 1000.0}) == product + written + 1000
+    whole = 2 * (2 * 8 * 64) + 2 * 100 * 64
+    assert program.bytes_accessed() == product + written + whole
+
+
+def test_groups_in_another_order_of_devices_are_read():
+    line = (
+        "(%x), replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, "
+        "to_apply=%add"
+    )
+    assert _first_group(line) == [0, 2, 4, 6]
+    assert _first_group(line.replace(", device_ids=([4,2]T(1,0))", "")) == [0, 1, 2, 3]
