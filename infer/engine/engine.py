@@ -5,6 +5,7 @@ prompt, run one token of every choice that has been read. Compiled shapes are fi
 the first request, so no request waits for a compilation.
 """
 
+import contextlib
 import itertools
 import logging
 import secrets
@@ -13,19 +14,22 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
+import jax
 import numpy as np
 
 from infer import generate
 from infer.completion import Piece as TextPiece
 from infer.completion import Row, TokenLogprob, make_logprob
-from infer.engine.blocks import BlockManager
+from infer.engine import placement
+from infer.engine.blocks import BlockManager, OutOfBlocksError
 from infer.engine.compilations import compilations_here, count_compilations
 from infer.engine.drafts import look_up
-from infer.engine.memory import fitting_context
+from infer.engine.memory import blocks_and_context, pages_and_context
 from infer.engine.options import EngineOptions
+from infer.engine.paged_runner import PagedRunner
 from infer.engine.request import (
     Event,
     Failed,
@@ -38,6 +42,7 @@ from infer.engine.request import (
 from infer.engine.runner import Runner
 from infer.engine.scheduler import Choice, Piece, Scheduler, plan_pieces
 from infer.engine.structure import Grammars, StructureError, TextMatcher
+from infer.layers import Layers
 from infer.sampling import NO_TOKEN, Sampled
 from llama_jax.config import Compute
 
@@ -78,10 +83,16 @@ class BatchingEngine:
     """Implements `request.Engine` for one model on one host's devices.
 
     model: what `llama_jax.load` gives, or a tuple (config, params, tokenizer).
+    mesh: that of `placement.serving_mesh`, on which the parameters lie by `placement.RULES`.
     """
 
     def __init__(
-        self, model: Any, options: EngineOptions | None = None, *, compute: Compute | None = None
+        self,
+        model: Any,
+        options: EngineOptions | None = None,
+        *,
+        compute: Compute | None = None,
+        mesh: jax.sharding.Mesh | None = None,
     ):
         self.options = options or EngineOptions()
         config, params, tokenizer = generate.parts_of(model)
@@ -90,25 +101,36 @@ class BatchingEngine:
         if scaling is not None and scaling.rope_type == "dynamic":
             # Beyond it the angles of a prompt's first tokens would depend on its length.
             longest = scaling.original_max_position_embeddings or longest
-        size = self.options.block_size
-        self._num_blocks = self.options.num_blocks
-        if self.options.max_context is None:
-            dtype = (compute or Compute()).dtype
-            wanted = min(longest, fitting_context(config, self.options, dtype))
+        compute = compute or Compute()
+        if mesh is not None:
+            compute = replace(compute, rules=placement.RULES)
+        uses_pages = placement.uses_pages(self.options, mesh)
+        if uses_pages:
+            self._num_blocks, context = pages_and_context(
+                config, self.options, longest, dtype=compute.dtype, mesh=mesh
+            )
         else:
-            wanted = min(longest, self.options.max_context)
-        if self._num_blocks is None:
-            self._num_blocks = self.options.max_slots * -(-wanted // size)
+            self._num_blocks, context = blocks_and_context(
+                config, self.options, longest, dtype=compute.dtype
+            )
+        is_stacked = isinstance(params["layers"], dict)
+        layers: Layers = "auto"
+        if is_stacked:
+            # Pages are handed on through a scan as well, which needs no copy of the weights.
+            scans = uses_pages and not self.options.max_adapters
+            layers = "scanned" if scans else "unrolled"
         self._generator = generate.Generator(
             config,
             params,
             tokenizer,
             compute=compute,
-            layers="unrolled" if isinstance(params["layers"], dict) else "auto",
-            max_context=min(wanted, self._num_blocks * size),
+            mesh=mesh,
+            layers=layers,
+            max_context=context,
         )
         self.model = self._generator.model
-        self._runner = Runner(
+        make_runner = PagedRunner if uses_pages else Runner
+        self._runner: Runner = make_runner(
             self.model, self.options, capacity=self.max_context, num_blocks=self._num_blocks
         )
         tokenizer = self._generator.tokenizer
@@ -123,7 +145,6 @@ class BatchingEngine:
         self._begin_afresh()
 
     def _begin_afresh(self) -> None:
-        assert self._num_blocks is not None
         self._blocks = BlockManager(self._num_blocks, self.options.block_size)
         self._scheduler = Scheduler(
             self._blocks,
@@ -166,9 +187,10 @@ class BatchingEngine:
             self._state = "starting"
         count_compilations()
         self._begin_afresh()
-        self._runner.reset()
-        self._runner.warm_up()
-        self._runner.drop_inexact_shapes()
+        with self.model.context():
+            self._runner.reset()
+            self._runner.warm_up()
+            self._runner.drop_inexact_shapes()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         with self._changed:
             self._state = "ready"
@@ -353,8 +375,9 @@ class BatchingEngine:
     def _run(self) -> None:
         try:
             self._first_compilation = compilations_here()
-            while self._hear():
-                self._turn()
+            with self.model.context():
+                while self._hear():
+                    self._turn()
             self._fail_all("drained", "the server stopped before the answer was complete")
         except Exception as error:
             # The end of the thread, whatever its cause: everyone who waits must hear of it.
@@ -434,7 +457,9 @@ class BatchingEngine:
         assert choice.slot is not None
         row = choice.row
         tokens = row.prompt_token_ids[piece.begin : piece.end]
-        hidden, _ = self._runner.read(choice.slot, tokens, piece.begin, piece.shape, choice.adapter)
+        hidden, _ = self._runner.read(
+            choice.slot, choice.blocks, tokens, piece.begin, piece.shape, choice.adapter
+        )
         self._counts["prompt_tokens_total"] += len(tokens)
         with self._changed:
             begin, end = self._scheduler.piece_done(choice, piece)
@@ -673,24 +698,30 @@ class BatchingEngine:
                 self._inbox.append(lambda: self._cancel(active.request.id))
 
     def _save(self, choice: Choice) -> Any:
-        assert choice.slot is not None
-        return self._runner.read_out(choice.slot, choice.num_tokens - 1)
+        return self._runner.read_out(choice)
 
     def _embed(
         self, tokens: list[int], future: "Future[list[float]]"
     ) -> Generator[None, None, None]:
         """Reads a prompt in the scratch slot, a piece a turn."""
         total = np.zeros(self.model.config.hidden_size, np.float32)
+        runner = self._runner
+        held: list[int] | None = None
         try:
-            for piece in plan_pieces(len(tokens), self._runner.piece_shapes):
+            while held is None:
+                with contextlib.suppress(OutOfBlocksError), self._changed:
+                    held = self._blocks.hold([], runner.num_scratch_blocks(len(tokens)))
+                if held is None:
+                    yield  # until others have ended
+            for piece in plan_pieces(len(tokens), runner.piece_shapes):
                 part = tokens[piece.begin : piece.end]
-                _, added = self._runner.read(
-                    self._runner.scratch_slot, part, piece.begin, piece.shape
-                )
+                _, added = runner.read(runner.scratch_slot, held, part, piece.begin, piece.shape)
                 total += added
                 yield
             future.set_result((total / np.float32(len(tokens))).tolist())
         finally:
+            with self._changed:
+                self._blocks.release(held or [])
             if not future.done():
                 future.set_exception(NotReadyError("the engine ended before the prompt was read"))
 

@@ -6,12 +6,46 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from infer.engine import placement
 from infer.engine.options import EngineOptions
 from llama_jax.config import ModelConfig
+from llama_jax.kernels.paged import page_shape
 
 # Of the memory of the device. The weights come first, and a CPU's memory belongs to others too.
 _SHARE = 1 / 8
+# Of what an accelerator has free once the weights are there: programs need room for themselves.
+_FREE_SHARE = 0.8
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+def blocks_and_context(
+    config: ModelConfig, options: EngineOptions, longest: int, *, dtype: str
+) -> tuple[int, int]:
+    """How many blocks there are, and the longest context, where keys and values lie in slots.
+    longest: the model's."""
+    wanted = min(longest, options.max_context or fitting_context(config, options, dtype))
+    num = options.num_blocks or options.max_slots * -(-wanted // options.block_size)
+    return num, min(wanted, num * options.block_size)
+
+
+def pages_and_context(
+    config: ModelConfig,
+    options: EngineOptions,
+    longest: int,
+    *,
+    dtype: str,
+    mesh: jax.sharding.Mesh | None,
+) -> tuple[int, int]:
+    """The same where they lie in pages: as many as all choices can hold, or there is room for."""
+    parts = 1 if mesh is None else placement.check(config, mesh)
+    kernel = placement.has_kernel(mesh)
+    size = page_bytes(config, options, dtype, parts=parts, kernel=kernel)
+    wanted = min(longest, options.max_context or longest)
+    num = options.num_blocks or min(
+        options.max_slots * -(-wanted // options.block_size),
+        fitting_blocks(placement.first_device(mesh), size),
+    )
+    return num, min(wanted, num * options.block_size)
 
 
 def fitting_context(config: ModelConfig, options: EngineOptions, dtype: str) -> int:
@@ -22,6 +56,28 @@ def fitting_context(config: ModelConfig, options: EngineOptions, dtype: str) -> 
     tokens = int(memory_bytes() * _SHARE) // (token_bytes * (2 * options.max_slots + 1))
     size = options.block_size
     return max(size, tokens // size * size)
+
+
+def page_bytes(
+    config: ModelConfig, options: EngineOptions, dtype: str, *, parts: int, kernel: bool
+) -> int:
+    """Of a block's page in all layers, on each of the `parts` devices that share the heads."""
+    numpy_dtype = jax.numpy.dtype(dtype)
+    heads, size = page_shape(
+        config.num_key_value_heads, config.head_dim, numpy_dtype, parts=parts, kernel=kernel
+    )
+    positions = config.num_hidden_layers * options.block_size
+    return positions * heads // parts * size * numpy_dtype.itemsize
+
+
+def fitting_blocks(device: jax.Device, page_bytes: int) -> int:
+    """Pages for which there is room on a device that holds the weights: of a CPU an eighth of its
+    memory, of others most of what is free. At least two."""
+    if device.platform == "cpu":
+        return max(2, int(memory_bytes() * _SHARE) // page_bytes)
+    stats = device.memory_stats()
+    free = stats["bytes_limit"] - stats["bytes_in_use"]
+    return max(2, int(free * _FREE_SHARE) // page_bytes)
 
 
 def memory_bytes() -> int:

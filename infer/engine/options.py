@@ -1,12 +1,17 @@
 """How an engine is set up. No JAX here."""
 
 from dataclasses import dataclass
+from typing import Literal
+
+from llama_jax.config import MESH_AXES
 
 MAX_DRAFT_TOKENS = 7
 
 # Up to this many tokens a step sums in the order in which it sums a few: checked on a CPU with
 # AVX-512, and by the engine's tests.
 _MAX_DRAFTED_TOKENS = 32
+
+_SERVING_AXES = ("tensor", "fsdp", "data")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,10 @@ class EngineOptions:
     draft_tokens: tokens that are guessed from what came before and checked in one step; 0 is off.
       Answers are the same either way. Used while few enough rows run (see `max_drafted_rows`).
     model_version: part of the key of cached prefixes.
+    cache: where keys and values lie. `slots`: each choice has a contiguous slot, and blocks are
+      copied into it, the faster way on a CPU. `pages`: choices hold blocks where they lie, the only
+      way on a mesh; memory is then that of `num_blocks` and of one choice more. None is `pages` on
+      TPUs and on a mesh, else `slots`.
     """
 
     max_slots: int = 16
@@ -45,6 +54,7 @@ class EngineOptions:
     max_lora_rank: int = 16
     draft_tokens: int = 0
     model_version: str = ""
+    cache: Literal["slots", "pages"] | None = None
 
     def __post_init__(self) -> None:
         _check("max_slots", self.max_slots, high=1024)
@@ -64,6 +74,7 @@ class EngineOptions:
             if getattr(self, name) != 0:
                 _check(name, getattr(self, name), high=high)
         _check("max_lora_rank", self.max_lora_rank, high=1024)
+        cache_named(self.cache)
         if not 0 < self.prefill_share <= 1:
             raise ValueError(f"prefill_share is {self.prefill_share!r}; it must be in (0, 1]")
 
@@ -76,3 +87,30 @@ class EngineOptions:
 def _check(name: str, value: object, *, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
         raise ValueError(f"{name} is {value!r}; it must be an integer between 1 and {high}")
+
+
+def cache_named(name: str | None) -> Literal["slots", "pages"] | None:
+    """Raises ValueError."""
+    match name:
+        case None | "slots" | "pages":
+            return name
+    raise ValueError(f"cache is {name!r}; it must be slots or pages")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """Axis sizes of `tensor=4`, `tensor=8,fsdp=2` or `data=2,tensor=4`. Raises ValueError."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, separator, number = part.strip().partition("=")
+        if not separator or not number.isdecimal() or int(number) < 1:
+            raise ValueError(f"mesh is {text!r}; write axes and sizes, such as tensor=8,fsdp=2")
+        if name not in _SERVING_AXES:
+            known = "does not help to serve" if name in MESH_AXES else "is unknown"
+            raise ValueError(
+                f"mesh axis {name!r} {known}; give tensor, fsdp to divide further, or data, the "
+                f"number of copies"
+            )
+        if name in sizes:
+            raise ValueError(f"mesh is {text!r}; it names {name} twice")
+        sizes[name] = int(number)
+    return sizes

@@ -21,6 +21,7 @@ from infer.engine.options import EngineOptions
 from infer.engine.scheduler import Choice
 from infer.params import MAX_TOP_LOGPROBS, SamplingParams
 from infer.sampling import Needs, Rows, Sampled
+from llama_jax.mesh.sharding import replicated
 from llama_jax.model.cache import NEVER
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,9 @@ _VARIANTS = (
 
 _FILLER = SamplingParams(temperature=0)
 
+# Of a row: the position of its first token in the step, its tokens there, and its blocks.
+Placed = tuple[int, list[int], Sequence[int]]
+
 
 def piece_shapes(piece_tokens: int) -> list[int]:
     """A short one for short prompts and ends of long ones, and the whole. Each costs a second of
@@ -55,6 +59,12 @@ def row_shapes(max_slots: int, *, exact: bool) -> list[int]:
         shapes.append(size)
         size = max(2 * size, 8)
     return [*shapes, max(max_slots, fewest)]
+
+
+def most_demanding_columns(count: int, vocab_size: int) -> tuple[Rows, Needs]:
+    """Arguments of `steps.take` for so many tokens, in the variant that does most."""
+    zeros = [0] * count
+    return _columns([_FILLER] * count, zeros, zeros, vocab_size), _VARIANTS[-1]
 
 
 def _variant(params: Sequence[SamplingParams], *, structured: bool) -> Needs:
@@ -78,6 +88,7 @@ class Runner:
         self._dtype = model.compute.dtype
         self._words = -(-model.config.vocab_size // 32)
         self.scratch_slot = self.row_shapes[-1]  # for work that belongs to no choice
+        self.scratch_blocks: Sequence[int] = ()
         self._columns: tuple[Any, Rows] | None = None
         self.adapters: AdapterStack | None = None
         if options.max_adapters:
@@ -94,12 +105,26 @@ class Runner:
         """From here on steps use the adapters that the stack holds now."""
         self._params = self.model.params if self.adapters is None else self.adapters.params()
 
+    def num_scratch_blocks(self, num_tokens: int) -> int:
+        """Blocks that must be held to read so many tokens in the scratch slot."""
+        del num_tokens  # the slot has room for all
+        return 0
+
     def reset(self) -> None:
         """Allocates everything, empty."""
         self.row_shapes = row_shapes(self.options.max_slots, exact=self.options.exact)
-        config, slots = self.model.config, self.scratch_slot + 1
+        slots = self.scratch_slot + 1
+        self._allocate(slots)
+        memory = steps.new_memory(num_slots=slots, vocab_size=self.model.config.vocab_size)
+        place = None if self.model.mesh is None else replicated(self.model.mesh)
+        self._memory, self._rules = jax.device_put((memory, self.model.rules), place)
+        self._columns = None
+
+    def _allocate(self, num_slots: int) -> None:
+        """Room for keys and values."""
+        config = self.model.config
         self._cache = steps.new_cache(
-            config, num_slots=slots, capacity=self._capacity, dtype=self._dtype
+            config, num_slots=num_slots, capacity=self._capacity, dtype=self._dtype
         )
         self._blocks = steps.new_blocks(
             config,
@@ -107,20 +132,17 @@ class Runner:
             block_size=self.options.block_size,
             dtype=self._dtype,
         )
-        self._memory = steps.new_memory(num_slots=slots, vocab_size=config.vocab_size)
-        self._rules = jax.device_put(self.model.rules)
-        self._columns = None
 
     def warm_up(self) -> None:
         """Runs every step in every shape once, on nothing that matters."""
         slot, config = self.scratch_slot, self.model.config
         hidden: Any = None
         for shape in self.piece_shapes:
-            hidden, _ = self.read(slot, [0] * shape, 0, shape)
+            hidden, _ = self.read(slot, self.scratch_blocks, [0] * shape, 0, shape)
             self.score(hidden, [0] * shape)
             self._warm_up_first(hidden)
         for rows in self.row_shapes:
-            for length in self._lengths(rows):
+            for length in self.lengths(rows):
                 logits = self._logits(rows, length, {}, [-1] * rows)
                 columns = _columns(
                     [_FILLER] * (rows * length),
@@ -131,12 +153,16 @@ class Runner:
                 nowhere, taken = [self._nowhere] * (rows * length), [0] * (rows * length)
                 for needs in _VARIANTS:
                     self._take(logits, nowhere, None, columns, taken, needs)
+        self._warm_up_store()
+        self._remember(slot, [0], 1, _FILLER)
+
+    def _warm_up_store(self) -> None:
+        slot = self.scratch_slot
         self.save_blocks(slot, [0], 0, 1)
         self.load_blocks(slot, [0])
         self.clear(slot)
         self._move(slot, slot, with_memory=True)
-        self._write(slot, self.read_out(slot, 1))
-        self._remember(slot, [0], 1, _FILLER)
+        self._write(slot, self._read_out(slot, 1))
 
     def _warm_up_first(self, hidden: jax.Array) -> None:
         logits = self._logits_at(hidden, 0)
@@ -153,11 +179,11 @@ class Runner:
         if not self.options.exact:
             return
         tokens = [(7 * n + 3) % self.model.config.vocab_size for n in range(self.piece_shapes[0])]
-        self.read(self.scratch_slot, tokens, 0, self.piece_shapes[0])
+        self.read(self.scratch_slot, self.scratch_blocks, tokens, 0, self.piece_shapes[0])
         for slot in range(self.row_shapes[-1]):
             self._move(self.scratch_slot, slot, with_memory=False)
         results = {
-            rows: [np.asarray(self._trial(rows, n, len(tokens))) for n in self._lengths(rows)]
+            rows: [np.asarray(self._trial(rows, n, len(tokens))) for n in self.lengths(rows)]
             for rows in self.row_shapes
         }
         wanted = results[self.row_shapes[-1]][0]
@@ -180,16 +206,24 @@ class Runner:
     def _trial(self, rows: int, length: int, begin: int) -> jax.Array:
         """Logits after one token in each slot, [rows, V]."""
         vocab_size = self.model.config.vocab_size
-        placed = {slot: (begin, [(slot + 1) % vocab_size]) for slot in range(rows)}
+        placed = {slot: (begin, [(slot + 1) % vocab_size], ()) for slot in range(rows)}
         logits = self._logits(rows, length, placed, [-1] * rows)
         return logits.reshape(rows, length, -1)[:, 0]
 
     # Prompts
 
     def read(
-        self, slot: int, tokens: Sequence[int], begin: int, shape: int, adapter: int = -1
+        self,
+        slot: int,
+        blocks: Sequence[int],
+        tokens: Sequence[int],
+        begin: int,
+        shape: int,
+        adapter: int = -1,
     ) -> tuple[jax.Array, np.ndarray]:
-        """Runs tokens of a slot from position `begin` on: (states [T, D], their sum [D])."""
+        """Runs tokens of a slot, whose blocks are `blocks`, from position `begin` on:
+        (states [T, D], their sum [D])."""
+        del blocks  # the slot holds it all
         padded = np.zeros(shape, np.int32)
         padded[: len(tokens)] = tokens
         self._cache, hidden, total = steps.read_piece(
@@ -247,7 +281,7 @@ class Runner:
         highest = max(choice.slot or 0 for choice in choices)
         return next(shape for shape in self.row_shapes if shape > highest)
 
-    def _lengths(self, rows: int) -> list[int]:
+    def lengths(self, rows: int) -> list[int]:
         """Tokens a row that steps of so many rows come in: enough for all steps to sum alike, and
         for guessed ones."""
         least = -(-_FEWEST_TOKENS // rows) if self.options.exact else 1
@@ -268,7 +302,7 @@ class Runner:
         masks, drafts: by slot, the tokens that its structure allows, and the guessed ones.
         """
         rows = self.rows_for(choices)
-        length = self._lengths(rows)[-1 if drafts else 0]
+        length = self.lengths(rows)[-1 if drafts else 0]
         placed, adapters = {}, [-1] * rows
         ordered: list[Choice | None] = [None] * rows
         slots, taken = [self._nowhere] * (rows * length), [0] * (rows * length)
@@ -276,7 +310,8 @@ class Runner:
             assert choice.slot is not None
             slot, ids = choice.slot, choice.row.token_ids
             ordered[slot], adapters[slot] = choice, choice.adapter
-            placed[slot] = (choice.num_tokens - 1, [ids[-1], *drafts.get(slot, [])])
+            newest = [ids[-1], *drafts.get(slot, [])]
+            placed[slot] = (choice.num_tokens - 1, newest, choice.blocks)
             slots[slot * length] = self._memory_of(choice)
             taken[slot * length : (slot + 1) * length] = range(len(ids), len(ids) + length)
         logits = self._logits(rows, length, placed, adapters)
@@ -307,14 +342,14 @@ class Runner:
         self,
         rows: int,
         length: int,
-        placed: dict[int, tuple[int, list[int]]],
+        placed: dict[int, Placed],
         adapters: Sequence[int],
     ) -> jax.Array:
         """[rows * length, V], after tokens that begin at a position, by slot."""
         tokens = np.zeros((rows, length), np.int32)
         positions = np.full((rows, length), NEVER, np.int32)
         visible = 1
-        for slot, (begin, ids) in placed.items():
+        for slot, (begin, ids, _) in placed.items():
             tokens[slot, : len(ids)] = ids
             positions[slot] = np.arange(begin, begin + length)
             visible = max(visible, begin + len(ids))
@@ -393,7 +428,12 @@ class Runner:
         if with_memory:
             self._memory = steps.copy_memory(self._memory, *pair)
 
-    def read_out(self, slot: int, num_tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def read_out(self, choice: Choice) -> Any:
+        """What a choice has computed, on the host, for `put_back`."""
+        assert choice.slot is not None
+        return self._read_out(choice.slot, choice.num_tokens - 1)
+
+    def _read_out(self, slot: int, num_tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Keys and values of a slot's first positions, on the host."""
         content = jax.device_get(steps.read_slot(self._cache, np.int32(slot)))
         return [(k[..., :num_tokens].copy(), v[:, :num_tokens].copy()) for k, v in content]

@@ -9,14 +9,17 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from infer.engine.options import EngineOptions
+from infer.engine.options import EngineOptions, cache_named, parse_mesh
 from infer.registry import NAME
 from infer.server.models import COMMAND_LINE_VERSION, Build, Built, Source
 from infer.server.settings import Settings
-from llama_jax.config import Compute
+from llama_jax.config import Compute, ModelConfig
 from llama_jax.model_name import check_model_name
+
+if TYPE_CHECKING:
+    from llama_jax.weights.quantize import Quantization
 
 
 def engine_options(settings: Settings) -> EngineOptions:
@@ -24,6 +27,9 @@ def engine_options(settings: Settings) -> EngineOptions:
     options = EngineOptions(
         max_slots=settings.max_slots,
         max_context=settings.max_context,
+        block_size=settings.block_size,
+        piece_tokens=settings.piece_tokens,
+        cache=cache_named(settings.cache),
         queue_limit=settings.queue_limit,
         max_adapters=settings.max_adapters,
         max_lora_rank=settings.max_lora_rank,
@@ -42,6 +48,8 @@ def make_build(settings: Settings, start: Callable[[], None] = lambda: None) -> 
     """
     options = engine_options(settings)
     compute = None if settings.dtype is None else Compute(dtype=settings.dtype)
+    sizes = None if settings.mesh is None else parse_mesh(settings.mesh)
+    quantization = quantization_of(settings)
 
     lock = threading.Lock()
     start_once = functools.cache(start)
@@ -49,22 +57,69 @@ def make_build(settings: Settings, start: Callable[[], None] = lambda: None) -> 
     def build(source: Source) -> Built:
         with lock:
             start_once()
+        from infer.engine import placement
         from infer.engine.engine import BatchingEngine
+        from infer.engine.replicas import Replicas
         from llama_jax.load import load
 
-        model = load(source.model, adapter=source.adapter)
-        if source.template is not None and model.tokenizer is not None:
-            from llama_jax.formats.chat import chat_template
+        if settings.slice is not None:
+            placement.check_slice(settings.slice)
+        meshes = [None] if sizes is None else placement.serving_meshes(sizes)
+        engines: list[Any] = []
+        for mesh in meshes:
+            model = load(
+                source.model,
+                adapter=source.adapter,
+                mesh=mesh,
+                rules=placement.RULES,
+                quantization=quantization,
+            )
+            if settings.architecture is not None:
+                check_architecture(settings.architecture, source.model, model.config)
+            if source.template is not None and model.tokenizer is not None:
+                from llama_jax.formats.chat import chat_template
 
-            chat_template(model.tokenizer, source.template)
-        engine: Any = BatchingEngine(
-            model,
-            replace(options, model_version=f"{source.name}@{source.version}"),
-            compute=compute,
-        )
+                chat_template(model.tokenizer, source.template)
+            version = replace(options, model_version=f"{source.name}@{source.version}")
+            engines.append(BatchingEngine(model, version, compute=compute, mesh=mesh))
+        engine = engines[0] if len(engines) == 1 else Replicas(engines)
         return Built(engine, model.tokenizer)
 
     return build
+
+
+def quantization_of(settings: Settings) -> "Quantization | None":
+    """Raises ValueError for a scheme that is unknown, or that needs calibration."""
+    if settings.quantization is None:
+        return None
+    from llama_jax.weights.quantize import Quantization
+
+    return Quantization(settings.quantization)
+
+
+def check_architecture(architecture: str, model: str, config: ModelConfig) -> None:
+    """Raises ValueError where the weights of `model` have other shapes than those of a preset."""
+    from llama_jax.weights.table import weight_table
+
+    wanted, found = weight_table(preset(architecture)), weight_table(config)
+    for path in (*wanted, *found):
+        shapes = [row.shape if (row := table.get(path)) else None for table in (wanted, found)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"architecture is {architecture}, but {model} has {path} of shape {shapes[1]}, "
+                f"not {shapes[0]}; name its own architecture or leave it out"
+            )
+
+
+def preset(architecture: str) -> ModelConfig:
+    """Raises ValueError."""
+    from llama_jax.presets import presets
+
+    if architecture not in presets:
+        raise ValueError(
+            f"architecture is {architecture!r}; it must be one of {', '.join(presets)}"
+        )
+    return presets[architecture]
 
 
 def given_sources(settings: Settings) -> list[Source]:

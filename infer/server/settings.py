@@ -150,8 +150,19 @@ class Settings:
         None, "that running requests and cached prefixes may hold; None is every slot full", low=1
     )
     draft_tokens: int = _setting(0, "guessed from the text before and checked in one step", low=0)
+    block_size: int = _setting(
+        32, "tokens of a block: prefixes are shared, and pages held, in blocks", low=1
+    )
+    piece_tokens: int = _setting(128, "of a prompt, read between two steps of others", low=1)
+    cache: str | None = _setting(None, "slots or pages; None is pages on TPUs and on a mesh")
+    mesh: str | None = _setting(None, "devices that share the model, such as tensor=4")
+    quantization: str | None = _setting(None, "int8, int4, nf4 or fp8 weights, made while loading")
     exact: bool = _setting(True, "no answer depends on who else asks; without, one alone is faster")
     dtype: str | None = _setting(None, "of computation; None is the rule of generate")
+    # What `llama-jax fit --serve` compiles for, and a start checks: a slice by its name, and the
+    # shapes of the model, by that of a preset.
+    slice: str | None = field(default=None, metadata={"yaml_only": True})
+    architecture: str | None = field(default=None, metadata={"yaml_only": True})
     log_level: str = _setting("info", "debug, info, warning or error")
     log_error_messages: bool = _setting(
         False, "log the words of unexpected errors, which may quote prompts"
@@ -211,6 +222,11 @@ def flag_fields() -> list[dataclasses.Field[Any]]:
         for each in dataclasses.fields(Settings)
         if not each.metadata.get("yaml_only") and each.name != "models"
     ]
+
+
+def setting_names() -> list[str]:
+    """All that have a value that a text can spell."""
+    return [each.name for each in dataclasses.fields(Settings) if each.name != "tenants"]
 
 
 def read_settings(

@@ -32,15 +32,23 @@ def find_config(name: str) -> Path:
 
     Raises ValueError naming the shipped ones.
     """
+    return _find("the run config", name, configs_folder(), (Path(), Path("configs")))
+
+
+def find_serve_config(name: str) -> Path:
+    """The same for the settings of a server, which are shipped in `configs/serve/`."""
+    places = (Path(), Path("serve"), Path("configs/serve"))
+    return _find("the serve config", name, configs_folder() / "serve", places)
+
+
+def _find(what: str, name: str, folder: Path, places: tuple[Path, ...]) -> Path:
     if not name.strip():
-        raise ValueError("the name of the run config is empty; give a YAML file")
+        raise ValueError(f"the name of {what} is empty; give a YAML file")
     path = Path(name)
     if path.is_file():
         return path
-    shipped = {file.name: file for file in sorted(configs_folder().glob("*.yaml"))}
-    if path.name in shipped and path.parent in (Path(), Path("configs")):
+    shipped = {file.name: file for file in sorted(folder.glob("*.yaml"))}
+    if path.name in shipped and path.parent in places:
         return shipped[path.name]
-    what = "is a folder" if path.is_dir() else "does not exist"
-    raise ValueError(
-        f"the run config {name} {what}; give a YAML file or one of {', '.join(shipped)}"
-    )
+    why = "is a folder" if path.is_dir() else "does not exist"
+    raise ValueError(f"{what} {name} {why}; give a YAML file or one of {', '.join(shipped)}")

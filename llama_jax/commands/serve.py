@@ -11,6 +11,8 @@ import os
 import sys
 from typing import Any
 
+from llama_jax.commands.run_config import find_serve_config
+
 HELP = "serve models over REST and gRPC"
 EXAMPLE = "llama-jax serve smollm2-135m --port 8000"
 
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from infer.server.settings import flag_fields
 
     parser.add_argument("model", metavar="MODEL", nargs="*", help="MODEL or NAME=MODEL")
-    parser.add_argument("--config", metavar="F.yaml", help="settings, tenants among them")
+    parser.add_argument("--config", metavar="F.yaml", help="settings; a file or a shipped one")
     for each in flag_fields():
         flag = "--" + each.name.replace("_", "-")
         text = each.metadata["help"]
@@ -44,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
         if isinstance(value, str):
             value = from_text("--" + each.name.replace("_", "-"), value, each.name)
         flags[each.name] = value
-    settings = read_settings(flags, config=args.config)
+    config = None if args.config is None else find_serve_config(args.config)
+    settings = read_settings(flags, config=config)
     # Nothing that a library starts or writes finds them there.
     for name in ("LLAMA_JAX_API_KEY", "LLAMA_JAX_ADMIN_KEY"):
         os.environ.pop(name, None)

@@ -32,12 +32,15 @@ from llama_jax.mesh.sharding import constrain, gathered
 from llama_jax.model import cache as kv
 from llama_jax.model import moe, rope
 from llama_jax.model.attention import attend, causal_mask
+from llama_jax.model.paged_cache import PagedCache, attend_pages
 from llama_jax.model.slot_cache import SlotCache, SlotRows, attend_slots
 from llama_jax.weights.dot import dot, embed
 from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import Leaf, QatTensor, is_adapted, is_quantized
 
 Params = tree.Tree
+# Of one layer: nothing, keys and values, or all pages.
+LayerCache = Any
 
 _INPUT = "layer_input"  # what `remat: offload` sends to the host
 
@@ -96,8 +99,8 @@ class Attention(nnx.Module):
         self.o_proj = Linear(compute, params["o_proj"])
 
     def __call__(
-        self, x: jax.Array, context: Context, layer_cache: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        self, x: jax.Array, context: Context, layer_cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache]:
         batch, length, _ = x.shape
         size, rules = self.config.head_dim, self.compute.rules
 
@@ -109,6 +112,12 @@ class Attention(nnx.Module):
         query = rope.rotate(heads(query, "heads"), context.cos, context.sin)
         key = rope.rotate(heads(key, "kv_heads"), context.cos, context.sin)
         value = heads(value, "kv_heads")
+        if isinstance(layer_cache, PagedCache):
+            window = self.config.sliding_window
+            mixed, layer_cache = attend_pages(
+                query, key, value, layer_cache, sliding_window=window, rules=rules
+            )
+            return self.o_proj(mixed.reshape(batch, length, -1)), layer_cache
         if context.rows is not None:
             assert layer_cache is not None
             window = self.config.sliding_window
@@ -203,8 +212,8 @@ class DecoderLayer(nnx.Module):
             self.block_sparse_moe = SparseMoe(config, compute, params["block_sparse_moe"])
 
     def __call__(
-        self, x: jax.Array, context: Context, layer_cache: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None, moe.RouterStats | None]:
+        self, x: jax.Array, context: Context, layer_cache: LayerCache
+    ) -> tuple[jax.Array, LayerCache, moe.RouterStats | None]:
         attended, layer_cache = self.self_attn(self.input_layernorm(x), context, layer_cache)
         x = x + attended
         normed = self.post_attention_layernorm(x)
@@ -245,7 +254,7 @@ class Llama(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: kv.KVCache | SlotCache | None = None,
+        cache: kv.KVCache | SlotCache | PagedCache | None = None,
         visible: int | None = None,
         keep_layers: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any, moe.RouterStats | None]:
@@ -259,6 +268,9 @@ class Llama(nnx.Module):
             segment_ids = None if segment_ids is None else to_balanced(segment_ids, rules)
         x = embed(self.embed_tokens.get_value(), tokens, compute=self.compute)
         x = constrain(x, ("batch", "length", None), rules)
+        if isinstance(cache, PagedCache):
+            x, cache = self._paged(x, _paged_context(self.config, tokens, cache), cache)
+            return self.norm(x), cache, None
         if cache is None:
             context = _context(self.config, tokens, positions, segment_ids, rules)
         elif isinstance(cache, SlotCache):
@@ -309,6 +321,23 @@ class Llama(nnx.Module):
             if stats is not None:
                 total = stats if total is None else jax.tree.map(jnp.add, total, stats)
         return x, (tuple(keys), tuple(values)), total
+
+    def _paged(
+        self, x: jax.Array, context: Context, cache: PagedCache
+    ) -> tuple[jax.Array, PagedCache]:
+        """The layers hand the pages on from one to the next, so that they are updated in place."""
+        if isinstance(self.layers, nnx.List):
+            for layer in self.layers:
+                x, cache, _ = layer(x, context, cache)
+            return x, dataclasses.replace(cache, layer=jnp.int32(0))
+        graph, stacked = nnx.split(self.layers)
+
+        def body(carry: tuple[jax.Array, PagedCache], state: Any) -> Any:
+            x, cache, _ = nnx.merge(graph, state)(carry[0], context, carry[1])
+            return (x, cache), None
+
+        (x, cache), _ = jax.lax.scan(body, (x, cache), stacked)
+        return x, dataclasses.replace(cache, layer=jnp.int32(0))
 
     def _scanned(self, x: jax.Array, context: Context, keep_layers: bool) -> Any:
         config, compute = self.config, self.compute
@@ -446,18 +475,21 @@ def _slot_context(config: ModelConfig, tokens: jax.Array, cache: SlotCache) -> C
     assert cache.rows is not None
     # Padding must not count where angles depend on a row's length.
     positions = jnp.minimum(cache.rows.positions, cache.rows.visible - 1)
+    return dataclasses.replace(_served_context(config, tokens, positions), rows=cache.rows)
+
+
+def _paged_context(config: ModelConfig, tokens: jax.Array, cache: PagedCache) -> Context:
+    assert cache.rows is not None
+    positions = jnp.minimum(cache.rows.positions, cache.rows.ends[:, None] - 1)
+    return _served_context(config, tokens, positions)
+
+
+def _served_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array) -> Context:
+    """Where the cache knows who sees whom."""
     cos, sin = rope.angles(config, positions)
     real = _real(tokens, None)
     nothing = jnp.zeros((0,), bool)
-    return Context(
-        cos=cos,
-        sin=sin,
-        mask=nothing,
-        real=real,
-        segment_ids=None,
-        cursor=None,
-        rows=cache.rows,
-    )
+    return Context(cos=cos, sin=sin, mask=nothing, real=real, segment_ids=None, cursor=None)
 
 
 def _real(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
@@ -483,11 +515,11 @@ def hidden_states(
     compute: Compute,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    cache: kv.KVCache | SlotCache | None = None,
+    cache: kv.KVCache | SlotCache | PagedCache | None = None,
     visible: int | None = None,
 ) -> tuple[Float[Array, "B T D"], Any, moe.RouterStats | None]:
     """Final normed states, the advanced cache, and the router's sums (None without experts).
-    A cache of slots wants layers that are unrolled.
+    A cache of slots wants layers that are unrolled; with one of pages there are no router's sums.
 
     segment_ids: 0 is padding, equal ids attend to each other; with a cache they only say how many
     tokens of each row are real (a prefix of it). visible: how many leading slots of the cache to

@@ -1,5 +1,7 @@
 """Adapters side by side: each row as if its adapter were the only one."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -77,6 +79,19 @@ def test_rows_with_different_adapters_share_a_batch(engine, folders):  # R105
         assert hot.start.cached_tokens == 48
     assert len({tuple(answer.token_ids()) for answer in first}) == 3
     assert engine.statistics()["compilations_total"] == 0
+
+
+def test_pages_serve_them_too(engine, folders):
+    options = dataclasses.replace(OPTIONS, cache="pages", max_slots=2, piece_tokens=16)
+    pages = BatchingEngine((CONFIG, tiny_params(CONFIG), None), options)
+    pages.start()
+    pages.add_adapter("b", folders["b"])
+    (prompt,) = prompts_of(60)
+    requests = [request(f"{name}", prompt, name) for name in (None, "b")]
+    wanted = [answer.token_ids() for answer in ask(engine, *requests)]
+    assert wanted == [answer.token_ids() for answer in ask(pages, *requests)]
+    assert wanted[0] != wanted[1]
+    pages.stop(0)
 
 
 def test_adapters_come_and_go_while_others_run(engine, folders):

@@ -1,0 +1,171 @@
+"""A runner whose rows hold pages: a block of the block manager is a page of the cache.
+
+A prefix is shared by holding its pages, and what is saved is there already, so nothing is copied
+but what a preempted choice takes to the host. Page 0 is nobody's (`paged_cache.NOWHERE`), block b
+is page b + 1, and behind the blocks lie a few pages for trying steps out.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from infer.batch import Runnable
+from infer.engine import paged_steps, placement, steps
+from infer.engine.options import EngineOptions
+from infer.engine.runner import Placed, Runner
+from infer.engine.scheduler import Choice
+from llama_jax.kernels.paged import check_tables
+from llama_jax.model.paged_cache import NOWHERE, PagedCache, PageRows
+
+# Pages that go between device and host at a time.
+_SWAPPED_PAGES = 8
+
+
+class PagedRunner(Runner):
+    def __init__(self, model: Runnable, options: EngineOptions, *, capacity: int, num_blocks: int):
+        super().__init__(model, options, capacity=capacity, num_blocks=num_blocks)
+        self.pages_per_row = -(-self._capacity // options.block_size)
+        num_scratch = -(-self.piece_shapes[-1] // options.block_size) + 1
+        self.scratch_blocks = range(num_blocks, num_blocks + num_scratch)
+        self._parts = 1 if model.mesh is None else placement.check(model.config, model.mesh)
+        self._pages: PagedCache | None = None
+        if placement.has_kernel(model.mesh):
+            check_tables(self.row_shapes[-1], self.pages_per_row)
+
+    @property
+    def num_pages(self) -> int:
+        """Of each layer."""
+        return 1 + self._num_blocks + len(self.scratch_blocks)
+
+    def num_scratch_blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.options.block_size)
+
+    def _allocate(self, num_slots: int) -> None:
+        self._pages = None  # the old ones first: there may be no room for both
+        self._pages = paged_steps.new_pages(self.model.config, **self.page_options())
+
+    def page_options(self) -> dict[str, Any]:
+        """What `paged_steps.new_pages` makes the cache from."""
+        return {
+            "num_pages": self.num_pages,
+            "page_size": self.options.block_size,
+            "dtype": self._dtype,
+            "kernel": placement.has_kernel(self.model.mesh),
+            "parts": self._parts,
+            **self._shared,
+        }
+
+    def _warm_up_store(self) -> None:
+        self._swap_in(self.scratch_blocks[:1], self._swap_out(self.scratch_blocks[:1]))
+        self._move(self.scratch_slot, self.scratch_slot, with_memory=True)
+
+    def _trial(self, rows: int, length: int, begin: int) -> jax.Array:
+        """All rows hold the same pages, so all take the same token."""
+        placed = {slot: (begin, [1], self.scratch_blocks) for slot in range(rows)}
+        logits = self._logits(rows, length, placed, [-1] * rows)
+        return logits.reshape(rows, length, -1)[:, 0]
+
+    def read(
+        self,
+        slot: int,
+        blocks: Sequence[int],
+        tokens: Sequence[int],
+        begin: int,
+        shape: int,
+        adapter: int = -1,
+    ) -> tuple[jax.Array, np.ndarray]:
+        padded = np.zeros(shape, np.int32)
+        padded[: len(tokens)] = tokens
+        self._pages, hidden, total = paged_steps.read_piece(
+            self.model.config,
+            self._params,
+            self._pages,
+            padded,
+            self._table(blocks),
+            np.int32(begin),
+            np.int32(len(tokens)),
+            np.int32(adapter),
+            **self._shared,
+        )
+        return hidden, np.asarray(jax.device_get(total))
+
+    def _logits(
+        self,
+        rows: int,
+        length: int,
+        placed: dict[int, Placed],
+        adapters: Sequence[int],
+    ) -> jax.Array:
+        tokens = np.zeros((rows, length), np.int32)
+        tables = np.full((rows, self.pages_per_row), NOWHERE, np.int32)
+        begins, ends = np.zeros((rows, 1), np.int32), np.ones(rows, np.int32)
+        for slot, (begin, ids, blocks) in placed.items():
+            tokens[slot, : len(ids)] = ids
+            tables[slot] = self._table(blocks)
+            begins[slot], ends[slot] = begin, begin + len(ids)
+        positions = begins + np.arange(length, dtype=np.int32)
+        self._pages, logits = paged_steps.run_tokens(
+            self.model.config,
+            self._params,
+            self._pages,
+            tokens,
+            PageRows(tables, positions, ends),
+            np.asarray(adapters, np.int32),
+            **self._shared,
+        )
+        return logits
+
+    def _table(self, blocks: Sequence[int]) -> np.ndarray:
+        table = np.full(self.pages_per_row, NOWHERE, np.int32)
+        table[: len(blocks)] = np.asarray(blocks, np.int32) + 1
+        return table
+
+    # Slots and blocks: a slot is a place in a step, and what its row holds are pages.
+
+    def load_blocks(self, slot: int, ids: Sequence[int]) -> None:
+        """Nothing to do: the row holds them."""
+
+    def save_blocks(self, slot: int, ids: Sequence[int], begin: int, end: int) -> None:
+        """Nothing to do: they were written where they are kept."""
+
+    def clear(self, slot: int) -> None:
+        """Nothing to do: no row reads what it has not written."""
+
+    def _move(self, source: int, target: int, *, with_memory: bool) -> None:
+        if with_memory:
+            pair = np.int32(source), np.int32(target)
+            self._memory = steps.copy_memory(self._memory, *pair)
+
+    def read_out(self, choice: Choice) -> Any:
+        return self._swap_out(self._computed(choice))
+
+    def put_back(self, choice: Choice) -> None:
+        self._swap_in(self._computed(choice), choice.saved)
+        self.remember(choice)
+
+    def _computed(self, choice: Choice) -> Sequence[int]:
+        """The blocks that hold something: the newest token has not run."""
+        return choice.blocks[: -(-(choice.num_tokens - 1) // self.options.block_size)]
+
+    def _swap_out(self, blocks: Sequence[int]) -> list[np.ndarray]:
+        return [
+            np.asarray(jax.device_get(paged_steps.read_pages(self._pages, ids)))
+            for ids in _swapped(blocks)
+        ]
+
+    def _swap_in(self, blocks: Sequence[int], content: Sequence[np.ndarray]) -> None:
+        for ids, part in zip(_swapped(blocks), content, strict=True):
+            self._pages = paged_steps.write_pages(self._pages, ids, part)
+
+
+def _swapped(blocks: Sequence[int]) -> list[np.ndarray]:
+    """Their pages, in groups of equal size."""
+    groups = []
+    for begin in range(0, len(blocks), _SWAPPED_PAGES):
+        group = np.full(_SWAPPED_PAGES, NOWHERE, np.int32)
+        part = blocks[begin : begin + _SWAPPED_PAGES]
+        group[: len(part)] = np.asarray(part, np.int32) + 1
+        groups.append(group)
+    return groups
