@@ -1,8 +1,10 @@
-"""Proves that a run fits a TPU slice before the slice is paid for.
+"""Proves that a run, or a server, fits a TPU slice before the slice is paid for.
 
 The run's real training step is compiled by the real TPU compiler, on this machine and without a
 TPU: bytes a chip are the compiler's own. Times are bounds from published peak rates. Slices count
-chips (v5e-16, v5p-64, 2xv5e-256 for two slices). Needs the tpu extra, which brings the compiler."""
+chips (v5e-16, v5p-64, 2xv5e-256 for two slices). With --serve CONFIG.yaml is one of a server, whose
+every step is compiled; the most tokens that its cache can hold are found. Needs the tpu extra,
+which brings the compiler."""
 
 import argparse
 import os
@@ -10,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llama_jax.commands import run_config
+from llama_jax.commands import fit_serve, run_config
 
 HELP = "compile a run for TPU slices on this CPU and show whether it fits"
 EXAMPLE = "llama-jax fit llama3.1-8b-lora-v5e-8.yaml --slice v5e-16 --slice v6e-8"
@@ -24,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="SLICE",
         help="what to compile for; may be repeated (default: mesh.slice of the config)",
+    )
+    parser.add_argument(
+        "--serve", action="store_true", help="CONFIG.yaml holds the settings of `llama-jax serve`"
     )
     parser.add_argument(
         "--search",
@@ -48,6 +53,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     from llama_jax.commands.report import Progress
     from llama_jax.mesh.slices import slice_named
 
+    if args.serve:
+        return fit_serve.run(args)
     config = run_config.load(args)
     named = args.slice or ([config.mesh.slice] if config.mesh.slice else [])
     if not named:
@@ -57,7 +64,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     slices = [slice_named(name) for name in named]
     if args.memory_table and args.search:
         raise ValueError("--memory-table and --search answer different questions; keep one")
-    _start_compiler(args.save_cache)
+    start_compiler(args.save_cache)
     from train.fit import best, fit, largest_batches, smallest_slices
 
     progress = Progress()
@@ -90,7 +97,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return reports
 
 
-def _start_compiler(folder: str | None) -> None:
+def start_compiler(folder: str | None) -> None:
     """JAX on the CPU: a TPU that may be here is left alone."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     import importlib.util
@@ -114,12 +121,15 @@ def _start_compiler(folder: str | None) -> None:
 def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
     from llama_jax.commands.report import print_table
 
+    if args.serve:
+        fit_serve.show(report)
+        return
     if args.memory_table:
         by_method = ("slice", "method", *_PARTS, "together", "of", "fits")
         print_table("GiB a chip", by_method, [_memory_line(each) for each in report])
         return
     for each in report:
-        print_table(_title(each), ("a chip", "value"), _rows(each))
+        print_table(title(each), ("a chip", "value"), _rows(each))
         for line in each["advice"]:
             print(f"  {line}")
     if len(report) > 1:
@@ -141,7 +151,7 @@ def _memory_line(each: dict[str, Any]) -> tuple[str, ...]:
     return (each["slice"], each["method"], *sizes, "yes" if each["fits"] else "no")
 
 
-def _title(each: dict[str, Any]) -> str:
+def title(each: dict[str, Any]) -> str:
     word = "fits" if each["fits"] else "does not fit"
     return (
         f"{each['slice']} ({each['chips']} chips, {each['topology']}, Cloud's "
@@ -149,31 +159,31 @@ def _title(each: dict[str, Any]) -> str:
     )
 
 
-def _gib(size: float | None) -> str:
+def gib(size: float | None) -> str:
     return "unknown" if size is None else f"{size / 2**30:.2f} GiB"
 
 
 def _rows(each: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
-        ("arguments", _gib(each["arguments_bytes_per_chip"])),
-        ("temporaries", _gib(each["temporaries_bytes_per_chip"])),
-        ("outputs beside arguments", _gib(each["outputs_bytes_per_chip"])),
-        ("program", _gib(each["code_bytes_per_chip"])),
-        ("together", f"{_gib(each['hbm_bytes_per_chip'])} of {_gib(each['hbm_limit'])}"),
+        ("arguments", gib(each["arguments_bytes_per_chip"])),
+        ("temporaries", gib(each["temporaries_bytes_per_chip"])),
+        ("outputs beside arguments", gib(each["outputs_bytes_per_chip"])),
+        ("program", gib(each["code_bytes_per_chip"])),
+        ("together", f"{gib(each['hbm_bytes_per_chip'])} of {gib(each['hbm_limit'])}"),
     ]
     if not each["fits"]:
-        rows.append(("missing", f"{_gib(each['missing_bytes_per_chip'])}"))
+        rows.append(("missing", f"{gib(each['missing_bytes_per_chip'])}"))
     rows.append(("operations of a step, all chips", f"{each['flops_per_step']:.4g}"))
     if each["closed_form_flops"] is not None:
         rows.append(("  by formula", f"{each['closed_form_flops']:.4g}"))
     rows.append(("  without doing any twice", f"{each['model_flops_per_step']:.4g}"))
-    rows.append(("memory traffic", _gib(each["bytes_accessed_per_chip"])))
+    rows.append(("memory traffic", gib(each["bytes_accessed_per_chip"])))
     for kind, sent in (each["collectives"] or {}).items():
-        over = f", {_gib(sent['dcn_bytes_per_chip'])} between slices"
+        over = f", {gib(sent['dcn_bytes_per_chip'])} between slices"
         rows.append(
             (
                 f"{kind} sends",
-                f"{sent['count']} x, {_gib(sent['bytes_per_chip'])}"
+                f"{sent['count']} x, {gib(sent['bytes_per_chip'])}"
                 + (over if sent["dcn_bytes_per_chip"] else ""),
             )
         )

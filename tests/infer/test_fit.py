@@ -1,0 +1,140 @@
+"""A server compiled for TPU slices: what it takes, what its cache can hold, what does not fit."""
+
+import dataclasses
+import json
+
+import pytest
+
+from infer.fit import fit
+from infer.server.settings import Settings
+from llama_jax.cli import main
+from llama_jax.commands.fit_serve import show
+from llama_jax.mesh.slices import slice_named
+from llama_jax.presets import presets
+from llama_jax.weights.table import num_parameters
+
+pytest.importorskip("libtpu", reason="the TPU compiler is on Linux x86-64 only")
+
+CONFIG = presets["smollm2-135m"]
+SMALL = {
+    "models": ("smollm2-135m",),
+    "architecture": "smollm2-135m",
+    "dtype": "bfloat16",
+    "max_slots": 8,
+    "max_context": 512,
+    "piece_tokens": 32,
+}
+
+
+def fitted(slice="v5e-1", **changes):
+    said = []
+    result = fit(Settings(**{**SMALL, **changes}), slice_named(slice), said.append)
+    assert said
+    return result
+
+
+@pytest.fixture(scope="module")
+def small():
+    return fitted()
+
+
+def test_every_step_is_compiled_and_what_stays_is_counted(small):
+    report = small.to_dict()
+    assert report["fits"] and report["missing_bytes_per_chip"] == 0 and report["advice"] == []
+    steps = [(step["step"], step["rows"], step["tokens"]) for step in report["steps"]]
+    assert steps == [
+        ("prefill", 1, 32), ("decode", 2, 4), ("decode", 8, 1), ("sample", 8, 1)
+    ]  # fmt: skip
+    itemsize = {"bfloat16": 2, "float32": 4}[CONFIG.dtype]
+    assert report["weights_bytes_per_chip"] == itemsize * num_parameters(CONFIG)
+    # Three heads are filled up to four of 128 numbers; beside eight full rows of 16 blocks there
+    # are nobody's page and two for trying steps out.
+    page = CONFIG.num_hidden_layers * 32 * (2 * 4) * 128 * 2
+    assert report["cache_bytes_per_chip"] == pytest.approx((8 * 16 + 1 + 2) * page, abs=8)
+    assert (report["cache_tokens"], report["row_tokens"]) == (8 * 512, 512)
+    parts = ("weights", "cache", "sampling", "transient", "code")
+    together = sum(report[f"{name}_bytes_per_chip"] for name in parts)
+    assert report["hbm_bytes_per_chip"] == pytest.approx(together, rel=0.02)
+
+
+def test_the_largest_cache_leaves_no_room_for_another_percent(small):
+    report = small.to_dict()
+    page = CONFIG.num_hidden_layers * 32 * (2 * 4) * 128 * 2
+    more = report["largest_cache_tokens"] - report["cache_tokens"]
+    free = report["hbm_limit"] - report["hbm_bytes_per_chip"]
+    assert 0.98 * free < more // 32 * page <= free
+    assert report["largest_slots_of_max_context"] == report["largest_cache_tokens"] // 512
+    assert report["largest_context_of_max_slots"] == 512
+
+
+def test_work_and_bounds_of_a_step_of_all_rows(small):
+    report = small.to_dict()
+    layers, heads = CONFIG.num_hidden_layers, CONFIG.num_attention_heads * CONFIG.head_dim
+    norms = (2 * layers + 1) * CONFIG.hidden_size
+    products = num_parameters(CONFIG) - norms  # the embedding is the head as well
+    wanted = 8 * (2 * products + 4 * layers * heads * 512)
+    assert report["flops_per_step"] == pytest.approx(wanted, rel=1e-3)
+    cache = 8 * 512 * layers * (2 * 4) * 128 * 2
+    least = report["weights_bytes_per_chip"] + cache
+    # The compiler turns the embedding around for the head: it is read and written once more.
+    embedding = CONFIG.vocab_size * CONFIG.hidden_size * 2
+    assert least < report["bytes_accessed_per_chip"] < least + 4 * embedding
+    assert report["collectives"] == {}
+    assert report["bound_by"] == "memory"
+    seconds = report["bytes_accessed_per_chip"] / 819e9
+    assert report["bound_tokens_per_second"] == pytest.approx(8 / seconds)
+
+
+def test_what_does_not_fit_says_by_how_much_and_what_would_help():
+    changes = {"models": ("llama3.1-8b",), "architecture": "llama3.1-8b", "max_context": 8192}
+    report = fitted(**changes, max_slots=2).to_dict()
+    assert not report["fits"] and report["largest_cache_tokens"] == 0
+    assert 0 < report["missing_bytes_per_chip"] < 2**30
+    advice = " ".join(report["advice"])
+    assert "not even one row" in advice
+    assert "quantization=int8" in advice and "v5e-4" in advice
+
+
+def test_a_cache_that_is_too_large_is_told_what_would_fit(small):
+    crowded = dataclasses.replace(small, memory=2**34)
+    assert not crowded.fits
+    tokens = small.largest_blocks * 32
+    (first, *_) = crowded.to_dict()["advice"]
+    assert first.startswith(f"cache_tokens={tokens} fits, which is max_slots={tokens // 512} of")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"mesh": "tensor=4"}, "v5e-1 has 1 devices"),
+        ({"models": ("a", "b")}, "one model at a time"),
+        ({"architecture": "smollm2"}, "architecture is 'smollm2'"),
+        ({"max_adapters": 2}, "adapters beside a model"),
+        ({"quantization": "int3"}, "scheme is 'int3'"),
+    ],
+)
+def test_what_cannot_be_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        fit(Settings(**{**SMALL, **changes}), slice_named("v5e-1"), print)
+
+
+def test_heads_that_do_not_divide_are_refused():
+    with pytest.raises(ValueError, match="does not divide"):
+        fit(Settings(**{**SMALL, "mesh": "tensor=4"}), slice_named("v5e-4"), print)
+
+
+def test_the_command_reports_each_slice(tmp_path, capsys):
+    path = tmp_path / "serve.yaml"
+    path.write_text(
+        "models: [smollm2-135m]\narchitecture: smollm2-135m\nslice: v5e-1\ndtype: bfloat16\n"
+        "max_slots: 2\nmax_context: 64\npiece_tokens: 32\n"
+    )
+    assert main(["fit", "--serve", str(path), "max_context=96", "--json"]) == 0
+    (report,) = json.loads(capsys.readouterr().out)
+    assert (report["slice"], report["max_context"], report["fits"]) == ("v5e-1", 96, True)
+    show([report])
+    shown = capsys.readouterr().out
+    assert "tokens that a cache can hold" in shown and "decode" in shown
+    assert main(["fit", "--serve", str(path), "max_contxt=96"]) == 2
+    assert main(["fit", "--serve", str(path), "--search"]) == 2
+    assert "--serve finds what fits" in capsys.readouterr().err
