@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 
-from llama_jax.model.layout import for_decoding
+from llama_jax.model.layout import for_decoding, head_for_decoding
 
 Layers = Literal["auto", "unrolled", "scanned"]
 
@@ -27,7 +27,7 @@ def with_layers(params: Any, layers: Layers, mesh: jax.sharding.Mesh | None) -> 
             raise ValueError("layers is 'scanned', but params hold a tuple of layers; stack them")
         return params
     if layers == "unrolled" or (layers == "auto" and mesh is None and _on_one_cpu(params)):
-        return {**params, "layers": _unrolled(params)}
+        return {**head_for_decoding(params), "layers": _unrolled(params)}
     return params
 
 

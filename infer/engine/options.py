@@ -9,7 +9,7 @@ MAX_DRAFT_TOKENS = 7
 
 # Up to this many tokens a step sums in the order in which it sums a few: checked on a CPU with
 # AVX-512, and by the engine's tests.
-_MAX_DRAFTED_TOKENS = 32
+_MAX_DRAFTED_TOKENS = 24
 
 _SERVING_AXES = ("tensor", "fsdp", "data")
 
@@ -27,7 +27,7 @@ class EngineOptions:
     piece_tokens: prompt tokens read in one go, between two steps of the others. queue_limit:
       requests that may wait. prefix_cache: whether prompts that begin alike share work.
     exact: whether an answer's tokens never depend on who else is there. False lets one request
-      alone run in steps of one row, which on a CPU take half the time and sum in another order:
+      alone run in steps of one row, which take a little less time and on a CPU sum in another order:
       where two tokens are all but equally likely, the answer may differ from that in a batch.
     prefill_share: of the time, how much at most goes to reading prompts while others generate.
     max_adapters, max_lora_rank: LoRA adapters that may be loaded at a time, and their largest

@@ -1,9 +1,9 @@
 """Runs what the scheduler decides: holds the arrays of an engine and calls its compiled steps.
 
 Steps come in few shapes: pieces of prompts of `piece_shapes` tokens, and `row_shapes` rows that
-take a token. On a CPU steps of fewer than eight tokens sum in another order than larger ones, so
-few rows are filled up to eight tokens: they cost little, because a small step takes the time of
-reading the weights.
+take a token. On a CPU a step of one token sums in another order than larger ones, so one row has a
+second beside it, which costs little: a small step takes the time of reading the weights. Whether
+the other shapes sum alike is looked at when an engine starts.
 """
 
 import logging
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 _SHORTEST_PIECE = 32
 _FEWEST_ROWS = 2
-_FEWEST_TOKENS = 8
+_FEWEST_TOKENS = 2
 
 # The variants of choosing tokens that are compiled, the cheapest first; each can do what those
 # before it can.

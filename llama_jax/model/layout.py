@@ -2,7 +2,7 @@
 
 A scan over stacked weights copies each layer's slice before using it, which costs decoding on a
 CPU a factor of 2.6. Separate arrays per layer avoid that, and while they are being made, products
-of the same input are joined and matrices are turned to the order XLA reads fastest with few rows.
+of the same input are joined and matrices become leaves that `dot` multiplies fastest with few rows.
 """
 
 from functools import partial
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import tree
-from llama_jax.weights.tensors import TransposedTensor
+from llama_jax.weights.tensors import DecodingTensor
 
 _JOINED = {
     "qkv_proj": ("self_attn", ("q_proj", "k_proj", "v_proj")),
@@ -26,12 +26,22 @@ def unstack_layers(params: tree.Tree) -> tree.Tree:
 
 
 def for_decoding(params: tree.Tree) -> tree.Tree:
-    """`unstack_layers` with joined and transposed matrices, for plain arrays; other leaves stay.
+    """`unstack_layers` with matrices joined, and made, with the head, for few rows; leaves that are
+    no plain arrays stay.
 
     The result runs in `hidden_states` and `decode` like any parameters, but no longer follows the
     weight table. It is a copy of all layers: drop the stacked ones if memory is short.
     """
-    return _per_layer(params, _joined_and_transposed)
+    return head_for_decoding(_per_layer(params, _joined))
+
+
+def head_for_decoding(params: tree.Tree) -> tree.Tree:
+    """The parameters with the head, or the embedding that serves as one, made for few rows."""
+    name = "lm_head" if "lm_head" in params else "embed_tokens"
+    weight = params[name]["weight"]
+    if not isinstance(weight, jax.Array):
+        return params
+    return {**params, name: {"weight": DecodingTensor(weight)}}
 
 
 def _per_layer(params: tree.Tree, change: Any) -> tree.Tree:
@@ -48,7 +58,7 @@ def _take(change: Any, layers: tree.Tree, index: jax.Array) -> tree.Tree:
     return change(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, False), layers))
 
 
-def _joined_and_transposed(layer: tree.Tree) -> tree.Tree:
+def _joined(layer: tree.Tree) -> tree.Tree:
     layer = {name: dict(part) for name, part in layer.items()}
     for joined, (block, names) in _JOINED.items():
         parts = [layer[block][name] for name in names] if block in layer else []
@@ -58,11 +68,11 @@ def _joined_and_transposed(layer: tree.Tree) -> tree.Tree:
             layer[block][joined] = {
                 field: jnp.concatenate([part[field] for part in parts]) for field in parts[0]
             }
-    return tree.map_with_path(_transposed, layer)
+    return tree.map_with_path(_for_few_rows, layer)
 
 
-def _transposed(path: str, leaf: Any) -> Any:
+def _for_few_rows(path: str, leaf: Any) -> Any:
     """Matrices of linear layers; experts go through another product and stay."""
     if isinstance(leaf, jax.Array) and leaf.ndim == 2 and "block_sparse_moe" not in path:
-        return TransposedTensor(leaf.T)
+        return DecodingTensor(leaf)
     return leaf

@@ -13,6 +13,7 @@ from qwix import QArray
 from llama_jax.config import Compute
 from llama_jax.weights import qat
 from llama_jax.weights.tensors import (
+    DecodingTensor,
     IntegerTensor,
     Leaf,
     LoraTensor,
@@ -20,10 +21,11 @@ from llama_jax.weights.tensors import (
     QatTensor,
     SavedTensor,
     StackedLora,
-    TransposedTensor,
     is_quantized,
     to_array,
 )
+
+_FEW_ROWS = 64
 
 
 def dot(
@@ -68,8 +70,8 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
     if is_quantized(weight):
         # Weight-only: the products are of activations and rescaled integers, as QLoRA has them.
         return _plain(x, to_array(weight, dtype=x.dtype), compute)
-    if isinstance(weight, TransposedTensor):
-        return _plain(x, weight.array.astype(x.dtype), compute, contracted=0)
+    if isinstance(weight, DecodingTensor):
+        return _few_rows(x, weight.array.astype(x.dtype), compute)
     return _plain(x, weight.astype(x.dtype), compute)
 
 
@@ -149,6 +151,15 @@ def _plain(x: jax.Array, weight: jax.Array, compute: Compute, *, contracted: int
     )
 
 
+def _few_rows(x: jax.Array, weight: jax.Array, compute: Compute) -> jax.Array:
+    """x [T, in] times weight [out, in] -> [T, out], the weight first: with 2 to some 64 rows XLA's
+    CPU backend, which copies its first operand into tiles, takes a fifth to a third less time."""
+    if not 1 < x.shape[0] <= _FEW_ROWS:
+        return _plain(x, weight, compute)
+    # The barrier keeps XLA from turning the product back.
+    return jax.lax.optimization_barrier(_plain(weight, x, compute)).T
+
+
 def embed(weight: Leaf, ids: jax.Array, *, compute: Compute) -> jax.Array:
     """Rows of weight [V, D] at ids [...] -> [..., D] in the compute dtype."""
     dtype: Any = jnp.dtype(compute.dtype)
@@ -163,6 +174,8 @@ def embed(weight: Leaf, ids: jax.Array, *, compute: Compute) -> jax.Array:
         return embed(weight.dequantize(), ids, compute=compute)
     if isinstance(weight, IntegerTensor):
         return embed(weight.base, ids, compute=compute)
+    if isinstance(weight, DecodingTensor):
+        return embed(weight.array, ids, compute=compute)
     if isinstance(weight, PackedTensor):
         rows_of = dataclasses.replace(
             weight,

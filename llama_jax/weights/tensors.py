@@ -18,7 +18,7 @@ from qwix import QArray
 
 from llama_jax.weights.qat import Backward, codes
 
-# jax.Array | QArray | PackedTensor | IntegerTensor | QatTensor | TransposedTensor | LoraTensor |
+# jax.Array | QArray | PackedTensor | IntegerTensor | QatTensor | DecodingTensor | LoraTensor |
 # StackedLora | SavedTensor
 Leaf = Any
 # An array, or what stands for one in a tree of shardings, shapes or booleans.
@@ -229,15 +229,14 @@ def signed_nibbles(codes: jax.Array) -> jax.Array:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class TransposedTensor:
-    """A matrix kept as its transpose, array [..., in, out], for products that read it faster so."""
+class DecodingTensor:
+    """A matrix [out, in] that meets few rows at a time on a CPU: `dot` puts it first."""
 
     array: Array
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *stack, inner, out = self.array.shape
-        return (*stack, out, inner)
+        return tuple(self.array.shape)
 
     @property
     def ndim(self) -> int:
@@ -377,8 +376,8 @@ def _to_float32(leaf: Leaf) -> jax.Array:
         return _to_float32(leaf.base)
     if isinstance(leaf, PackedTensor | QatTensor):
         return leaf.dequantize()
-    if isinstance(leaf, TransposedTensor):
-        return leaf.array.astype(jnp.float32).swapaxes(-1, -2)
+    if isinstance(leaf, DecodingTensor):
+        return leaf.array.astype(jnp.float32)
     if isinstance(leaf, QArray):
         return qwix.dequantize(leaf.astype(jnp.float32))
     return jnp.asarray(leaf).astype(jnp.float32)
