@@ -131,7 +131,8 @@ async def _load_and_wait(models: Models, stop: asyncio.Event) -> int:
     if not isinstance(error, ApiError):
         raise error
     logger.error("not started", extra={"reason": error.message})
-    return 1
+    # As with every command: 2 is for what the caller gave, 1 for what went wrong.
+    return 2 if isinstance(error.__cause__, ValueError) else 1
 
 
 def _listen(settings: Settings) -> socket.socket:

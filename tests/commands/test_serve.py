@@ -411,6 +411,7 @@ def test_what_cannot_be_is_refused_before_jax_starts(tmp_path, capsys, monkeypat
         (["serve", "m", "--max-slots", "0"], "max_slots is 0"),
         (["serve", "m", "--max-slots", "many"], "--max-slots is 'many'"),
         (["serve", "a/m", "b/m"], "two models are called m"),
+        (["serve", str(tmp_path / "nothing-here")], "neither there nor a name that is known"),
         (["serve", "m", "--config", str(tmp_path / "nowhere.yaml")], "nowhere.yaml"),
     ):
         assert cli.main(argv) == 2
@@ -420,8 +421,11 @@ def test_what_cannot_be_is_refused_before_jax_starts(tmp_path, capsys, monkeypat
     assert "did you mean LLAMA_JAX_MAX_SLOTS" in capsys.readouterr().err
 
 
-def test_a_model_that_is_not_there_ends_the_start_with_its_reason(tmp_path):
-    process = Process(tmp_path / "log", tmp_path / "nothing-here")
-    assert process.process.wait(60) == 1
+def test_a_model_that_is_wrong_ends_the_start_with_its_reason(tmp_path):
+    wrong = tmp_path / "wrong"
+    wrong.mkdir()
+    (wrong / "config.json").write_text('{"model_type": "llama"}')
+    process = Process(tmp_path / "log", wrong)
+    assert process.process.wait(60) == 2
     process.process.stdout.close()
-    assert "neither there nor a name that is known" in process.log.read_text()
+    assert "missing vocab_size" in process.log.read_text()
