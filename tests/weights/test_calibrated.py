@@ -75,9 +75,8 @@ def test_gptq_has_less_error_of_outputs_than_rounding(scheme):
     jax.tree.map(np.testing.assert_array_equal, alone, leaf)
 
 
-@pytest.mark.parametrize("family", ["llama-biases", "mixtral"])
-def test_gptq_of_a_model(family):
-    config = FAMILIES[family]
+def test_gptq_of_a_model_with_experts():
+    config = FAMILIES["mixtral"]
     params = tiny_params(config)
     how = Quantization("int4")
     rounded = quantize(config, params, scheme="int4")
