@@ -254,6 +254,10 @@ class OptimizerSection(Section):
         "last bit still add up; needs compute.param_dtype bfloat16",
         default=False,
     )
+    offload: bool = option(
+        "keep moments in the host's memory, and on the devices only while they are updated",
+        default=False,
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -753,6 +757,11 @@ class RunConfig(Section):
             )
         if self.distill.step == "jit":
             return
+        if self.optimizer.offload:
+            raise ValueError(
+                "optimizer.offload is true, but distill.step pmap keeps a copy of everything on "
+                "every device; choose distill.step: jit, or set offload to false"
+            )
         split = [name for name, size in self.mesh.sizes().items() if name != "data" and size != 1]
         if split:
             raise ValueError(

@@ -33,7 +33,7 @@ from train.distill_on_policy import OnPolicy
 from train.distill_pmap import AXIS, make_pmap_step
 from train.dpo import make_dpo_loss
 from train.optim import Optimizer, make_optimizer, make_schedule
-from train.state import TrainState, init_state, state_shardings
+from train.state import TrainState, from_host, init_state, on_host, state_shardings
 from train.step import Loss, make_eval_step, make_train_step
 
 # What each use of the run's seed folds into its key.
@@ -193,6 +193,10 @@ def make_setup(
         held=zeros_mask(config, params) if run.model.keep_zeros else None,
         prepare=_make_prepare(run, teacher),
     )
+    if run.optimizer.offload:
+        resting = on_host(state, places)
+        step = from_host(step, places.opt_state, resting.opt_state)
+        places = resting
     beside_places = jax.tree.map(lambda struct: struct.sharding, beside)
     return Setup(
         run=run,

@@ -1,11 +1,13 @@
 """What a training step turns into its successor, and where it lies on the mesh."""
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from llama_jax import tree
 from llama_jax.config import LogicalRules, ModelConfig
@@ -48,7 +50,7 @@ def init_state(
 def state_shardings(
     config: ModelConfig, state: TrainState, mesh: Mesh, rules: LogicalRules
 ) -> TrainState:
-    """A sharding for every array of `state` (arrays or shape structs).
+    """A sharding for every array of `state` (arrays or shape structs), all on the devices.
 
     Moments lie where their parameters do: they carry the path of the parameter at the end of their
     own. What has another shape, such as counters and factored moments, is replicated.
@@ -73,3 +75,25 @@ def state_shardings(
         rng=everywhere,
         auxiliary=jax.tree.map(lambda _: everywhere, state.auxiliary),
     )
+
+
+def on_host(state: TrainState, places: TrainState) -> TrainState:
+    """`places` with the moments in the host's memory; numbers such as the count stay."""
+
+    def moved(array: Any, place: NamedSharding) -> NamedSharding:
+        return place.with_memory_kind("pinned_host") if array.ndim else place
+
+    moments = jax.tree.map(moved, state.opt_state, places.opt_state)
+    return dataclasses.replace(places, opt_state=moments)
+
+
+def from_host(step: Callable[..., Any], working: Any, resting: Any) -> Callable[..., Any]:
+    """A step whose moments lie at `resting` before and after it, and at `working` in it."""
+
+    def moving(state: TrainState, *rest: Any) -> tuple[TrainState, Any]:
+        here = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, working))
+        after, metrics = step(here, *rest)
+        moments = jax.device_put(after.opt_state, resting)
+        return dataclasses.replace(after, opt_state=moments), metrics
+
+    return moving

@@ -242,7 +242,7 @@ def _values(leaf: Leaf, part: str, kind: _Kind) -> np.ndarray:
     """A part of one matrix, whose arrays lie on the host."""
     if part == "input_scale":
         return np.asarray(leaf.activation_scale, np.float32)
-    base = leaf.base if isinstance(leaf, IntegerTensor) else leaf
+    base: Leaf = leaf.base if isinstance(leaf, IntegerTensor) else leaf
     if part == "weight_scale":
         return np.asarray(base.scale.astype(np.float32))
     if part == "weight_shape":

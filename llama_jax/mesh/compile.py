@@ -124,9 +124,11 @@ def compile_for(
 
 
 def device_bytes(structs: Any) -> int:
-    """Bytes of one device, from shapes and shardings."""
+    """Bytes of one device, from shapes and shardings; what lies in the host's memory is not its."""
     total = 0
     for struct in jax.tree.leaves(structs):
+        if struct.sharding.memory_kind == "pinned_host":
+            continue
         shape = struct.sharding.shard_shape(struct.shape)
         itemsize = (
             8

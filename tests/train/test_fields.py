@@ -25,6 +25,7 @@ LOWERED = {
     "optimizer.weight_decay": ({}, 0.5),
     "optimizer.max_grad_norm": ({}, None),
     "optimizer.momentum": ({"optimizer": {"name": "sgd"}}, 0.5),
+    "optimizer.offload": ({}, True),
     "optimizer.decay_rate": ({"optimizer": {"name": "adafactor"}}, 0.5),
     "schedule.name": ({}, "linear"),
     "schedule.warmup_steps": ({}, 3),
