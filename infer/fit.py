@@ -221,12 +221,13 @@ def fit(settings: Settings, wanted: Slice, say: Say) -> ServeFit:
     options = dataclasses.replace(engine_options(settings), cache="pages")
     longest = config.max_position_embeddings
     context = min(longest, settings.max_context or longest)
+    end_tokens: Any = np.zeros(max(1, len(config.eos_token_id)), np.int32)
     model = Runnable(
         config=config,
         params=params,
         compute=Compute(dtype=settings.dtype or Compute().dtype, rules=placement.RULES),
         mesh=mesh,
-        rules=offline.Rules(None, np.zeros(max(1, len(config.eos_token_id)), np.int32)),
+        rules=offline.Rules(None, end_tokens),
         tokenizer=None,
     )
     size = page_bytes(config, options, model.compute.dtype, parts=parts, kernel=True)

@@ -56,11 +56,11 @@ class AbstractEngine:
             kernel=cache.kernel,
         )
 
-    def _whole(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+    def _whole(self, shape: tuple[int, ...], dtype: Any = jnp.int32) -> Any:
         place = NamedSharding(self.mesh, PartitionSpec())
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    def _divided(self, array: Any, axes: tuple[str | None, ...]) -> jax.ShapeDtypeStruct:
+    def _divided(self, array: Any, axes: tuple[str | None, ...]) -> Any:
         place = NamedSharding(self.mesh, partition_spec(axes, self.model.compute.rules))
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
 
@@ -89,7 +89,7 @@ class AbstractEngine:
         whole, pages = self._whole, self.runner.pages_per_row
         if shape.kind == "prefill":
             step: Any = paged_steps.read_piece
-            own = (whole((shape.tokens,)), whole((pages,)), whole(()), whole(()), whole(()))
+            own: Any = (whole((shape.tokens,)), whole((pages,)), *[whole(()) for _ in range(3)])
         else:
             step, size = paged_steps.run_tokens, (shape.rows, shape.tokens)
             rows = PageRows(whole((shape.rows, pages)), whole(size), whole((shape.rows,)))

@@ -5,7 +5,7 @@ but what a preempted choice takes to the host. Page 0 is nobody's (`paged_cache.
 is page b + 1, and behind the blocks lie a few pages for trying steps out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,12 +95,13 @@ class PagedRunner(Runner):
         self,
         rows: int,
         length: int,
-        placed: dict[int, Placed],
+        placed: Mapping[int, Placed],
         adapters: Sequence[int],
     ) -> jax.Array:
         tokens = np.zeros((rows, length), np.int32)
-        tables = np.full((rows, self.pages_per_row), NOWHERE, np.int32)
-        begins, ends = np.zeros((rows, 1), np.int32), np.ones(rows, np.int32)
+        tables: Any = np.full((rows, self.pages_per_row), NOWHERE, np.int32)
+        begins: Any = np.zeros((rows, 1), np.int32)
+        ends: Any = np.ones(rows, np.int32)
         for slot, (begin, ids, blocks) in placed.items():
             tokens[slot, : len(ids)] = ids
             tables[slot] = self._table(blocks)

@@ -7,7 +7,7 @@ the other shapes sum alike is looked at when an engine starts.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -303,7 +303,8 @@ class Runner:
         """
         rows = self.rows_for(choices)
         length = self.lengths(rows)[-1 if drafts else 0]
-        placed, adapters = {}, [-1] * rows
+        adapters = [-1] * rows
+        placed: dict[int, Placed] = {}
         ordered: list[Choice | None] = [None] * rows
         slots, taken = [self._nowhere] * (rows * length), [0] * (rows * length)
         for choice in choices:
@@ -342,7 +343,7 @@ class Runner:
         self,
         rows: int,
         length: int,
-        placed: dict[int, Placed],
+        placed: Mapping[int, Placed],
         adapters: Sequence[int],
     ) -> jax.Array:
         """[rows * length, V], after tokens that begin at a position, by slot."""

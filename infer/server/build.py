@@ -97,7 +97,7 @@ def quantization_of(settings: Settings) -> "Quantization | None":
     return Quantization(settings.quantization)
 
 
-def check_architecture(architecture: str, model: str, config: ModelConfig) -> None:
+def check_architecture(architecture: str, model: str | Path, config: ModelConfig) -> None:
     """Raises ValueError where the weights of `model` have other shapes than those of a preset."""
     from llama_jax.weights.table import weight_table
 
