@@ -291,14 +291,15 @@ def test_models_given_at_the_start_stay():
         assert server.complete()[0] == 200
 
 
-def test_a_start_that_cannot_load_ends_with_an_error():
+@pytest.mark.parametrize(("kind", "code"), [(ValueError, 2), (RuntimeError, 1)])
+def test_a_start_that_cannot_load_ends_with_an_error(kind, code):
     from infer.server.models import Source
 
     def build(source):
-        raise ValueError("no such thing")
+        raise kind("no such thing")
 
     with (
-        pytest.raises(AssertionError, match=r"\[1\]"),
+        pytest.raises(AssertionError, match=rf"\[{code}\]"),
         running(build, sources=[Source("m", "1", "m")], wait_ready=False) as server,
     ):
         until(lambda: not _answers(server))
