@@ -18,7 +18,7 @@ import numpy as np
 
 from infer import steps
 from infer.buckets import row_bucket, token_bucket
-from infer.completion import Piece, Row, TokenLogprob, make_logprob
+from infer.completion import Piece, Row
 from infer.params import SamplingParams
 from infer.sampling import NO_TOKEN, Needs, Rows, Sampled, Seen
 from llama_jax.config import Compute, ModelConfig
@@ -188,8 +188,7 @@ class Batch:
                 ids = row.prompt_token_ids
                 row.prompt_logprobs = [None]
                 row.prompt_logprobs += [
-                    self._logprob(
-                        row,
+                    row.scored(
                         token,
                         logprobs[index, place],
                         top_logprobs[index, place],
@@ -212,22 +211,4 @@ class Batch:
                     f"every token is forbidden; check the weights, compute.dtype "
                     f"({self.model.compute.dtype}) and logit_bias"
                 )
-            logprob = None
-            if row.params.logprobs is not None:
-                assert step.logprob is not None
-                assert step.top_logprobs is not None and step.top_tokens is not None
-                logprob = self._logprob(
-                    row,
-                    token,
-                    step.logprob[index],
-                    step.top_logprobs[index],
-                    step.top_tokens[index],
-                )
-            yield row.push(token, logprob)
-
-    def _logprob(
-        self, row: Row, token: int, logprob: Any, top_logprobs: Any, top_tokens: Any
-    ) -> TokenLogprob:
-        num = row.params.logprobs
-        top = zip(top_tokens[:num].tolist(), top_logprobs[:num].tolist(), strict=True)
-        return make_logprob(self.model.tokenizer, token, float(logprob), top)
+            yield row.push(token, row.logprob_of(step, index))

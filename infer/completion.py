@@ -13,6 +13,7 @@ from infer.params import SamplingParams
 from infer.stop import StopMatcher
 
 if TYPE_CHECKING:
+    from infer.sampling import Sampled
     from llama_jax.formats.tokenizer import Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -153,6 +154,28 @@ class Row:
             if self.finish_reason is None and len(self.token_ids) >= self.limit:
                 self._end("length")
         return self._piece((token_id,))
+
+    def logprob_of(self, sampled: "Sampled", place: int) -> TokenLogprob | None:
+        """Of the token at a place of what a step sampled, where they are asked for."""
+        if self.params.logprobs is None:
+            return None
+        assert sampled.logprob is not None
+        assert sampled.top_logprobs is not None and sampled.top_tokens is not None
+        return self.scored(
+            int(sampled.tokens[place]),
+            sampled.logprob[place],
+            sampled.top_logprobs[place],
+            sampled.top_tokens[place],
+        )
+
+    def scored(
+        self, token_id: int, logprob: Any, top_logprobs: Any, top_tokens: Any
+    ) -> TokenLogprob:
+        """A token of the prompt or the answer with its log probability, and as many of the most
+        likely ones [K] at its place as are asked for."""
+        num = self.params.logprobs
+        pairs = zip(top_tokens[:num].tolist(), top_logprobs[:num].tolist(), strict=True)
+        return make_logprob(self.tokenizer, token_id, float(logprob), pairs)
 
     def output(self) -> Output:
         assert self.finish_reason is not None

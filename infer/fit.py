@@ -225,12 +225,16 @@ def fit(settings: Settings, wanted: Slice, say: Say) -> ServeFit:
     model = Runnable(
         config=config,
         params=params,
-        compute=Compute(dtype=settings.dtype or Compute().dtype, rules=placement.RULES),
+        compute=Compute(
+            dtype=settings.dtype or Compute().dtype,
+            cache_dtype=settings.cache_dtype,
+            rules=placement.RULES,
+        ),
         mesh=mesh,
         rules=offline.Rules(None, end_tokens),
         tokenizer=None,
     )
-    size = page_bytes(config, options, model.compute.dtype, parts=parts, kernel=True)
+    size = page_bytes(config, options, model.compute.held_dtype, parts=parts, kernel=True)
     trial = _Trial(settings, wanted, model, options, context, page_bytes=size, say=say)
     return trial.result()
 

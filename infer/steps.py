@@ -37,8 +37,8 @@ class Rules:
 def new_cache(
     config: ModelConfig, *, compute: Compute, batch: int, capacity: int, stacked: bool
 ) -> KVCache:
-    """An empty cache in the compute dtype, its rows and heads dealt out on a mesh."""
-    cache = init_cache(config, batch, capacity, dtype=jnp.dtype(compute.dtype), stacked=stacked)
+    """An empty cache, its rows and heads dealt out on a mesh."""
+    cache = init_cache(config, batch, capacity, dtype=compute.held_dtype, stacked=stacked)
     return _placed(cache, compute)
 
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, Self
 
 ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
+CACHE_DTYPES = (*FLOAT_DTYPES, "int8")
 REMAT_POLICIES = ("none", "dots", "full", "offload")  # from the cheapest to the smallest
 ATTENTION_KERNELS = ("reference", "splash")
 MOE_PRODUCTS = ("dense", "grouped", "megablox")
@@ -264,6 +265,8 @@ class Compute:
       and loss are float32 whatever this says.
     param_dtype: of the trained parameters; None keeps the dtype they were loaded in.
     accumulation_dtype: of the sums inside products.
+    cache_dtype: of the keys and values kept while text is generated; None is `dtype`. int8 rounds
+      each head of each token with a scale of its own.
     remat: what the backward pass recomputes: `none` keeps every activation, `full` keeps only the
       input of each layer, `dots` keeps the results of the weight products, `offload` does what
       `full` does and keeps the inputs in the host's memory.
@@ -278,6 +281,7 @@ class Compute:
     dtype: str = "float32"
     param_dtype: str | None = None
     accumulation_dtype: str = "float32"
+    cache_dtype: str | None = None
     remat: Literal["none", "full", "dots", "offload"] = "none"
     attention: Literal["reference", "splash"] = "reference"
     moe: Literal["dense", "grouped", "megablox"] = "grouped"
@@ -291,12 +295,19 @@ class Compute:
         _require_choice(
             "compute", "accumulation_dtype", self.accumulation_dtype, ("float32", "bfloat16")
         )
+        if self.cache_dtype is not None:
+            _require_choice("compute", "cache_dtype", self.cache_dtype, CACHE_DTYPES)
         _require_choice("compute", "remat", self.remat, REMAT_POLICIES)
         _require_choice("compute", "attention", self.attention, ATTENTION_KERNELS)
         _require_choice("compute", "moe", self.moe, MOE_PRODUCTS)
         _require_int("compute", "loss_chunk_tokens", self.loss_chunk_tokens, low=1, high=2**31 - 1)
         known = [name for name, _ in DEFAULT_RULES]
         check_keys("compute.rules", dict(self.rules), known)
+
+    @property
+    def held_dtype(self) -> str:
+        """What a cache of keys and values holds."""
+        return self.dtype if self.cache_dtype is None else self.cache_dtype
 
 
 def check_keys(owner: str, given: dict[str, Any], allowed: list[str]) -> None:

@@ -85,6 +85,7 @@ def test_more_chosen_experts_than_there_are():
     [
         ({"dtype": "float8"}, "compute.dtype"),
         ({"accumulation_dtype": "float16"}, "compute.accumulation_dtype"),
+        ({"cache_dtype": "int4"}, "compute.cache_dtype"),
         ({"remat": "some"}, "compute.remat"),
         ({"attention": "flash"}, "compute.attention"),
         ({"moe": "sparse"}, "compute.moe"),

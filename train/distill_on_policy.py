@@ -91,7 +91,7 @@ class OnPolicy:
     ) -> jax.Array:
         """[B, T]: each row's first `prompt` tokens, and behind them samples to the end."""
         batch, length = tokens.shape
-        cache = init_cache(config, batch, length, dtype=jnp.dtype(compute.dtype), stacked=True)
+        cache = init_cache(config, batch, length, dtype=compute.held_dtype, stacked=True)
 
         def body(carry: Any, place: jax.Array) -> Any:
             cache, current = carry

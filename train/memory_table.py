@@ -98,12 +98,18 @@ def _inference(run: RunConfig, wanted: Slice) -> MemoryRow:
         place = jax.sharding.NamedSharding(mesh, partition_spec(axes, rules))
         return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=place)
 
-    empty = jax.eval_shape(lambda: init_cache(config, batch, length, dtype=dtype, stacked=True))
-    layers = (None, "batch", "kv_heads", None, None)
+    held = run.compute.held_dtype
+    empty = jax.eval_shape(lambda: init_cache(config, batch, length, dtype=held, stacked=True))
+
+    def placed_layers(side: Any) -> Any:
+        return jax.tree.map(
+            lambda each: placed(each, (None, "batch", "kv_heads", None, None)), side
+        )
+
     cache = dataclasses.replace(
         empty,
-        keys=placed(empty.keys, layers),
-        values=placed(empty.values, layers),
+        keys=placed_layers(empty.keys),
+        values=placed_layers(empty.values),
         positions=placed(empty.positions, ("batch", None)),
         lengths=placed(empty.lengths, ("batch",)),
         cursor=placed(empty.cursor, ()),

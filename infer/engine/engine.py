@@ -22,11 +22,12 @@ import numpy as np
 
 from infer import generate
 from infer.completion import Piece as TextPiece
-from infer.completion import Row, TokenLogprob, make_logprob
+from infer.completion import Row
 from infer.engine import placement
 from infer.engine.blocks import BlockManager, OutOfBlocksError
 from infer.engine.compilations import compilations_here, count_compilations
-from infer.engine.drafts import look_up
+from infer.engine.draft_model import DraftModel
+from infer.engine.guesses import Guesser, small_model
 from infer.engine.memory import blocks_and_context, pages_and_context
 from infer.engine.options import EngineOptions
 from infer.engine.paged_runner import PagedRunner
@@ -41,10 +42,11 @@ from infer.engine.request import (
 )
 from infer.engine.runner import Runner
 from infer.engine.scheduler import Choice, Piece, Scheduler, plan_pieces
+from infer.engine.step import Member, Step
 from infer.engine.structure import Grammars, StructureError, TextMatcher
 from infer.layers import Layers
 from infer.sampling import NO_TOKEN, Sampled
-from llama_jax.config import Compute
+from llama_jax.config import Compute, ModelConfig
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +78,17 @@ class _Active:
     num_ended: int = 0
     is_admitted: bool = False
     cached_tokens: int = 0
+    queued_seconds: float = 0.0
     submitted: float = field(default_factory=time.monotonic)
 
 
 class BatchingEngine:
     """Implements `request.Engine` for one model on one host's devices.
 
-    model: what `llama_jax.load` gives, or a tuple (config, params, tokenizer).
-    mesh: that of `placement.serving_mesh`, on which the parameters lie by `placement.RULES`.
+    model: what `llama_jax.load` gives, or a tuple (config, params, tokenizer). mesh: that of
+    `placement.serving_mesh`, on which the parameters lie by `placement.RULES`. draft: a smaller
+    model of the same vocabulary, which guesses tokens (see `draft_model`); without it and with
+    `draft_tokens`, they are looked up in the text.
     """
 
     def __init__(
@@ -93,25 +98,30 @@ class BatchingEngine:
         *,
         compute: Compute | None = None,
         mesh: jax.sharding.Mesh | None = None,
+        draft: Any = None,
     ):
         self.options = options or EngineOptions()
         config, params, tokenizer = generate.parts_of(model)
-        longest = config.max_position_embeddings
-        scaling = config.rope_scaling
-        if scaling is not None and scaling.rope_type == "dynamic":
-            # Beyond it the angles of a prompt's first tokens would depend on its length.
-            longest = scaling.original_max_position_embeddings or longest
+        longest = longest_context(config)
         compute = compute or Compute()
         if mesh is not None:
             compute = replace(compute, rules=placement.RULES)
         uses_pages = placement.uses_pages(self.options, mesh)
+        small = None
+        if draft is not None:
+            if mesh is not None:
+                raise ValueError("a draft model runs on one device; leave it or the mesh out")
+            small = small_model(
+                draft, self.options, config=config, tokenizer=tokenizer, compute=compute
+            )
         if uses_pages:
             self._num_blocks, context = pages_and_context(
-                config, self.options, longest, dtype=compute.dtype, mesh=mesh
+                config, self.options, longest, dtype=compute.held_dtype, mesh=mesh
             )
         else:
+            small_config = None if small is None else small.config
             self._num_blocks, context = blocks_and_context(
-                config, self.options, longest, dtype=compute.dtype
+                config, self.options, longest, dtype=compute.held_dtype, draft=small_config
             )
         is_stacked = isinstance(params["layers"], dict)
         layers: Layers = "auto"
@@ -133,6 +143,18 @@ class BatchingEngine:
         self._runner: Runner = make_runner(
             self.model, self.options, capacity=self.max_context, num_blocks=self._num_blocks
         )
+        draft_model = None
+        if small is not None:
+            draft_model = DraftModel(
+                small,
+                self.options,
+                longest=longest_context(small.config),
+                capacity=self._runner.capacity,
+                num_slots=self._runner.scratch_slot + 1,
+                shapes=self._runner.piece_shapes,
+                vocab_size=config.vocab_size,
+            )
+        self._guesser = Guesser(self.options, self._runner, draft_model)
         tokenizer = self._generator.tokenizer
         self._grammars: Grammars | None = None
         if tokenizer is not None:
@@ -159,6 +181,7 @@ class BatchingEngine:
         self._counts: Counter[str] = Counter()
         self._first_compilation = 0
         self._owed_seconds = 0.0
+        self._ahead: Step | None = None  # begun, and not read
         self._request_seconds = 1.0  # a running mean of how long requests take
         self._is_over = False
         self._has_ended = False
@@ -190,6 +213,7 @@ class BatchingEngine:
         with self.model.context():
             self._runner.reset()
             self._runner.warm_up()
+            self._guesser.start()
             self._runner.drop_inexact_shapes()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         with self._changed:
@@ -426,7 +450,9 @@ class BatchingEngine:
         """What a choice brings along goes into its slot."""
         assert choice.slot is not None
         active = self._active[choice.request.id]
-        active.is_admitted = True
+        if not active.is_admitted:
+            active.is_admitted = True
+            active.queued_seconds = time.monotonic() - active.submitted
         if choice.saved is not None:
             self._runner.put_back(choice)
             choice.saved = None
@@ -447,7 +473,7 @@ class BatchingEngine:
             job = self._jobs[0]
             if next(job, self) is self:
                 self._jobs.popleft()
-        else:
+        elif not self._guesser.catch_up(self._scheduler.running):
             return
         if stalls_others:
             share = self.options.prefill_share
@@ -477,9 +503,7 @@ class BatchingEngine:
         if row.prompt_logprobs is None:
             row.prompt_logprobs = [None]
         for place, token in enumerate(following):
-            row.prompt_logprobs.append(
-                self._logprob(row, token, logprobs[place], top[place], ids[place])
-            )
+            row.prompt_logprobs.append(row.scored(token, logprobs[place], top[place], ids[place]))
 
     def _answer_begins(self, choice: Choice, hidden: Any, place: int) -> None:
         active, row = self._active[choice.request.id], choice.row
@@ -492,7 +516,7 @@ class BatchingEngine:
             sampled = self._runner.first_token(hidden, place, choice, masks.get(choice.slot))
         if row.index == 0:
             active.cached_tokens = choice.cached
-            self._tell(active, Started(choice.cached, row.prompt_logprobs))
+            self._tell(active, Started(choice.cached, row.prompt_logprobs, active.queued_seconds))
             later, active.later = active.later, []
             for each in later:
                 self._add(active, each)
@@ -504,23 +528,35 @@ class BatchingEngine:
             self._give(active, choice, sampled, 0)
 
     def _decode(self) -> None:
+        """A token of every choice that can take one. Where the next step is clear as soon as the
+        tokens are there, it begins before clients hear of them."""
         began = time.perf_counter()
+        step, self._ahead = self._ahead, None
+        if step is None or not step.is_wanted:
+            step = self._begin_step()
+        if step is None:
+            return
+        sampled = step.read()
+        self._ahead = self._begin_ahead(step, sampled)
+        for member in step.members:
+            if member.is_there:
+                self._give_all(member, sampled, member.slot * step.length)
+                self._guesser.took(member.choice)
+        self._owed_seconds -= time.perf_counter() - began
+
+    def _begin_step(self) -> Step | None:
         with self._changed:
             choices = self._scheduler.decodable()
         if not choices:
-            return
+            return None
         self._close_hole(choices)
         masks = self._masks(choices)
         choices = [choice for choice in choices if choice.request.id in self._active]
         if not choices:
-            return
-        drafts = self._drafts(choices)
-        sampled, length = self._runner.next_tokens(choices, masks, drafts)
-        for choice in choices:
-            assert choice.slot is not None
-            slot = choice.slot
-            self._give_all(choice, sampled, slot * length, drafts.get(slot, []))
-        self._owed_seconds -= time.perf_counter() - began
+            return None
+        drafts = self._guesser.guess(choices, self._scheduler)
+        self._counts["draft_tokens_total"] += sum(map(len, drafts.values()))
+        return self._runner.begin_step(choices, masks, drafts)
 
     def _masks(self, choices: list[Choice]) -> dict[int, np.ndarray]:
         """What their structures allow next, by slot. A request whose structure fails is ended."""
@@ -535,23 +571,29 @@ class BatchingEngine:
                     self._end(active, Failed("request", str(error)))
         return masks
 
-    def _drafts(self, choices: list[Choice]) -> dict[int, list[int]]:
-        """Guessed tokens by slot. None where a token changes what the next one may be."""
-        if self._runner.rows_for(choices) > self.options.max_drafted_rows:
-            return {}
-        drafts = {}
-        for choice in choices:
-            if choice.matcher is None and not choice.row.params.edits_logits:
-                room = self._scheduler.room_for_draft(choice)
-                tokens = [*choice.row.prompt_token_ids, *choice.row.token_ids]
-                draft = look_up(tokens, min(room, self.options.draft_tokens))
-                if draft and choice.slot is not None:
-                    drafts[choice.slot] = draft
-                    self._counts["draft_tokens_total"] += len(draft)
-        return drafts
+    def _begin_ahead(self, step: Step, sampled: Sampled) -> Step | None:
+        """The step after this one, if all who run are in it, nothing else waits to be done, and
+        what a choice may take does not depend on the tokens' text. Some may turn out to have ended
+        with their token: what they take is dropped."""
+        members = [member for member in step.members if member.is_there]
+        choices = [member.choice for member in members]
+        waiting = self._inbox or self._jobs or self._scheduler.waiting
+        if waiting or len(choices) < len(self._scheduler.running):
+            return None
+        if self._guesser.is_worth_it(choices) or any(choice.matcher for choice in choices):
+            return None
+        going = [c for c in choices if len(c.row.token_ids) + 1 < c.row.limit]
+        if not going:
+            return None
+        with self._changed:
+            if not self._scheduler.hold_ahead(going):
+                return None
+        newest = {member.slot: int(sampled.tokens[member.slot * step.length]) for member in members}
+        return self._runner.begin_step(going, {}, {}, newest)
 
-    def _give_all(self, choice: Choice, sampled: Sampled, place: int, draft: list[int]) -> None:
+    def _give_all(self, member: Member, sampled: Sampled, place: int) -> None:
         """A choice's new tokens: one, and one more for each guess that turned out right."""
+        choice, draft = member.choice, member.draft
         active = self._active.get(choice.request.id)
         for number in range(len(draft) + 1):
             if active is None or choice.row.finish_reason is not None:
@@ -572,6 +614,7 @@ class BatchingEngine:
         needed = next(shape for shape in shapes if shape >= len(self._scheduler.running))
         if choice.slot >= needed:
             self._runner.move(choice, free)
+            self._guesser.move(choice, free)
             choice.slot = free
 
     def _give(self, active: _Active, choice: Choice, sampled: Sampled, place: int) -> None:
@@ -582,24 +625,13 @@ class BatchingEngine:
             self._runner.clear(choice.slot)
             self._end(active, self._no_token(choice))
             return
-        logprob = None
-        if row.params.logprobs is not None:
-            assert sampled.logprob is not None
-            assert sampled.top_logprobs is not None and sampled.top_tokens is not None
-            logprob = self._logprob(
-                row,
-                token,
-                sampled.logprob[place],
-                sampled.top_logprobs[place],
-                sampled.top_tokens[place],
-            )
         if choice.matcher is not None:
             try:
                 choice.matcher.push(token)
             except StructureError as error:
                 self._end(active, Failed("request", str(error)))
                 return
-        piece = row.push(token, logprob)
+        piece = row.push(token, row.logprob_of(sampled, place))
         self._counts["generated_tokens_total"] += 1
         self._scheduler.took(choice, 1)
         self._tell(active, piece)
@@ -619,13 +651,6 @@ class BatchingEngine:
             f"{begin} logits are NaN or infinite, or every token is forbidden; check logit_bias, "
             f"the weights and compute.dtype ({self.model.compute.dtype})",
         )
-
-    def _logprob(
-        self, row: Row, token: int, logprob: Any, top_logprobs: Any, top_tokens: Any
-    ) -> TokenLogprob:
-        num = row.params.logprobs
-        top = zip(top_tokens[:num].tolist(), top_logprobs[:num].tolist(), strict=True)
-        return make_logprob(self.model.tokenizer, token, float(logprob), top)
 
     # Beginnings and ends, in the thread
 
@@ -724,6 +749,15 @@ class BatchingEngine:
                 self._blocks.release(held or [])
             if not future.done():
                 future.set_exception(NotReadyError("the engine ended before the prompt was read"))
+
+
+def longest_context(config: ModelConfig) -> int:
+    """Tokens that an engine lets a prompt and its answer have."""
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.rope_type == "dynamic":
+        # Beyond it the angles of a prompt's first tokens would depend on its length.
+        return scaling.original_max_position_embeddings or config.max_position_embeddings
+    return config.max_position_embeddings
 
 
 _COUNTERS = (

@@ -4,12 +4,12 @@ import os
 from pathlib import Path
 
 import jax
-import numpy as np
 
 from infer.engine import placement
 from infer.engine.options import EngineOptions
 from llama_jax.config import ModelConfig
 from llama_jax.kernels.paged import page_shape
+from llama_jax.model.rounded import token_bytes
 
 # Of the memory of the device. The weights come first, and a CPU's memory belongs to others too.
 _SHARE = 1 / 8
@@ -19,11 +19,17 @@ _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def blocks_and_context(
-    config: ModelConfig, options: EngineOptions, longest: int, *, dtype: str
+    config: ModelConfig,
+    options: EngineOptions,
+    longest: int,
+    *,
+    dtype: str,
+    draft: ModelConfig | None = None,
 ) -> tuple[int, int]:
     """How many blocks there are, and the longest context, where keys and values lie in slots.
-    longest: the model's."""
-    wanted = min(longest, options.max_context or fitting_context(config, options, dtype))
+    longest: the model's. dtype, draft: as in `fitting_context`."""
+    wanted = options.max_context or fitting_context(config, options, dtype, draft=draft)
+    wanted = min(longest, wanted)
     num = options.num_blocks or options.max_slots * -(-wanted // options.block_size)
     return num, min(wanted, num * options.block_size)
 
@@ -48,12 +54,16 @@ def pages_and_context(
     return num, min(wanted, num * options.block_size)
 
 
-def fitting_context(config: ModelConfig, options: EngineOptions, dtype: str) -> int:
+def fitting_context(
+    config: ModelConfig, options: EngineOptions, dtype: str, *, draft: ModelConfig | None = None
+) -> int:
     """Tokens a slot can have so that all slots, and blocks for all of them, take an eighth of the
-    memory; at least one block, whatever that takes."""
-    values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    token_bytes = values * np.dtype(jax.numpy.dtype(dtype)).itemsize
-    tokens = int(memory_bytes() * _SHARE) // (token_bytes * (2 * options.max_slots + 1))
+    memory; at least one block, whatever that takes. dtype: of the cache. draft: a model that
+    has slots too, and no blocks."""
+    used = token_bytes(config, dtype) * (2 * options.max_slots + 1)
+    if draft is not None:
+        used += token_bytes(draft, dtype) * (options.max_slots + 1)
+    tokens = int(memory_bytes() * _SHARE) // used
     size = options.block_size
     return max(size, tokens // size * size)
 
@@ -61,7 +71,15 @@ def fitting_context(config: ModelConfig, options: EngineOptions, dtype: str) -> 
 def page_bytes(
     config: ModelConfig, options: EngineOptions, dtype: str, *, parts: int, kernel: bool
 ) -> int:
-    """Of a block's page in all layers, on each of the `parts` devices that share the heads."""
+    """Of a block's page in all layers, on each of the `parts` devices that share the heads.
+
+    Raises ValueError for a dtype that pages cannot hold.
+    """
+    if dtype == "int8":
+        raise ValueError(
+            "cache_dtype is int8, which slots can hold and pages cannot; choose bfloat16, or cache "
+            "slots"
+        )
     numpy_dtype = jax.numpy.dtype(dtype)
     heads, size = page_shape(
         config.num_key_value_heads, config.head_dim, numpy_dtype, parts=parts, kernel=kernel

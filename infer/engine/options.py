@@ -32,8 +32,9 @@ class EngineOptions:
     prefill_share: of the time, how much at most goes to reading prompts while others generate.
     max_adapters, max_lora_rank: LoRA adapters that may be loaded at a time, and their largest
       rank. Their factors cost time and memory whether used or not.
-    draft_tokens: tokens that are guessed from what came before and checked in one step; 0 is off.
-      Answers are the same either way. Used while few enough rows run (see `max_drafted_rows`).
+    draft_tokens: tokens that are guessed, from what came before or by a draft model, and checked in
+      one step; 0 is off. Answers are the same either way. Used while few enough rows run (see
+      `max_drafted_rows`).
     model_version: part of the key of cached prefixes.
     cache: where keys and values lie. `slots`: each choice has a contiguous slot, and blocks are
       copied into it, the faster way on a CPU. `pages`: choices hold blocks where they lie, the only

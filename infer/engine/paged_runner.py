@@ -26,7 +26,7 @@ _SWAPPED_PAGES = 8
 class PagedRunner(Runner):
     def __init__(self, model: Runnable, options: EngineOptions, *, capacity: int, num_blocks: int):
         super().__init__(model, options, capacity=capacity, num_blocks=num_blocks)
-        self.pages_per_row = -(-self._capacity // options.block_size)
+        self.pages_per_row = -(-self.capacity // options.block_size)
         num_scratch = -(-self.piece_shapes[-1] // options.block_size) + 1
         self.scratch_blocks = range(num_blocks, num_blocks + num_scratch)
         self._parts = 1 if model.mesh is None else placement.check(model.config, model.mesh)

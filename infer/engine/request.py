@@ -5,7 +5,7 @@ An engine runs many requests at once, in a thread of its own. A server hands it 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from infer.completion import Piece
@@ -44,10 +44,12 @@ class Request:
 @dataclass(frozen=True)
 class Started:
     """The prompt has been read. cached_tokens: how many of its tokens the prefix cache held.
-    prompt_logprobs: with `echo` and `logprobs`, as in `completion.Output`, else None."""
+    prompt_logprobs: with `echo` and `logprobs`, as in `completion.Output`, else None.
+    queued_seconds: from its submission until it had a slot."""
 
     cached_tokens: int
     prompt_logprobs: list[Any] | None = None
+    queued_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True)

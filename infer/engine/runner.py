@@ -19,9 +19,11 @@ from infer.engine import steps
 from infer.engine.adapters import AdapterStack
 from infer.engine.options import EngineOptions
 from infer.engine.scheduler import Choice
+from infer.engine.step import Step
 from infer.params import MAX_TOP_LOGPROBS, SamplingParams
 from infer.sampling import Needs, Rows, Sampled
 from llama_jax.mesh.sharding import replicated
+from llama_jax.model import slot_cache
 from llama_jax.model.cache import NEVER
 
 log = logging.getLogger(__name__)
@@ -82,14 +84,14 @@ class Runner:
         self.piece_shapes = piece_shapes(options.piece_tokens)
         self.row_shapes = row_shapes(options.max_slots, exact=options.exact)
         # A padded piece may reach past the longest row.
-        self._capacity = capacity + self.piece_shapes[-1]
+        self.capacity = capacity + self.piece_shapes[-1]
         self._num_blocks = num_blocks
         self._shared: dict[str, Any] = {"compute": model.compute}
-        self._dtype = model.compute.dtype
+        self._dtype = model.compute.held_dtype
         self._words = -(-model.config.vocab_size // 32)
         self.scratch_slot = self.row_shapes[-1]  # for work that belongs to no choice
         self.scratch_blocks: Sequence[int] = ()
-        self._columns: tuple[Any, Rows] | None = None
+        self._columns: dict[int, tuple[Any, Rows]] = {}  # by tokens a row
         self.adapters: AdapterStack | None = None
         if options.max_adapters:
             self.adapters = AdapterStack(
@@ -117,14 +119,14 @@ class Runner:
         self._allocate(slots)
         memory = steps.new_memory(num_slots=slots, vocab_size=self.model.config.vocab_size)
         place = None if self.model.mesh is None else replicated(self.model.mesh)
-        self._memory, self._rules = jax.device_put((memory, self.model.rules), place)
-        self._columns = None
+        self._memory, self.rules = jax.device_put((memory, self.model.rules), place)
+        self._columns = {}
 
     def _allocate(self, num_slots: int) -> None:
         """Room for keys and values."""
         config = self.model.config
         self._cache = steps.new_cache(
-            config, num_slots=num_slots, capacity=self._capacity, dtype=self._dtype
+            config, num_slots=num_slots, capacity=self.capacity, dtype=self._dtype
         )
         self._blocks = steps.new_blocks(
             config,
@@ -267,7 +269,8 @@ class Runner:
         )
         masks = None if mask is None else np.stack([mask, mask])
         slots = [self._memory_of(choice), self._nowhere]
-        return self._take(logits, slots, masks, columns, [0, 0], needs)
+        result: Sampled = jax.device_get(self._take(logits, slots, masks, columns, [0, 0], needs))
+        return result
 
     def _logits_at(self, hidden: jax.Array, place: int) -> jax.Array:
         return steps.logits_at(
@@ -290,31 +293,36 @@ class Runner:
             return [least]
         return [least, guessed]
 
-    def next_tokens(
+    def begin_step(
         self,
         choices: Sequence[Choice],
         masks: dict[int, np.ndarray],
         drafts: dict[int, list[int]],
-    ) -> tuple[Sampled, int]:
+        newest: dict[int, int] | None = None,
+    ) -> Step:
         """Runs the newest token of each choice, and its guessed ones, and takes a token after
-        each. Gives the tokens and T: what slot b takes after its token j is number b * T + j.
+        each; does not wait.
 
-        masks, drafts: by slot, the tokens that its structure allows, and the guessed ones.
+        masks, drafts: by slot, the tokens that its structure allows, and the guessed ones. newest:
+        by slot, a token that a choice has taken and that is not in its row yet.
         """
         rows = self.rows_for(choices)
         length = self.lengths(rows)[-1 if drafts else 0]
         adapters = [-1] * rows
         placed: dict[int, Placed] = {}
-        ordered: list[Choice | None] = [None] * rows
         slots, taken = [self._nowhere] * (rows * length), [0] * (rows * length)
         for choice in choices:
             assert choice.slot is not None
-            slot, ids = choice.slot, choice.row.token_ids
-            ordered[slot], adapters[slot] = choice, choice.adapter
-            newest = [ids[-1], *drafts.get(slot, [])]
-            placed[slot] = (choice.num_tokens - 1, newest, choice.blocks)
+            slot, count = choice.slot, len(choice.row.token_ids)
+            begin = choice.num_tokens - 1
+            if newest is None:
+                ids = [choice.row.token_ids[-1], *drafts.get(slot, [])]
+            else:
+                ids, count, begin = [newest[slot]], count + 1, begin + 1
+            adapters[slot] = choice.adapter
+            placed[slot] = (begin, ids, choice.blocks)
             slots[slot * length] = self._memory_of(choice)
-            taken[slot * length : (slot + 1) * length] = range(len(ids), len(ids) + length)
+            taken[slot * length : (slot + 1) * length] = range(count, count + length)
         logits = self._logits(rows, length, placed, adapters)
         bits = None
         if masks:
@@ -322,13 +330,18 @@ class Runner:
             for slot, mask in masks.items():
                 bits[slot * length] = mask
         needs = _variant([choice.row.params for choice in choices], structured=bool(masks))
-        columns = self._columns_of(ordered, length)
-        return self._take(logits, slots, bits, columns, taken, needs), length
+        columns = self.columns(choices, rows, length)
+        sampled = self._take(logits, slots, bits, columns, taken, needs)
+        return Step(choices, drafts, sampled, length)
 
-    def _columns_of(self, ordered: Sequence[Choice | None], length: int) -> Rows:
-        """Made anew only when others run."""
-        key = (length, *(-1 if choice is None else choice.arrival for choice in ordered))
-        if self._columns is None or self._columns[0] != key:
+    def columns(self, choices: Sequence[Choice], rows: int, length: int) -> Rows:
+        """What so many tokens of so many rows ask of sampling; made anew only when others run."""
+        ordered: list[Choice | None] = [None] * rows
+        for choice in choices:
+            assert choice.slot is not None
+            ordered[choice.slot] = choice
+        key = tuple(-1 if choice is None else choice.arrival for choice in ordered)
+        if length not in self._columns or self._columns[length][0] != key:
             each = [choice for choice in ordered for _ in range(length)]
             columns = _columns(
                 [_FILLER if choice is None else choice.row.params for choice in each],
@@ -336,8 +349,8 @@ class Runner:
                 [0 if choice is None else choice.row.index for choice in each],
                 self.model.config.vocab_size,
             )
-            self._columns = (key, columns)
-        return self._columns[1]
+            self._columns[length] = (key, columns)
+        return self._columns[length][1]
 
     def _logits(
         self,
@@ -386,14 +399,13 @@ class Runner:
             np.asarray(slots, np.int32),
             masks if needs.edit else None,
             columns,
-            self._rules,
+            self.rules,
             np.asarray(taken, np.int32),
             needs=needs,
         )
         if memory is not None:
             self._memory = memory
-        result: Sampled = jax.device_get(sampled)
-        return result
+        return sampled
 
     # Slots and blocks
 
@@ -414,7 +426,7 @@ class Runner:
         )
 
     def _padded(self, ids: Sequence[int]) -> np.ndarray:
-        padded = np.zeros(-(-self._capacity // self.options.block_size), np.int32)
+        padded = np.zeros(-(-self.capacity // self.options.block_size), np.int32)
         padded[: len(ids)] = ids
         return padded
 
@@ -434,10 +446,10 @@ class Runner:
         assert choice.slot is not None
         return self._read_out(choice.slot, choice.num_tokens - 1)
 
-    def _read_out(self, slot: int, num_tokens: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def _read_out(self, slot: int, num_tokens: int) -> list[tuple[Any, Any]]:
         """Keys and values of a slot's first positions, on the host."""
         content = jax.device_get(steps.read_slot(self._cache, np.int32(slot)))
-        return [(k[..., :num_tokens].copy(), v[:, :num_tokens].copy()) for k, v in content]
+        return slot_cache.cut_content(content, num_tokens)
 
     def put_back(self, choice: Choice) -> None:
         """What a preempted choice had goes into its new slot."""
@@ -445,24 +457,14 @@ class Runner:
         self._write(choice.slot, choice.saved)
         self.remember(choice)
 
-    def _write(self, slot: int, content: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
-        whole = []
-        for keys, values in content:
-            missing = self._cache.capacity - keys.shape[-1]
-            whole.append(
-                (
-                    np.pad(keys, ((0, 0), (0, 0), (0, missing))),
-                    np.pad(values, ((0, 0), (0, missing), (0, 0))),
-                )
-            )
+    def _write(self, slot: int, content: list[tuple[Any, Any]]) -> None:
+        whole = slot_cache.fill_content(content, self._cache.capacity)
         self._cache = steps.write_slot(self._cache, np.int32(slot), whole)
 
     def clear(self, slot: int) -> None:
         """Zeros, after numbers that are not finite: those would reach whoever comes next, because
         0 times NaN is NaN."""
-        heads, size = self.model.config.num_key_value_heads, self.model.config.head_dim
-        empty = np.zeros((heads, size, 0), self._dtype), np.zeros((heads, 0, size), self._dtype)
-        self._write(slot, [empty] * self.model.config.num_hidden_layers)
+        self._cache = steps.clear_slot(self._cache, np.int32(slot))
 
     def remember(self, choice: Choice) -> None:
         """Begins or renews what a slot remembers of its tokens, where that matters."""
@@ -474,7 +476,7 @@ class Runner:
     def _remember(
         self, slot: int, tokens: Sequence[int], num_prompt: int, params: SamplingParams
     ) -> None:
-        padded = np.zeros(self._capacity, np.int32)
+        padded = np.zeros(self.capacity, np.int32)
         padded[: len(tokens)] = tokens
         bias = np.zeros(self.model.config.vocab_size, np.float32)
         for token, value in params.logit_bias.items():

@@ -51,6 +51,7 @@ class Choice:
     it waits. computed: prompt tokens that are in the slot. cached: how many of those came from the
     prefix cache. saved: the slot's content while it is preempted after its prompt was read.
     adapter: its number, -1 for none. matcher: how far its text is in the structure it must have.
+    admissions: how often it was given a slot.
     """
 
     request: Request
@@ -67,10 +68,21 @@ class Choice:
     saved: Any = None
     adapter: int = -1
     matcher: TextMatcher | None = None
+    admissions: int = 0
 
     @property
     def prompt_tokens(self) -> int:
         return len(self.row.prompt_token_ids)
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and answer."""
+        return [*self.row.prompt_token_ids, *self.row.token_ids]
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether no token changes what the next one may be."""
+        return self.matcher is None and not self.row.params.edits_logits
 
     @property
     def is_read(self) -> bool:
@@ -174,6 +186,7 @@ class Scheduler:
                     return admitted
             self.waiting.remove(choice)
             choice.slot = self._lowest_free_slot()
+            choice.admissions += 1
             self.running.append(choice)
             admitted.append(choice)
         return admitted
@@ -262,6 +275,17 @@ class Scheduler:
                     self._preempt(max(self.running, key=lambda c: c.order))
         ready = [choice for choice in self.running if choice.is_read]
         return sorted(ready, key=lambda c: c.slot or 0)
+
+    def hold_ahead(self, choices: Sequence[Choice]) -> bool:
+        """Holds blocks for one token more than `decodable` did; False where they are not free."""
+        for choice in choices:
+            missing = self.blocks.blocks_for(choice.num_tokens + 1) - len(choice.blocks)
+            if missing > 0:
+                try:
+                    choice.blocks += self.blocks.hold([], missing)
+                except OutOfBlocksError:
+                    return False
+        return True
 
     def room_for_draft(self, choice: Choice) -> int:
         """Tokens beyond the next one that a choice may compute: within the blocks it has and the

@@ -19,9 +19,11 @@ from infer.sampling import Needs, Rows, Sampled, Seen, sample
 from infer.steps import Rules
 from llama_jax.config import Compute, ModelConfig
 from llama_jax.model import slot_cache, transformer
+from llama_jax.model.cache import NEVER
+from llama_jax.model.rounded import Held
 from llama_jax.model.slot_cache import SlotCache, SlotRows
 
-Blocks = list[tuple[jax.Array, jax.Array]]
+Blocks = list[tuple[Held, Held]]
 
 
 @jax.tree_util.register_dataclass
@@ -35,12 +37,12 @@ class Memory:
 
 @partial(jax.jit, static_argnames=("config", "num_slots", "capacity", "dtype"))
 def new_cache(config: ModelConfig, *, num_slots: int, capacity: int, dtype: str) -> SlotCache:
-    return slot_cache.init_slot_cache(config, num_slots, capacity, dtype=jnp.dtype(dtype))
+    return slot_cache.init_slot_cache(config, num_slots, capacity, dtype=dtype)
 
 
 @partial(jax.jit, static_argnames=("config", "num_blocks", "block_size", "dtype"))
 def new_blocks(config: ModelConfig, *, num_blocks: int, block_size: int, dtype: str) -> Blocks:
-    return slot_cache.init_blocks(config, num_blocks, block_size, dtype=jnp.dtype(dtype))
+    return slot_cache.init_blocks(config, num_blocks, block_size, dtype=dtype)
 
 
 @partial(jax.jit, static_argnames=("num_slots", "vocab_size"))
@@ -101,6 +103,75 @@ def run_tokens(
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = transformer.logits(config, params, flat, compute=compute)
     return dataclasses.replace(after, rows=None), logits
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "compute", "num", "needs", "vocab_size"),
+    donate_argnames=("cache",),
+)
+def propose(
+    config: ModelConfig,
+    params: Any,
+    cache: SlotCache,
+    tokens: Int[Array, "B 2"],
+    positions: Int[Array, "B 2"],
+    visible: Int[Array, ""],
+    rows: Rows,
+    rules: Rules,
+    step: Int[Array, " B"],
+    *,
+    compute: Compute,
+    num: int,
+    needs: Needs,
+    vocab_size: int,
+) -> tuple[SlotCache, Int[Array, "B N"]]:
+    """Up to `num` tokens that a small model would take after the last two of each of the first B
+    slots, negative from where it cannot choose. It draws as `take` does for the same row and step,
+    with the same random numbers: where both models believe alike, they take the same token.
+
+    vocab_size: of the model that is guessed. Two tokens are read, because the last guess of the
+    step before was never read.
+    """
+
+    def one(cache: SlotCache, ids: jax.Array, places: jax.Array, seen: jax.Array) -> Any:
+        at = SlotRows(jnp.int32(0), places, seen)
+        hidden, after, _ = transformer.hidden_states(
+            config,
+            params,
+            jnp.clip(ids, 0, config.vocab_size - 1),
+            compute=compute,
+            cache=dataclasses.replace(cache, rows=at),
+        )
+        logits = transformer.logits(config, params, hidden[:, -1], compute=compute)
+        more = max(vocab_size - config.vocab_size, 0)
+        logits = jnp.pad(logits, ((0, 0), (0, more)), constant_values=-jnp.inf)[:, :vocab_size]
+        return dataclasses.replace(after, rows=None), logits
+
+    def choose(logits: jax.Array, step: jax.Array) -> jax.Array:
+        sampled = sample(
+            logits,
+            rows,
+            step=step,
+            needs=needs,
+            seen=None,
+            allowed=rules.allowed,
+            end_tokens=rules.end_tokens,
+        )
+        return sampled.tokens
+
+    def body(carry: Any, number: jax.Array) -> Any:
+        cache, ids, places, seen = carry
+        places = jnp.minimum(places, NEVER - 1) + 1  # of rows that fill the step up it stays NEVER
+        cache, logits = one(cache, ids[:, None], places[:, None], seen + 1)
+        ids = choose(logits, step + number)
+        return (cache, ids, places, seen + 1), ids
+
+    cache, logits = one(cache, tokens, positions, visible)
+    first = choose(logits, step)
+    begin = cache, first, positions[:, -1], visible
+    (cache, *_), others = jax.lax.scan(body, begin, jnp.arange(1, num))
+    return cache, jnp.concatenate([first[None], others]).T
 
 
 @partial(jax.jit, static_argnames=("config", "compute"))
@@ -184,6 +255,7 @@ def copy_memory(memory: Memory, source: Int[Array, ""], target: Int[Array, ""]) 
     return jax.tree.map(lambda each: each.at[target].set(each[source]), memory)
 
 
+clear_slot = jax.jit(slot_cache.clear_slot, donate_argnums=0)
 read_slot = jax.jit(slot_cache.read_slot)
 write_slot = jax.jit(slot_cache.write_slot, donate_argnums=0)
 save_blocks = jax.jit(slot_cache.save_blocks, donate_argnums=0)

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message
 
 from infer.server.app import make_app
 from infer.server.errors import ApiError
-from infer.server.models import Build, Source
+from infer.server.loaded import Build, Source
 from infer.server.run import make_context
 from infer.server.settings import Settings
 from llama_jax.formats.json_fields import parse_json, read_text

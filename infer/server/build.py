@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from infer.engine.options import EngineOptions, cache_named, parse_mesh
 from infer.registry import NAME
-from infer.server.models import COMMAND_LINE_VERSION, Build, Built, Source
+from infer.server.loaded import COMMAND_LINE_VERSION, Build, Built, Source
 from infer.server.settings import Settings
 from llama_jax.config import Compute, ModelConfig
 from llama_jax.model_name import check_model_name
@@ -47,20 +47,29 @@ def make_build(settings: Settings, start: Callable[[], None] = lambda: None) -> 
     start: called once, before JAX is.
     """
     options = engine_options(settings)
-    compute = None if settings.dtype is None else Compute(dtype=settings.dtype)
+    compute = Compute(dtype=settings.dtype or "float32", cache_dtype=settings.cache_dtype)
     sizes = None if settings.mesh is None else parse_mesh(settings.mesh)
     quantization = quantization_of(settings)
 
     lock = threading.Lock()
     start_once = functools.cache(start)
 
+    @functools.cache
+    def load_draft() -> Any:
+        """Once for all versions, which share its weights."""
+        from llama_jax.load import load
+
+        return None if settings.draft_model is None else load(settings.draft_model)
+
     def build(source: Source) -> Built:
         with lock:
             start_once()
+            draft = load_draft()
         from infer.engine import placement
         from infer.engine.engine import BatchingEngine
         from infer.engine.replicas import Replicas
         from llama_jax.load import load
+        from llama_jax.weights.quantize import stored_types
 
         if settings.slice is not None:
             placement.check_slice(settings.slice)
@@ -81,9 +90,9 @@ def make_build(settings: Settings, start: Callable[[], None] = lambda: None) -> 
 
                 chat_template(model.tokenizer, source.template)
             version = replace(options, model_version=f"{source.name}@{source.version}")
-            engines.append(BatchingEngine(model, version, compute=compute, mesh=mesh))
+            engines.append(BatchingEngine(model, version, compute=compute, mesh=mesh, draft=draft))
         engine = engines[0] if len(engines) == 1 else Replicas(engines)
-        return Built(engine, model.tokenizer)
+        return Built(engine, model.tokenizer, stored_types(model.params))
 
     return build
 

@@ -10,7 +10,7 @@ from infer.server.api_types import ChatRequest, NamedTool
 from infer.server.completions import check_ceilings, check_length
 from infer.server.errors import ApiError
 from infer.server.generation import Arrival, Context, Generation
-from infer.server.models import Lease
+from infer.server.loaded import Lease
 from infer.server.tools import ToolParser, forced_schema
 
 if TYPE_CHECKING:

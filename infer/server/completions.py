@@ -9,7 +9,7 @@ from infer.server.answers import Answer, Choice, token_text
 from infer.server.api_types import CompletionRequest
 from infer.server.errors import ApiError
 from infer.server.generation import Arrival, Context, Generation, Prepare
-from infer.server.models import Lease
+from infer.server.loaded import Lease
 
 
 def start_completion(

@@ -9,8 +9,8 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from infer.completion import Piece
@@ -18,21 +18,25 @@ from infer.engine.request import Failed, Finished, NotReadyError, QueueFullError
 from infer.server.api_types import refused
 from infer.server.auth import Caller, Gate
 from infer.server.errors import ApiError
+from infer.server.loaded import Lease, Loaded
 from infer.server.mailbox import Mailbox, Waker
 from infer.server.metrics import Metrics
-from infer.server.models import Lease, Loaded, Models
+from infer.server.models import Models
 from infer.server.settings import Settings
+from infer.server.tracing import Times, Traced, Tracing
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """Who asked, under which id, and when (of `time.perf_counter`)."""
+    """Who asked, under which id, and when (of `time.perf_counter`). trace: the headers that name
+    the client's own span."""
 
     caller: Caller
     request_id: str
     seconds: float
+    trace: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Context:
     gate: Gate
     metrics: Metrics
     waker: Waker
+    tracing: Tracing | None = None
 
 
 @dataclass
@@ -82,8 +87,7 @@ class Generation:
         self._unfinished: set[int] = set()
         self._outcome = "error"
         self._has_ended = False
-        self._first: float | None = None
-        self._last = 0.0
+        self._times = Times(arrival.seconds)
         self.usage = Usage()
         self._lease: Lease | None = None
 
@@ -137,6 +141,8 @@ class Generation:
     def _submit(self, prompt: int, request: Request) -> None:
         try:
             self._unfinished.add(prompt)
+            if self._times.submitted is None:
+                self._times.submitted = time.perf_counter()
             self.loaded.engine.submit(request, self._mailbox.receiver(prompt))
             # This runs in a thread: the client may have left before the engine had the request.
             if self._has_ended:
@@ -174,6 +180,11 @@ class Generation:
                 if isinstance(event, Finished):
                     self._finish(prompt, event)
                 else:
+                    if isinstance(event, Started) and self._times.queued is None:
+                        self._times.queued = event.queued_seconds
+                        self._context.metrics.queue.labels(*self._labels).observe(
+                            event.queued_seconds
+                        )
                     if isinstance(event, Piece) and event.token_ids:
                         self._measure()
                     yield prompt, event
@@ -195,11 +206,12 @@ class Generation:
         return ApiError(503, event.message or "cancelled", code="cancelled")
 
     def _measure(self) -> None:
-        self._last = time.perf_counter()
-        if self._first is None:
-            self._first = self._last
+        times = self._times
+        times.last_token = time.perf_counter()
+        if times.first_token is None:
+            times.first_token = times.last_token
             self._context.metrics.first_token.labels(*self._labels).observe(
-                self._first - self._arrival.seconds
+                times.first_token - times.arrived
             )
 
     @property
@@ -231,16 +243,18 @@ class Generation:
         self._stack.close()
 
     def _record(self) -> None:
-        metrics, usage = self._context.metrics, self.usage
+        metrics, usage, times = self._context.metrics, self.usage, self._times
         now = time.perf_counter()
         metrics.requests.labels(*self._labels, self._endpoint, self._outcome).inc()
         metrics.prompt_tokens.labels(*self._labels).inc(usage.prompt_tokens)
         metrics.completion_tokens.labels(*self._labels).inc(usage.completion_tokens)
         metrics.request_seconds.labels(*self._labels).observe(now - self._arrival.seconds)
-        if self._first is not None and usage.completion_tokens > 1:
+        if times.first_token is not None and usage.completion_tokens > 1:
+            assert times.last_token is not None
             metrics.per_token.labels(*self._labels).observe(
-                (self._last - self._first) / (usage.completion_tokens - 1)
+                (times.last_token - times.first_token) / (usage.completion_tokens - 1)
             )
+        self._trace(now)
         logger.info(
             "generation",
             extra={
@@ -255,4 +269,20 @@ class Generation:
                 "cached_tokens": usage.cached_tokens,
                 "seconds": round(now - self._arrival.seconds, 4),
             },
+        )
+
+    def _trace(self, now: float) -> None:
+        if self._context.tracing is None:
+            return
+        attributes = {
+            "llama_jax.request_id": self._arrival.request_id,
+            "llama_jax.tenant": self._arrival.caller.tenant,
+            "gen_ai.request.model": self.loaded.name,
+            "gen_ai.response.model": self.loaded.fingerprint,
+            "gen_ai.usage.input_tokens": self.usage.prompt_tokens,
+            "gen_ai.usage.output_tokens": self.usage.completion_tokens,
+            "llama_jax.cached_tokens": self.usage.cached_tokens,
+        }
+        self._context.tracing.record(
+            Traced(self._endpoint, self._outcome, self._times, now, attributes, self._arrival.trace)
         )

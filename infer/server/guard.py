@@ -18,6 +18,7 @@ from infer.server.errors import ApiError
 from infer.server.generation import Arrival
 from infer.server.metrics import Metrics
 from infer.server.settings import Settings
+from infer.server.tracing import HEADERS
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,12 @@ class Guard:
             if len(values) > 1:
                 raise ApiError(400, "more than one Authorization header")
             caller = self._gate.identify(values[0].decode("latin-1") if values else None)
-            scope["visit"] = Visit(Arrival(caller, request_id, begin))
+            trace = {
+                name.decode("latin-1"): value.decode("latin-1")
+                for name, value in headers
+                if name.decode("latin-1") in HEADERS
+            }
+            scope["visit"] = Visit(Arrival(caller, request_id, begin, trace))
 
     def _note(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
         visit: Visit | None = scope.get("visit")

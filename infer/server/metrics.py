@@ -55,6 +55,9 @@ class Metrics:
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival", _FIRST_TOKEN_BUCKETS
         )
+        self.queue = self._histogram(
+            "queue_seconds", "From a request's submission to its slot", _FIRST_TOKEN_BUCKETS
+        )
         self.per_token = self._histogram(
             "time_per_output_token_seconds", "After the first one", _TOKEN_BUCKETS
         )

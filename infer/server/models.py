@@ -8,93 +8,24 @@ to after its last, so an answer never mixes versions and a version in use is nev
 import asyncio
 import functools
 import logging
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from infer.engine.request import Engine, Event, Failed, Finished, Request
-from infer.params import SamplingParams
 from infer.registry import Registry, State, UnknownNameError
 from infer.server.errors import ApiError
+from infer.server.loaded import Build, Key, Lease, Loaded, Source, probe, start_again
 from infer.server.settings import Settings
 from llama_jax.formats.json_fields import read_text
 
-if TYPE_CHECKING:
-    from llama_jax.formats.tokenizer import Tokenizer
-
 logger = logging.getLogger(__name__)
 
-# Versions given on the command line have no registry to name them.
-COMMAND_LINE_VERSION = "1"
-PROBE_TOKENS = 4
-PROBE_SECONDS = 120.0
 WATCH_SECONDS = 0.25
 LONGEST_BACKOFF_SECONDS = 60.0
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a version is made from. model: a MODEL of the command line or a path. template: the text
-    that replaces the tokenizer's chat template. adapters: folders of those loaded at start."""
-
-    name: str
-    version: str
-    model: str | Path
-    adapter: Path | None = None
-    template: str | None = None
-    adapters: Mapping[str, Path] = field(default_factory=dict)
-    created: int = 0
-    quantization: str | None = None
-
-
-@dataclass(frozen=True)
-class Built:
-    """An engine that has not been started, and the text side of its model."""
-
-    engine: Engine
-    tokenizer: "Tokenizer | None"
-
-
-Build = Callable[[Source], Built]
-
-
-@dataclass(eq=False)
-class Loaded:
-    """A version in memory. adapters: those that requests may name, with their folders."""
-
-    source: Source
-    engine: Engine
-    tokenizer: "Tokenizer | None"
-    is_pinned: bool
-    adapters: dict[str, Path]
-    in_use: int = 0
-    last_used: float = 0.0
-
-    @property
-    def name(self) -> str:
-        return self.source.name
-
-    @property
-    def version(self) -> str:
-        return self.source.version
-
-    @property
-    def fingerprint(self) -> str:
-        return f"{self.name}@{self.version}"
-
-
-@dataclass(frozen=True)
-class Lease:
-    loaded: Loaded
-    adapter: str | None
-
-
-Key = tuple[str, str]
 
 
 class Models:
@@ -313,6 +244,7 @@ class Models:
         if loaded is not None:
             row |= {"in_use": loaded.in_use, "adapters": sorted(loaded.adapters)}
             row |= {"max_model_len": loaded.engine.max_context}
+            row |= {"quantization": loaded.quantization}
         return row
 
     def statistics(self) -> list[tuple[str, str, Mapping[str, float]]]:
@@ -347,8 +279,8 @@ class Models:
                 new = replace(state, canary=version, share=share)
             else:
                 previous = state.previous
-                if state.active not in (None, version):
-                    previous = (*(each for each in previous if each != version), state.active)  # type: ignore[assignment]
+                if state.active is not None and state.active != version:
+                    previous = (*(each for each in previous if each != version), state.active)
                 new = State(active=version, previous=previous)
             return await self._set_state(name, new)
 
@@ -467,12 +399,19 @@ class Models:
             built.engine.start()
             for adapter, folder in source.adapters.items():
                 built.engine.add_adapter(adapter, str(folder))
-            _probe(built.engine, built.tokenizer)
+            probe(built.engine, built.tokenizer)
         except BaseException:
             built.engine.stop(0)
             raise
         is_pinned = source.name in self._sources
-        return Loaded(source, built.engine, built.tokenizer, is_pinned, dict(source.adapters))
+        return Loaded(
+            source,
+            built.engine,
+            built.tokenizer,
+            is_pinned,
+            dict(source.adapters),
+            built.quantization,
+        )
 
     def _source(self, key: Key) -> Source:
         name, version = key
@@ -489,7 +428,6 @@ class Models:
             adapter=None if manifest.adapter is None else folder / manifest.adapter,
             template=None if template is None else read_text(folder / template),
             created=manifest.created,
-            quantization=manifest.quantization,
         )
 
     async def _make_room(self) -> None:
@@ -543,7 +481,7 @@ class Models:
         wait = 1.0
         while key in self._loaded:
             try:
-                await asyncio.to_thread(_start_again, broken)
+                await asyncio.to_thread(start_again, broken)
             except (ValueError, OSError, RuntimeError) as error:
                 logger.error("engine did not start", extra=extra, exc_info=error)
                 await asyncio.sleep(wait)
@@ -551,39 +489,6 @@ class Models:
             else:
                 logger.info("engine started again", extra=extra)
                 return
-
-
-def _start_again(loaded: Loaded) -> None:
-    """In a thread: the same weights and adapters, a fresh loop."""
-    loaded.engine.stop(0)
-    loaded.engine.start()
-    for adapter, folder in loaded.adapters.items():
-        loaded.engine.add_adapter(adapter, str(folder))
-    _probe(loaded.engine, loaded.tokenizer)
-
-
-def _probe(engine: Engine, tokenizer: "Tokenizer | None") -> None:
-    """Has the engine answer a few tokens. Raises RuntimeError when it does not."""
-    first = None if tokenizer is None else tokenizer.bos_token_id
-    ended = threading.Event()
-    last: list[Event] = []
-
-    def listen(event: Event) -> None:
-        if isinstance(event, Failed | Finished):
-            last.append(event)
-            ended.set()
-
-    request = Request(
-        id="probe",
-        prompt_token_ids=(0 if first is None else first,),
-        params=SamplingParams(temperature=0.0, max_tokens=PROBE_TOKENS),
-        tenant="probe",
-    )
-    engine.submit(request, listen)
-    if not ended.wait(PROBE_SECONDS):
-        raise RuntimeError(f"no answer to a probe within {PROBE_SECONDS:g} seconds")
-    if isinstance(last[0], Failed):
-        raise RuntimeError(f"the probe failed: {last[0].message}")
 
 
 def _share_of(request_id: str) -> float:

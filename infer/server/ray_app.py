@@ -15,7 +15,7 @@ from ray import serve
 
 from infer.server.app import make_app
 from infer.server.build import given_sources, make_build
-from infer.server.models import Build
+from infer.server.loaded import Build
 from infer.server.run import make_context
 from infer.server.settings import Settings, read_settings
 from llama_jax.config import check_keys

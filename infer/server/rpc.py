@@ -34,6 +34,7 @@ from infer.server.completions import start_completion
 from infer.server.errors import ApiError
 from infer.server.generation import Arrival, Context, Generation
 from infer.server.texts import detokenize, embed, tokenize
+from infer.server.tracing import HEADERS
 
 logger = logging.getLogger(__name__)
 
@@ -229,7 +230,9 @@ class Methods:
         caller = _identify(self._context.gate.identify, metadata)
         given = [str(value) for key, value in metadata if key == "x-request-id"]
         is_plain = bool(given) and _REQUEST_ID.fullmatch(given[0]) is not None
-        return Arrival(caller, given[0] if is_plain else secrets.token_hex(12), time.perf_counter())
+        request_id = given[0] if is_plain else secrets.token_hex(12)
+        trace = {key: str(value) for key, value in metadata if key in HEADERS}
+        return Arrival(caller, request_id, time.perf_counter(), trace)
 
     async def list_models(self, request: Message, arrival: Arrival) -> Message:
         names = ("id", "version", "loaded", "max_model_len", "parent")

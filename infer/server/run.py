@@ -22,12 +22,14 @@ from infer.server.app import make_app
 from infer.server.auth import Gate
 from infer.server.errors import ApiError
 from infer.server.generation import Context
+from infer.server.loaded import Build, Source
 from infer.server.mailbox import Waker
 from infer.server.metrics import Metrics
-from infer.server.models import Build, Models, Source
+from infer.server.models import Models
 from infer.server.protocol import limited_protocol
 from infer.server.rpc import start_grpc
 from infer.server.settings import Settings
+from infer.server.tracing import tracing_to
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +63,9 @@ def make_context(settings: Settings, build: Build, sources: list[Source]) -> Con
         loaded.name, loaded.version
     ).inc()
     waker = Waker(asyncio.get_running_loop())
-    return Context(settings, models, Gate(settings), metrics, waker)
+    endpoint = settings.otlp_endpoint
+    tracing = None if endpoint is None else tracing_to(endpoint)
+    return Context(settings, models, Gate(settings), metrics, waker, tracing)
 
 
 def run(settings: Settings, build: Build, sources: list[Source], **options: Any) -> int:
@@ -110,6 +114,8 @@ async def serve(
         await grpc_server.stop(FLUSH_SECONDS)
     server.should_exit = True
     await serving
+    if context.tracing is not None:
+        await asyncio.to_thread(context.tracing.close)
     logger.info("stopped", extra={"exit_code": code})
     return code
 

@@ -149,7 +149,10 @@ class Settings:
     cache_tokens: int | None = _setting(
         None, "that running requests and cached prefixes may hold; None is every slot full", low=1
     )
-    draft_tokens: int = _setting(0, "guessed from the text before and checked in one step", low=0)
+    draft_tokens: int = _setting(0, "guessed and checked in one step", low=0)
+    draft_model: str | None = _setting(
+        None, "a small MODEL that guesses them; None looks in the text before"
+    )
     block_size: int = _setting(
         32, "tokens of a block: prefixes are shared, and pages held, in blocks", low=1
     )
@@ -159,6 +162,12 @@ class Settings:
     quantization: str | None = _setting(None, "int8, int4, nf4 or fp8 weights, made while loading")
     exact: bool = _setting(True, "no answer depends on who else asks; without, one alone is faster")
     dtype: str | None = _setting(None, "of computation; None is the rule of generate")
+    cache_dtype: str | None = _setting(
+        None, "of keys and values that are kept, int8 among others; None is that of computation"
+    )
+    otlp_endpoint: str | None = _setting(
+        None, "URL that traces of requests are sent to, by OTLP over HTTP"
+    )
     # What `llama-jax fit --serve` compiles for, and a start checks: a slice by its name, and the
     # shapes of the model, by that of a preset.
     slice: str | None = field(default=None, metadata={"yaml_only": True})
@@ -182,6 +191,11 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; ports end at 65535")
         if not self.host:
             raise ValueError("host is empty, which would be every address; write 0.0.0.0 for that")
+        if self.draft_model is not None and not self.draft_tokens:
+            raise ValueError(
+                "draft_model is given and draft_tokens is 0; say how many tokens it guesses at a "
+                "time, such as 3"
+            )
         if not self.models and self.models_dir is None:
             raise ValueError("nothing to serve: give a MODEL, or --models-dir")
         if len(self.models) > self.max_loaded:

@@ -16,7 +16,7 @@ from infer.server.chat import chat_ids
 from infer.server.completions import prompt_ids
 from infer.server.errors import ApiError
 from infer.server.generation import Arrival, Context
-from infer.server.models import Lease
+from infer.server.loaded import Lease
 
 if TYPE_CHECKING:
     from llama_jax.formats.tokenizer import Tokenizer

@@ -27,7 +27,9 @@ _FIELDS = (
     "max_context",
     "cache_tokens",
     "draft_tokens",
+    "draft_model",
     "dtype",
+    "cache_dtype",
 )
 
 

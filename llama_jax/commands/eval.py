@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llama_jax.commands.sampling import DTYPES
+from llama_jax.commands.sampling import DTYPES, add_cache_argument, to_compute
 
 if TYPE_CHECKING:
     from llama_jax.config import Compute
@@ -53,12 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of the computation (default: %(default)s)",
     )
+    add_cache_argument(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from llama_jax.commands.report import Progress as Lines
     from llama_jax.commands.startup import start_jax
-    from llama_jax.config import Compute
     from train.data.sources import read_rows
 
     if args.batch_size < 1:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     return evaluate(
         load_adapted(args),
         rows,
-        compute=Compute(dtype=args.dtype),
+        compute=to_compute(args),
         sequence_length=args.sequence_length,
         batch_size=args.batch_size,
         match=not args.no_exact_match,

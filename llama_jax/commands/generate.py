@@ -58,19 +58,17 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     prompts, chat = _prompts(args)
     start_jax()
     from infer.generate import generate
+    from infer.offline import complete
     from llama_jax.commands.adapted import load_adapted
 
     model = load_adapted(args)
-    num_texts = len(prompts) * args.n
-    outputs = generate(
-        model,
-        prompts,
-        params,
-        chat=chat,
-        stream=_print_piece if _streams(args, num_texts) else None,
-        compute=compute,
-        batch_size=args.batch_size,
-    )
+    shared: dict[str, Any] = {"chat": chat, "compute": compute, "batch_size": args.batch_size}
+    if args.prompts is not None:
+        outputs = complete(model, prompts, params, **shared)
+    else:
+        # One batch at once needs no engine, which takes seconds to start.
+        stream = _print_piece if _streams(args, len(prompts) * args.n) else None
+        outputs = generate(model, prompts, params, stream=stream, **shared)
     return {
         "outputs": [to_json_output(output) for output in outputs],
         "tokens_per_second": outputs.tokens_per_second,
@@ -79,7 +77,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
 def _streams(args: argparse.Namespace, num_texts: int) -> bool:
     """A single text for a person is shown while it grows."""
-    return not args.json and num_texts == 1
+    return not args.json and num_texts == 1 and args.prompts is None
 
 
 def _print_piece(piece: "Piece") -> None:

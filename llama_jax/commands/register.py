@@ -23,19 +23,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from infer.registry import Manifest, register
     from llama_jax.load import find_model, load_abstract
+    from llama_jax.weights.quantize import stored_types
 
     for path in (args.adapter, args.template):
         if path is not None and not Path(path).exists():
             raise ValueError(f"{path} does not exist")
     # What cannot be read is refused before anything is copied.
-    model = load_abstract(args.model)
+    model, path = load_abstract(args.model), find_model(args.model)
     target = register(
         args.models_dir,
         args.name,
         args.version,
-        find_model(args.model),
+        path,
         source=args.model,
-        quantization=_quantization(model.params),
+        quantization=_block_types(path) if path.is_file() else stored_types(model.params),
         adapter=None if args.adapter is None else Path(args.adapter),
         template=None if args.template is None else Path(args.template),
     )
@@ -50,25 +51,14 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _quantization(params: Any) -> str | None:
-    """The types that quantized leaves are stored in, such as int8 or nf4."""
-    import jax.numpy as jnp
-    from qwix import QArray
+def _block_types(path: Path) -> str | None:
+    """The types of the blocks in a GGUF file, such as Q4_0, which loading turns into numbers."""
+    from llama_jax.formats.gguf_reader import GGUFFile
 
-    from llama_jax import tree
-    from llama_jax.weights.tensors import IntegerTensor, PackedTensor
-
-    kinds: set[str] = set()
-    for leaf in tree.flatten(params).values():
-        if isinstance(leaf, IntegerTensor):
-            activations = "dynamic" if leaf.activation_scale is None else "static"
-            bits = 4 if isinstance(leaf.base, PackedTensor) else 8
-            kinds.add(f"int{bits}-{activations}")
-        elif isinstance(leaf, PackedTensor):
-            kinds.add(leaf.codebook)
-        elif isinstance(leaf, QArray):
-            kinds.add(str(jnp.dtype(leaf.qtype)))
-    return ", ".join(sorted(kinds)) or None
+    tensors = GGUFFile(path).tensors.values()
+    return (
+        ", ".join(sorted({each.kind.name for each in tensors if each.block_elements > 1})) or None
+    )
 
 
 def show(report: dict[str, Any], args: argparse.Namespace) -> None:

@@ -3,11 +3,13 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from llama_jax.config import CACHE_DTYPES, FLOAT_DTYPES
+
 if TYPE_CHECKING:
     from infer.params import SamplingParams
     from llama_jax.config import Compute
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = FLOAT_DTYPES
 
 
 def add_sampling_arguments(
@@ -61,6 +63,15 @@ def add_sampling_arguments(
         default="float32",
         help="of the computation (default: %(default)s; bfloat16 is for accelerators)",
     )
+    add_cache_argument(parser)
+
+
+def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cache-dtype",
+        choices=CACHE_DTYPES,
+        help="of the keys and values that are kept while generating (default: that of --dtype)",
+    )
 
 
 def to_sampling_params(
@@ -87,4 +98,4 @@ def to_sampling_params(
 def to_compute(args: argparse.Namespace) -> "Compute":
     from llama_jax.config import Compute
 
-    return Compute(dtype=args.dtype)
+    return Compute(dtype=args.dtype, cache_dtype=args.cache_dtype)

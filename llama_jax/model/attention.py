@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from llama_jax.model.rounded import Held, Rounded, scaled, unscaled
+
 # Finite, so that a row with nothing to see stays finite; added nowhere, only selected, because two
 # such masks added together overflow to -inf and make the softmax NaN.
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
@@ -39,8 +41,8 @@ def causal_mask(
 
 def attend(
     query: Float[Array, "B T N H"],
-    key: Float[Array, "B K H S"],
-    value: Float[Array, "B K S H"],
+    key: Float[Array, "B K H S"] | Rounded,
+    value: Float[Array, "B K S H"] | Rounded,
     mask: Bool[Array, "#B T S"],
     *,
     is_divided: bool = False,
@@ -74,7 +76,7 @@ def computed_share(length: int, sliding_window: int | None, parts: int = 1) -> f
     return (_BLOCKS + 1) / (2 * _BLOCKS) if _in_blocks(length) and parts == 1 else 1.0
 
 
-def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def _attend(query: jax.Array, key: Held, value: Held, mask: jax.Array) -> jax.Array:
     """`attend` over all keys. The G queries of a group are folded into the rows of one product, so
     that keys are read once."""
     batch, length, heads, size = query.shape
@@ -82,12 +84,14 @@ def _attend(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array)
     kv_heads, slots = key.shape[1], key.shape[3]
     groups = heads // kv_heads
     query = query.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
-    query = query.reshape(batch, kv_heads, groups * length, size).astype(key.dtype)
+    query = query.reshape(batch, kv_heads, groups * length, size)
     multiply = many_rows_product if length > 1 else few_rows_product
-    scores = multiply(query, key).reshape(batch, kv_heads, groups, length, slots) * size**-0.5
+    scores = scaled(multiply(query, unscaled(key, dtype)), key, head_axis=-2) * size**-0.5
+    scores = scores.reshape(batch, kv_heads, groups, length, slots)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = multiply(weights.reshape(batch, kv_heads, groups * length, slots), value)
+    weights = jax.nn.softmax(scores, axis=-1).reshape(batch, kv_heads, groups * length, slots)
+    weights = scaled(weights, value, head_axis=-1).astype(dtype)
+    mixed = multiply(weights, unscaled(value, dtype))
     mixed = mixed.astype(dtype).reshape(batch, kv_heads, groups, length, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
 

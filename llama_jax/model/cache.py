@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from llama_jax.config import ModelConfig
+from llama_jax.model.rounded import Held, as_held, empty
 
-# Stacked [L, ...] for scanned layers, or a tuple of L arrays for unrolled ones.
+# `Held`, stacked [L, ...] for scanned layers, or a tuple of L for unrolled ones.
 Layers = Any
 
 NEVER = int(np.iinfo(np.int32).max)
@@ -62,35 +63,45 @@ class KVCache:
 
 
 def init_cache(
-    config: ModelConfig, batch: int, capacity: int, *, dtype: Any = jnp.float32, stacked: bool
+    config: ModelConfig, batch: int, capacity: int, *, dtype: str = "float32", stacked: bool
 ) -> KVCache:
-    """An empty cache for `batch` rows and `capacity` slots, padding included."""
+    """An empty cache for `batch` rows and `capacity` slots, padding included; dtype: a float's
+    name, or int8."""
     heads, size, layers = config.num_key_value_heads, config.head_dim, config.num_hidden_layers
 
-    def empty(*shape: int) -> Layers:
+    def side(*shape: int, head_axis: int) -> Layers:
+        shape = (batch, heads, *shape)
         if stacked:
-            return jnp.zeros((layers, batch, heads, *shape), dtype)
-        return tuple(jnp.zeros((batch, heads, *shape), dtype) for _ in range(layers))
+            return empty((layers, *shape), head_axis=head_axis, dtype=dtype)
+        return tuple(empty(shape, head_axis=head_axis, dtype=dtype) for _ in range(layers))
 
     return KVCache(
-        keys=empty(size, capacity),
-        values=empty(capacity, size),
+        keys=side(size, capacity, head_axis=-2),
+        values=side(capacity, size, head_axis=-1),
         positions=jnp.full((batch, capacity), NEVER, jnp.int32),
         lengths=jnp.zeros((batch,), jnp.int32),
         cursor=jnp.zeros((), jnp.int32),
     )
 
 
-def write_keys(layer: jax.Array, new: jax.Array, cursor: Int[Array, ""]) -> jax.Array:
+def write_keys(layer: Held, new: jax.Array, cursor: Int[Array, ""]) -> Held:
     """Puts new [B, T, K, H] into layer [B, K, H, S] at the cursor.
 
     Keys lie with slots innermost, the order in which a step's scores are computed.
     """
-    new = new.transpose(0, 2, 3, 1).astype(layer.dtype)
-    return jax.lax.dynamic_update_slice(layer, new, (0, 0, 0, cursor))
+
+    def write(array: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(array, part.transpose(0, 2, 3, 1), (0, 0, 0, cursor))
+
+    written: Held = jax.tree.map(write, layer, as_held(new, layer))
+    return written
 
 
-def write_values(layer: jax.Array, new: jax.Array, cursor: Int[Array, ""]) -> jax.Array:
+def write_values(layer: Held, new: jax.Array, cursor: Int[Array, ""]) -> Held:
     """Puts new [B, T, K, H] into layer [B, K, S, H] at the cursor."""
-    new = new.transpose(0, 2, 1, 3).astype(layer.dtype)
-    return jax.lax.dynamic_update_slice(layer, new, (0, 0, cursor, 0))
+
+    def write(array: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(array, part.transpose(0, 2, 1, 3), (0, 0, cursor, 0))
+
+    written: Held = jax.tree.map(write, layer, as_held(new, layer))
+    return written

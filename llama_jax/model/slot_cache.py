@@ -9,14 +9,17 @@ them in place; blocks are therefore copied into slots when a prefix is shared, o
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import ModelConfig
 from llama_jax.model.attention import MASKED, few_rows_product, many_rows_product
+from llama_jax.model.rounded import Held, as_held, empty, scaled, unscaled
 
 TILE = 256
 
@@ -43,10 +46,10 @@ class SlotRows:
 @dataclass(frozen=True)
 class SlotCache:
     """For each layer keys [N, K, H, S], already rotated, and values [N, K, S, H]; `rows` says what
-    the next step does with them."""
+    the next step does with them. Rounded ones hold two arrays with these axes."""
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Held, ...]
+    values: tuple[Held, ...]
     rows: SlotRows | None = None
 
     @property
@@ -54,26 +57,58 @@ class SlotCache:
         return self.values[0].shape[2]
 
 
-def init_slot_cache(config: ModelConfig, num_slots: int, capacity: int, *, dtype: Any) -> SlotCache:
-    """Empty slots of at least `capacity` positions, a whole number of tiles."""
-    capacity = -(-capacity // TILE) * TILE
+def init_slot_cache(config: ModelConfig, num_slots: int, capacity: int, *, dtype: str) -> SlotCache:
+    """Empty slots of at least `capacity` positions, a whole number of tiles; dtype: a float's name,
+    or int8."""
+    layers = _empty_layers(config, num_slots, -(-capacity // TILE) * TILE, dtype=dtype)
+    return SlotCache(keys=tuple(k for k, _ in layers), values=tuple(v for _, v in layers))
+
+
+def _empty_layers(
+    config: ModelConfig, num: int, length: int, *, dtype: str
+) -> list[tuple[Held, Held]]:
+    """For each layer keys [num, K, H, length] and values [num, K, length, H]."""
     heads, size = config.num_key_value_heads, config.head_dim
-    layers = range(config.num_hidden_layers)
-    return SlotCache(
-        keys=tuple(jnp.zeros((num_slots, heads, size, capacity), dtype) for _ in layers),
-        values=tuple(jnp.zeros((num_slots, heads, capacity, size), dtype) for _ in layers),
-    )
+    return [
+        (
+            empty((num, heads, size, length), head_axis=-2, dtype=dtype),
+            empty((num, heads, length, size), head_axis=-1, dtype=dtype),
+        )
+        for _ in range(config.num_hidden_layers)
+    ]
+
+
+def _cut(
+    array: jax.Array, first: jax.Array, begin: jax.Array, num: int, size: int, axis: int
+) -> Any:
+    """Positions begin to begin + size - 1, along `axis`, of rows first to first + num - 1."""
+    starts: list[Any] = [0] * array.ndim
+    starts[0], starts[axis] = first, begin
+    sizes = list(array.shape)
+    sizes[0], sizes[axis] = num, size
+    return jax.lax.dynamic_slice(array, starts, sizes)
+
+
+def _put(array: jax.Array, part: jax.Array, first: jax.Array, begin: jax.Array, axis: int) -> Any:
+    """`part` at positions begin, … along `axis` of rows first, …"""
+    starts: list[Any] = [0] * array.ndim
+    starts[0], starts[axis] = first, begin
+    return jax.lax.dynamic_update_slice(array, part, starts)
+
+
+# The axis of positions.
+_OF_KEYS, _OF_VALUES = 3, 2
 
 
 def attend_slots(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    layer: tuple[jax.Array, jax.Array],
+    layer: tuple[Held, Held],
     rows: SlotRows,
     *,
     sliding_window: int | None,
-) -> tuple[Float[Array, "B T N H"], tuple[jax.Array, jax.Array]]:
+) -> tuple[Float[Array, "B T N H"], tuple[Held, Held]]:
     """Writes the new keys and values, then attends: (mixed values, the layer's arrays)."""
     keys, values = _write(layer, key, value, rows)
     batch, length, heads, size = query.shape
@@ -81,7 +116,7 @@ def attend_slots(
     groups = heads // kv_heads
     dtype = query.dtype
     query = query.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
-    query = query.reshape(batch, kv_heads, groups * length, size).astype(keys.dtype)
+    query = query.reshape(batch, kv_heads, groups * length, size)
     places = jnp.tile(rows.positions, (1, groups))[:, None, :, None]  # of the query [B, 1, G*T, 1]
     multiply = few_rows_product if length <= FEW_TOKENS else many_rows_product
     offsets = jnp.arange(TILE, dtype=jnp.int32)
@@ -89,11 +124,13 @@ def attend_slots(
     def tile(index: jax.Array, carry: Any) -> Any:
         largest, total, mixed = carry
         begin = index * TILE
-        seen = jax.lax.dynamic_slice(keys, (rows.first, 0, 0, begin), (batch, kv_heads, size, TILE))
-        held = jax.lax.dynamic_slice(
-            values, (rows.first, 0, begin, 0), (batch, kv_heads, TILE, size)
+        seen, held = (
+            jax.tree.map(
+                lambda array, axis=axis: _cut(array, rows.first, begin, batch, TILE, axis), side
+            )
+            for side, axis in ((keys, _OF_KEYS), (values, _OF_VALUES))
         )
-        scores = multiply(query, seen) * size**-0.5
+        scores = scaled(multiply(query, unscaled(seen, dtype)), seen, head_axis=-2) * size**-0.5
         mask = begin + offsets <= places
         if sliding_window is not None:
             mask &= begin + offsets > places - sliding_window
@@ -102,7 +139,8 @@ def attend_slots(
         kept = jnp.exp(largest - larger)
         weights = jnp.exp(scores - larger[..., None])
         total = total * kept + weights.sum(axis=-1)
-        added = multiply(weights.astype(held.dtype), held)
+        weights = scaled(weights, held, head_axis=-1).astype(dtype)
+        added = multiply(weights, unscaled(held, dtype))
         return larger, total, mixed * kept[..., None] + added
 
     shape = (batch, kv_heads, groups * length)
@@ -119,23 +157,29 @@ def attend_slots(
 
 
 def _write(
-    layer: tuple[jax.Array, jax.Array], key: jax.Array, value: jax.Array, rows: SlotRows
-) -> tuple[jax.Array, jax.Array]:
+    layer: tuple[Held, Held], key: jax.Array, value: jax.Array, rows: SlotRows
+) -> tuple[Held, Held]:
     """One row is one slice; several rows are at places of their own."""
-    keys, values = layer
-    key, value = key.astype(keys.dtype), value.astype(values.dtype)
     if key.shape[0] == 1:
         begin = rows.positions[0, 0]
-        keys = jax.lax.dynamic_update_slice(
-            keys, key.transpose(0, 2, 3, 1), (rows.first, 0, 0, begin)
+
+        def write(array: jax.Array, part: jax.Array, axis: int) -> jax.Array:
+            part = jnp.moveaxis(part, 1, axis)
+            return _put(array, part, rows.first, begin, axis)
+
+    else:
+        slots = (rows.first + jnp.arange(key.shape[0], dtype=jnp.int32))[:, None]
+
+        def write(array: jax.Array, part: jax.Array, axis: int) -> jax.Array:
+            places = array.at[(slots, *(slice(None),) * (axis - 1), rows.positions)]
+            return places.set(part, mode="drop", unique_indices=True)
+
+    keys, values = (
+        jax.tree.map(
+            lambda array, part, axis=axis: write(array, part, axis), side, as_held(new, side)
         )
-        values = jax.lax.dynamic_update_slice(
-            values, value.transpose(0, 2, 1, 3), (rows.first, 0, begin, 0)
-        )
-        return keys, values
-    slots = (rows.first + jnp.arange(key.shape[0], dtype=jnp.int32))[:, None]
-    keys = keys.at[slots, :, :, rows.positions].set(key, mode="drop", unique_indices=True)
-    values = values.at[slots, :, rows.positions].set(value, mode="drop", unique_indices=True)
+        for side, new, axis in zip(layer, (key, value), (_OF_KEYS, _OF_VALUES), strict=True)
+    )
     return keys, values
 
 
@@ -146,113 +190,127 @@ def copy_slot(cache: SlotCache, source: Int[Array, ""], target: Int[Array, ""]) 
         one = jax.lax.dynamic_index_in_dim(array, source, 0)
         return jax.lax.dynamic_update_index_in_dim(array, one, target, 0)
 
-    return _mapped(cache, copy, copy)
+    return _with_layers(cache, jax.tree.map(copy, _layers(cache)))
 
 
-def read_slot(cache: SlotCache, slot: Int[Array, ""]) -> list[tuple[jax.Array, jax.Array]]:
+def clear_slot(cache: SlotCache, slot: Int[Array, ""]) -> SlotCache:
+    """The cache with zeros in a slot."""
+
+    def clear(array: jax.Array) -> jax.Array:
+        zeros = jnp.zeros(array.shape[1:], array.dtype)
+        return jax.lax.dynamic_update_index_in_dim(array, zeros, slot, 0)
+
+    return _with_layers(cache, jax.tree.map(clear, _layers(cache)))
+
+
+def read_slot(cache: SlotCache, slot: Int[Array, ""]) -> list[tuple[Held, Held]]:
     """(keys [K, H, S], values [K, S, H]) of each layer."""
-    return [
-        (
-            jax.lax.dynamic_index_in_dim(keys, slot, 0, keepdims=False),
-            jax.lax.dynamic_index_in_dim(values, slot, 0, keepdims=False),
-        )
-        for keys, values in zip(cache.keys, cache.values, strict=True)
-    ]
+
+    def read(array: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_index_in_dim(array, slot, 0, keepdims=False)
+
+    return jax.tree.map(read, _layers(cache))
 
 
 def write_slot(
-    cache: SlotCache, slot: Int[Array, ""], content: list[tuple[jax.Array, jax.Array]]
+    cache: SlotCache, slot: Int[Array, ""], content: list[tuple[Held, Held]]
 ) -> SlotCache:
     """Puts back what `read_slot` took out."""
-    put = jax.lax.dynamic_update_index_in_dim
-    return dataclasses.replace(
-        cache,
-        keys=tuple(put(a, new, slot, 0) for a, (new, _) in zip(cache.keys, content, strict=True)),
-        values=tuple(
-            put(a, new, slot, 0) for a, (_, new) in zip(cache.values, content, strict=True)
-        ),
-    )
+
+    def write(array: jax.Array, new: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(array, new, slot, 0)
+
+    return _with_layers(cache, jax.tree.map(write, _layers(cache), content))
 
 
-def _mapped(cache: SlotCache, of_keys: Any, of_values: Any) -> SlotCache:
-    return dataclasses.replace(
-        cache, keys=tuple(map(of_keys, cache.keys)), values=tuple(map(of_values, cache.values))
-    )
+def cut_content(content: list[tuple[Any, Any]], num_tokens: int) -> list[tuple[Any, Any]]:
+    """The first positions of what `read_slot` took out, on the host."""
+
+    def cut(axis: int, array: np.ndarray) -> np.ndarray:
+        return array[(slice(None),) * (axis - 1) + (slice(num_tokens),)].copy()
+
+    return _of_each(cut, content)
+
+
+def fill_content(content: list[tuple[Any, Any]], capacity: int) -> list[tuple[Any, Any]]:
+    """The same followed by zeros, as `write_slot` takes it."""
+
+    def fill(axis: int, array: np.ndarray) -> np.ndarray:
+        widths = [(0, 0)] * array.ndim
+        widths[axis - 1] = (0, capacity - array.shape[axis - 1])
+        return np.pad(array, widths)
+
+    return _of_each(fill, content)
+
+
+def _layers(cache: SlotCache) -> list[tuple[Held, Held]]:
+    return list(zip(cache.keys, cache.values, strict=True))
+
+
+def _with_layers(cache: SlotCache, layers: list[tuple[Held, Held]]) -> SlotCache:
+    keys, values = zip(*layers, strict=True)
+    return dataclasses.replace(cache, keys=keys, values=values)
 
 
 # Blocks: the same content cut into pieces of a few positions, kept for other rows to begin with.
 
 
 def init_blocks(
-    config: ModelConfig, num_blocks: int, block_size: int, *, dtype: Any
-) -> list[tuple[jax.Array, jax.Array]]:
+    config: ModelConfig, num_blocks: int, block_size: int, *, dtype: str
+) -> list[tuple[Held, Held]]:
     """For each layer keys [blocks, K, H, block] and values [blocks, K, block, H]."""
-    heads, size = config.num_key_value_heads, config.head_dim
-    return [
-        (
-            jnp.zeros((num_blocks, heads, size, block_size), dtype),
-            jnp.zeros((num_blocks, heads, block_size, size), dtype),
-        )
-        for _ in range(config.num_hidden_layers)
-    ]
+    return _empty_layers(config, num_blocks, block_size, dtype=dtype)
 
 
 def save_blocks(
-    blocks: list[tuple[jax.Array, jax.Array]],
+    blocks: list[tuple[Held, Held]],
     cache: SlotCache,
     slot: Int[Array, ""],
     ids: Int[Array, " M"],
     begin: Int[Array, ""],
     end: Int[Array, ""],
-) -> list[tuple[jax.Array, jax.Array]]:
+) -> list[tuple[Held, Held]]:
     """Copies blocks number begin to end - 1 of a slot to the places ids[begin:end]."""
-    size = blocks[0][1].shape[2]
 
     def one(number: jax.Array, blocks: Any) -> Any:
-        out = []
-        for (keys, values), of_keys, of_values in zip(
-            blocks, cache.keys, cache.values, strict=True
-        ):
-            key = jax.lax.dynamic_slice(of_keys, (slot, 0, 0, number * size), (1, *keys.shape[1:]))
-            value = jax.lax.dynamic_slice(
-                of_values, (slot, 0, number * size, 0), (1, *values.shape[1:])
-            )
-            place = (ids[number], 0, 0, 0)
-            out.append(
-                (
-                    jax.lax.dynamic_update_slice(keys, key, place),
-                    jax.lax.dynamic_update_slice(values, value, place),
-                )
-            )
-        return out
+        def save(axis: int, kept: jax.Array, of_slot: jax.Array) -> jax.Array:
+            size = kept.shape[axis]
+            part = _cut(of_slot, slot, number * size, 1, size, axis)
+            return _put(kept, part, ids[number], jnp.int32(0), axis)
+
+        return _of_each(save, blocks, _layers(cache))
 
     return jax.lax.fori_loop(begin, end, one, blocks)
 
 
 def load_blocks(
     cache: SlotCache,
-    blocks: list[tuple[jax.Array, jax.Array]],
+    blocks: list[tuple[Held, Held]],
     slot: Int[Array, ""],
     ids: Int[Array, " M"],
     end: Int[Array, ""],
 ) -> SlotCache:
     """Fills the beginning of a slot from the blocks ids[:end]."""
-    size = blocks[0][1].shape[2]
 
     def one(number: jax.Array, layers: Any) -> Any:
-        out = []
-        for (keys, values), (of_keys, of_values) in zip(layers, blocks, strict=True):
-            key = jax.lax.dynamic_index_in_dim(of_keys, ids[number], 0)
-            value = jax.lax.dynamic_index_in_dim(of_values, ids[number], 0)
-            out.append(
-                (
-                    jax.lax.dynamic_update_slice(keys, key, (slot, 0, 0, number * size)),
-                    jax.lax.dynamic_update_slice(values, value, (slot, 0, number * size, 0)),
-                )
-            )
-        return out
+        def load(axis: int, of_slots: jax.Array, kept: jax.Array) -> jax.Array:
+            part = jax.lax.dynamic_index_in_dim(kept, ids[number], 0)
+            return _put(of_slots, part, slot, number * kept.shape[axis], axis)
 
-    layers = jax.lax.fori_loop(0, end, one, list(zip(cache.keys, cache.values, strict=True)))
-    return dataclasses.replace(
-        cache, keys=tuple(k for k, _ in layers), values=tuple(v for _, v in layers)
-    )
+        return _of_each(load, layers, blocks)
+
+    return _with_layers(cache, jax.lax.fori_loop(0, end, one, _layers(cache)))
+
+
+def _of_each(change: Any, *layers: Any) -> list[tuple[Any, Any]]:
+    """change(axis of positions, array, …) for all arrays of all layers."""
+    result = []
+    for each in zip(*layers, strict=True):
+        keys, values = zip(*each, strict=True)
+        result.append(
+            (
+                jax.tree.map(partial(change, _OF_KEYS), *keys),
+                jax.tree.map(partial(change, _OF_VALUES), *values),
+            )
+        )
+    return result

@@ -361,12 +361,14 @@ class Llama(nnx.Module):
         # The cache is carried, not scanned over, so that it is updated in place.
         def body(carry: Any, state: Any) -> Any:
             x, keys, values, index = carry
-            held = (keys[index], values[index])
+            held = jax.tree.map(lambda array: array[index], (keys, values))
             x, written, stats = nnx.merge(graph, state)(x, context, held)
             assert written is not None
-            key, value = written
-            keys = jax.lax.dynamic_update_index_in_dim(keys, key, index, 0)
-            values = jax.lax.dynamic_update_index_in_dim(values, value, index, 0)
+            keys, values = jax.tree.map(
+                lambda array, new: jax.lax.dynamic_update_index_in_dim(array, new, index, 0),
+                (keys, values),
+                written,
+            )
             return (x, keys, values, index + 1), stats
 
         carry = (x, cache.keys, cache.values, jnp.int32(0))

@@ -33,6 +33,7 @@ from llama_jax.weights.tensors import (
     Codebook,
     IntegerTensor,
     Leaf,
+    LoraTensor,
     PackedScale,
     PackedTensor,
     QatTensor,
@@ -227,6 +228,22 @@ def quantize(
         return quantized
 
     return tree.map_with_path(replace, params)
+
+
+def stored_types(params: tree.Tree) -> str | None:
+    """What quantized weights are stored in, such as int8, nf4 or int8-dynamic, also under adapters;
+    None where there are none."""
+    kinds: set[str] = set()
+    for leaf in tree.flatten(params).values():
+        base = leaf.base if isinstance(leaf, LoraTensor) else leaf
+        if isinstance(base, IntegerTensor):
+            how = "dynamic" if base.activation_scale is None else "static"
+            kinds.add(f"int{4 if isinstance(base.base, PackedTensor) else 8}-{how}")
+        elif isinstance(base, PackedTensor):
+            kinds.add(base.codebook)
+        elif isinstance(base, QArray):
+            kinds.add(str(jnp.dtype(base.qtype)))
+    return ", ".join(sorted(kinds)) or None
 
 
 def quantize_array(

@@ -10,8 +10,12 @@ import llama_jax as lj
 from infer.registry import Registry
 from llama_jax import cli, tree
 from llama_jax.demo.make_tokenizer import FOLDER as TOKENIZER
+from llama_jax.formats.gguf import save_gguf
 from llama_jax.formats.hf import save_hf
 from llama_jax.formats.tokenizer import load_tokenizer
+from llama_jax.weights.lora import add_lora
+from llama_jax.weights.lora_config import LoraConfig
+from llama_jax.weights.quantize import quantize, stored_types
 from tests.tiny import tiny_config, tiny_params
 
 
@@ -48,6 +52,21 @@ def test_the_manifest_says_how_a_model_is_quantized(model, tmp_path, capsys, sch
     assert cli.main(argv) == 0
     assert f"{Registry(root).manifest('m', '1').quantization}" == scheme
     jax.clear_caches()
+
+
+def test_the_manifest_of_a_gguf_file_names_its_blocks(tmp_path):
+    file, root, config = tmp_path / "m.gguf", tmp_path / "models", tiny_config()
+    save_gguf(file, config, tiny_params(config), None, dtype="q4_0")
+    argv = ["register", str(file), "--models-dir", str(root), "--name", "m", "--version", "1"]
+    assert cli.main(argv) == 0
+    assert Registry(root).manifest("m", "1").quantization == "Q4_0, Q8_0"
+
+
+def test_adapters_do_not_hide_how_their_base_is_quantized():
+    config = tiny_config()
+    params = quantize(config, tiny_params(config), scheme="nf4")
+    adapted = add_lora(config, params, LoraConfig(r=2), jax.random.key(0))
+    assert stored_types(adapted) == "nf4"
 
 
 def test_what_is_no_model_is_not_copied(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The memory of one model by method: parts that can be worked out, and the compiler's whole."""
 
+import dataclasses
 import json
 import math
 
@@ -9,7 +10,7 @@ from llama_jax.cli import main
 from llama_jax.mesh.slices import slice_named
 from llama_jax.weights.table import num_parameters, weight_table
 from tests.train.test_fit import run_config
-from train.memory_table import memory_table
+from train.memory_table import _inference, memory_table
 from train.start import read_shape
 
 pytest.importorskip("libtpu", reason="the TPU compiler is on Linux x86-64 only")
@@ -32,6 +33,8 @@ def test_parts_are_those_of_the_arrays_and_the_whole_is_the_compilers():
     assert qlora.weights < lora.weights
     assert (inference.gradients, inference.optimizer, full.cache) == (0, 0, 0)
     assert inference.cache > 0
+    narrow = dataclasses.replace(run, compute=dataclasses.replace(run.compute, cache_dtype="int8"))
+    assert _inference(narrow, slice_named("v5e-4")).cache < 0.6 * inference.cache
     for row in rows.values():
         assert row.fits and row.total <= row.limit
         parts = row.weights + row.optimizer + row.cache

@@ -222,7 +222,7 @@ def test_a_broken_engine_says_so_and_starts_again(tiny, monkeypatch):
     def fail(*_):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(engine._runner, "next_tokens", fail)
+    monkeypatch.setattr(engine._runner, "begin_step", fail)
     answers = ask(engine, *(request(prompt) for prompt in prompts_of(*[5] * 7)))
     for answer in answers:
         assert answer.last.reason == "engine" and "out of order" in answer.last.message
@@ -235,6 +235,30 @@ def test_a_broken_engine_says_so_and_starts_again(tiny, monkeypatch):
     assert isinstance(answer.last, Finished)
     assert answer.token_ids() == generate(tiny, [[5, 6, 7]], GREEDY)[0].token_ids
     engine.stop(0)
+
+
+def test_the_next_step_begins_before_clients_hear_of_the_last(tiny, monkeypatch):
+    """Steps that are ahead of their rows, alone and in a batch; the answers are the same."""
+    engine = BatchingEngine(tiny, OPTIONS)
+    engine.start()
+    begin, told = engine._runner.begin_step, []
+
+    def noted(choices, masks, drafts, newest=None):
+        told.append(newest is not None)
+        return begin(choices, masks, drafts, newest)
+
+    monkeypatch.setattr(engine._runner, "begin_step", noted)
+    lengths, limits = (9, 20, 40), (5, 30, 17)
+    requests = [
+        request(prompt, SamplingParams(seed=n, max_tokens=limit, frequency_penalty=n / 2))
+        for n, (prompt, limit) in enumerate(zip(prompts_of(*lengths), limits, strict=True))
+    ]
+    answers = ask(engine, *requests)
+    engine.stop(0)
+    assert sum(told) > len(told) / 2
+    for each, answer in zip(requests, answers, strict=True):
+        wanted = generate(tiny, [list(each.prompt_token_ids)], each.params)[0]
+        assert answer.token_ids() == wanted.token_ids
 
 
 def test_an_embedding_is_the_mean_of_the_final_states(tiny, engine):

@@ -189,3 +189,20 @@ def test_everyone_ends_and_every_block_comes_back(seed, num_blocks):
     for choice in alive:
         scheduler.remove(choice)
     assert scheduler.blocks.num_free == num_blocks
+
+
+def test_blocks_are_held_for_a_token_ahead_where_there_are_any():
+    scheduler = make_scheduler(num_blocks=4)
+    first, second = (add(scheduler, name, 3, start=10 * n) for n, name in enumerate("ab"))
+    scheduler.admit()
+    read_all(scheduler)
+    for choice in (first, second):
+        choice.row.token_ids += [1] * 5  # two whole blocks
+    assert scheduler.decodable() == [first, second]
+    assert scheduler.blocks.num_free == 0
+    assert not scheduler.hold_ahead([first])
+    scheduler.remove(second)
+    assert scheduler.hold_ahead([first]) and len(first.blocks) == 3
+    assert scheduler.hold_ahead([first]) and len(first.blocks) == 3
+    scheduler.remove(first)
+    assert scheduler.blocks.num_free == 4 and (first.admissions, second.admissions) == (1, 1)

@@ -14,7 +14,7 @@ def main() -> None:
     from infer.engine.engine import BatchingEngine
     from infer.engine.options import EngineOptions
     from infer.server.batch import run_batch
-    from infer.server.models import Built, Source
+    from infer.server.loaded import Built, Source
     from infer.server.settings import Settings
     from tests.infer.server.running import byte_tokenizer
     from tests.tiny import tiny_config, tiny_params

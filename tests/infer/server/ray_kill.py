@@ -11,7 +11,7 @@ import time
 import urllib.error
 import urllib.request
 
-from infer.server.models import Built
+from infer.server.loaded import Built
 from infer.server.settings import Settings
 from tests.infer.server.running import byte_tokenizer
 from tests.infer.server.scripted_engine import ScriptedEngine

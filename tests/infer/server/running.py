@@ -8,7 +8,7 @@ import threading
 import urllib.error
 import urllib.request
 
-from infer.server.models import Built, Source
+from infer.server.loaded import Built, Source
 from infer.server.run import serve
 from infer.server.settings import Settings
 from llama_jax.demo.make_tokenizer import FOLDER

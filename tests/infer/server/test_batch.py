@@ -12,7 +12,7 @@ import pytest
 
 from infer.server.batch import open_answers, read_batch, run_batch
 from infer.server.build import given_sources
-from infer.server.models import Built, Source
+from infer.server.loaded import Built, Source
 from infer.server.settings import Settings
 from llama_jax import cli
 from tests.infer.server.running import byte_tokenizer

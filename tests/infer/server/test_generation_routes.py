@@ -6,7 +6,7 @@ import urllib.request
 import openai
 import pytest
 
-from infer.server.models import Built
+from infer.server.loaded import Built
 from tests.infer.scripted import word_tokenizer
 from tests.infer.server.running import byte_tokenizer, running, until
 from tests.infer.server.scripted_engine import ScriptedEngine

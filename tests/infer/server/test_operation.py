@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from infer.server.api_types import ChatRequest
-from infer.server.models import Source
+from infer.server.loaded import Source
 from infer.server.openapi import openapi
 from infer.server.settings import Secret, Tenant
 from tests.infer.server.running import byte_tokenizer, running, until

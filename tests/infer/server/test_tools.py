@@ -6,7 +6,7 @@ import openai
 import pytest
 
 from infer.server.api_types import Tool
-from infer.server.models import Built
+from infer.server.loaded import Built
 from infer.server.tools import ToolParser, parse_calls
 from tests.infer.server.running import byte_tokenizer, running
 from tests.infer.server.scripted_engine import ScriptedEngine

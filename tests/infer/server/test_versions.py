@@ -7,7 +7,7 @@ import time
 import pytest
 
 from infer.registry import Registry, State, register
-from infer.server.models import Built
+from infer.server.loaded import Built
 from infer.server.settings import Secret
 from tests.infer.server.running import byte_tokenizer, running, until
 from tests.infer.server.scripted_engine import ScriptedEngine
@@ -44,7 +44,7 @@ class Fleet:
         options = {"step_seconds": 0.002, **self.options.get(source.version, {})}
         engine = ScriptedEngine(tokenizer, lambda request, index: ids, **options)
         self.built.append((source.version, engine))
-        return Built(engine, tokenizer)
+        return Built(engine, tokenizer, "int8")
 
 
 @pytest.fixture
@@ -90,6 +90,9 @@ def test_the_first_request_loads_the_active_version_once(models_dir, fleet):
         assert [version for version, _ in fleet.built] == ["1"]
         entry = server.call("/v1/models")[1]["data"][0]
         assert (entry["loaded"], entry["version"]) == (True, "1")
+        (row,) = server.call("/admin/models", key=ADMIN)[1]["models"]
+        assert row["versions"][0]["quantization"] == "int8"
+        assert "quantization" not in row["versions"][1]
         assert said(server, "m@3") == "3"
 
 
@@ -293,7 +296,7 @@ def test_models_given_at_the_start_stay():
 
 @pytest.mark.parametrize(("kind", "code"), [(ValueError, 2), (RuntimeError, 1)])
 def test_a_start_that_cannot_load_ends_with_an_error(kind, code):
-    from infer.server.models import Source
+    from infer.server.loaded import Source
 
     def build(source):
         raise kind("no such thing")

@@ -1,0 +1,183 @@
+"""A draft model changes the speed, never the answer nor its distribution."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from infer.engine.draft_model import check_draft
+from infer.engine.engine import BatchingEngine
+from infer.engine.memory import fitting_context
+from infer.engine.options import EngineOptions
+from infer.engine.request import Request
+from infer.params import SamplingParams
+from llama_jax.demo.make_tokenizer import FOLDER
+from llama_jax.formats.tokenizer import load_tokenizer
+from llama_jax.model.transformer import forward
+from tests.infer.engine.client import ask
+from tests.infer.engine.test_engine import WISHES, prompts_of
+from tests.tiny import FAMILIES, tiny_config, tiny_params
+
+OPTIONS = EngineOptions(max_slots=4, block_size=16, piece_tokens=32, num_blocks=12, draft_tokens=3)
+CONFIG = FAMILIES["llama-gqa"].replace(eos_token_id=())
+PARAMS = tiny_params(CONFIG)
+
+
+def near(params, noise):
+    """The same model, a little wrong everywhere: right about most tokens, not about all."""
+    keys = iter(jax.random.split(jax.random.key(9), 100))
+    return jax.tree.map(lambda w: w * (1 + noise * jax.random.normal(next(keys), w.shape)), params)
+
+
+def started(draft, options=OPTIONS):
+    engine = BatchingEngine((CONFIG, PARAMS, None), options, draft=draft)
+    engine.start()
+    return engine
+
+
+@pytest.fixture(scope="module")
+def plain():
+    engine = started(None, dataclasses.replace(OPTIONS, draft_tokens=0))
+    yield engine
+    engine.stop(0)
+
+
+@pytest.fixture(scope="module")
+def drafting():
+    engine = started((CONFIG, near(PARAMS, 0.1), None))
+    yield engine
+    engine.stop(0)
+
+
+def test_answers_are_those_of_the_large_model_alone(plain, drafting):
+    """More choices than slots and fewer blocks than they want: rows come, go and move."""
+    prompts = prompts_of(1, 2, 30, 70, 100, 40, 9)
+    wishes = [*WISHES, SamplingParams(seed=9, temperature=1.2, n=2)]
+    wishes = [
+        each.replace(max_tokens=n)
+        for each, n in zip(wishes, (60, 30, 50, 9, 20, 61, 40), strict=True)
+    ]
+    requests = [
+        Request(f"d{n}", p, w) for n, (p, w) in enumerate(zip(prompts, wishes, strict=True))
+    ]
+    before = drafting.statistics()
+    answers = [ask(engine, *requests) for engine in (plain, drafting)]
+    for one, other in zip(*answers, strict=True):
+        for index in {piece.index for piece in one.pieces}:
+            assert one.token_ids(index) == other.token_ids(index)
+            assert one.finish_reason(index) == other.finish_reason(index)
+    statistics = drafting.statistics()
+    assert statistics["preemptions_total"] > before["preemptions_total"]
+    drafted, accepted = (
+        statistics[name] - before[name] for name in ("draft_tokens_total", "accepted_tokens_total")
+    )
+    assert 0.2 < accepted / drafted < 1
+    assert statistics["compilations_total"] == 0
+    assert statistics["blocks_free"] == statistics["blocks_total"]
+
+
+@pytest.mark.parametrize("wishes", [WISHES[0], SamplingParams(seed=3, temperature=1.5)])
+def test_a_draft_of_the_same_weights_is_always_right(plain, wishes):
+    """Sampled, too: it draws with the same random numbers."""
+    engine = started((CONFIG, PARAMS, None))
+    (prompt,) = prompts_of(40)
+    request = Request("same", prompt, wishes.replace(max_tokens=41))
+    (answer,) = ask(engine, request)
+    statistics = engine.statistics()
+    engine.stop(0)
+    assert answer.token_ids() == ask(plain, request)[0].token_ids()
+    assert statistics["accepted_tokens_total"] == statistics["draft_tokens_total"] >= 30
+
+
+def test_the_distribution_is_that_of_the_large_model(drafting):
+    """Chi-square of the second and third tokens, which are guessed, against exact probabilities."""
+    (prompt,) = prompts_of(20, seed=4)
+    top, temperature, count = 3, 1.5, 1280
+    wishes = SamplingParams(temperature=temperature, top_k=top, max_tokens=3, n=128)
+    before = drafting.statistics()
+    seen = {}
+    for seed in range(count // wishes.n):
+        (answer,) = ask(drafting, Request(f"x{seed}", prompt, wishes.replace(seed=seed)))
+        for index in range(wishes.n):
+            tokens = tuple(answer.token_ids(index))
+            seen[tokens] = seen.get(tokens, 0) + 1
+    statistics = drafting.statistics()
+    assert statistics["accepted_tokens_total"] - before["accepted_tokens_total"] > count / 4
+    exact = {(): 1.0}
+    run = jax.jit(lambda tokens: forward(CONFIG, PARAMS, tokens)[:, -1])
+    for _ in range(3):
+        longer = {}
+        begun = list(exact)
+        logits = run(jnp.asarray([[*prompt, *begin] for begin in begun]))
+        for begin, row in zip(begun, np.asarray(logits), strict=True):
+            best = np.argsort(-row)[:top]
+            weights = np.exp((row[best] - row[best[0]]) / temperature)
+            for token, share in zip(best.tolist(), weights / weights.sum(), strict=True):
+                longer[(*begin, token)] = exact[begin] * share
+        exact = longer
+    assert set(seen) <= set(exact)
+    expected = np.asarray(list(exact.values())) * count
+    got = np.asarray([seen.get(tokens, 0) for tokens in exact])
+    common = expected >= 5
+    cells = (
+        np.append(got[common], got[~common].sum()),
+        np.append(expected[common], expected[~common].sum()),
+    )
+    statistic = ((cells[0] - cells[1]) ** 2 / np.maximum(cells[1], 1e-9)).sum()
+    # 99.9 % of chi-square with 26 degrees of freedom, the most there can be.
+    assert common.sum() >= 10 and statistic < 54.1
+
+
+def test_a_draft_that_is_broken_or_short_only_costs_time(plain):
+    params = jax.tree.map(lambda w: w * jnp.nan, PARAMS)
+    short = CONFIG.replace(max_position_embeddings=32)
+    (prompt,) = prompts_of(20)
+    request = Request("broken", prompt, WISHES[1].replace(max_tokens=30))
+    wanted = ask(plain, request)[0].token_ids()
+    for draft in ((CONFIG, params, None), (short, PARAMS, None)):
+        engine = started(draft)
+        assert ask(engine, request)[0].token_ids() == wanted
+        drafted = engine.statistics()["draft_tokens_total"]
+        engine.stop(0)
+        assert drafted == 0 if draft[0] is CONFIG else 0 < drafted <= 12
+
+
+def test_models_of_other_vocabularies_are_refused():
+    tokenizer = load_tokenizer(FOLDER)
+    other = load_tokenizer(FOLDER)
+    other.backend.add_tokens(["<more>"])
+    config, bigger = tiny_config(vocab_size=264), tiny_config(vocab_size=320)
+    check_draft(config, tokenizer, bigger, tokenizer)  # padded differently
+    with pytest.raises(ValueError, match="1 ids differ .*None to the model and '<more>'"):
+        check_draft(config, tokenizer, bigger, other)
+    with pytest.raises(ValueError, match="the draft model has no tokenizer"):
+        check_draft(config, tokenizer, bigger, None)
+    with pytest.raises(ValueError, match="has 320 ids and the model 264"):
+        check_draft(config, None, bigger, None)
+    with pytest.raises(ValueError, match="draft_tokens is 0"):
+        BatchingEngine((CONFIG, PARAMS, None), EngineOptions(), draft=(CONFIG, PARAMS, None))
+
+
+def test_padded_vocabularies_may_differ():
+    config = CONFIG.replace(vocab_size=264)
+    tokenizer = load_tokenizer(FOLDER)
+    params = tiny_params(config)
+    answers = []
+    for size in (264, 300):
+        draft = config.replace(vocab_size=size)
+        engine = BatchingEngine(
+            (config, params, tokenizer), OPTIONS, draft=(draft, tiny_params(draft), tokenizer)
+        )
+        engine.start()
+        answers.append(ask(engine, Request("p", (5, 6, 7), WISHES[1]))[0].token_ids())
+        engine.stop(0)
+    assert answers[0] == answers[1]
+
+
+def test_its_slots_count_as_memory():
+    config = tiny_config(max_position_embeddings=2**24)
+    alone = fitting_context(config, OPTIONS, "float32")
+    beside = fitting_context(config, OPTIONS, "float32", draft=config)
+    assert beside / alone == pytest.approx(9 / 14, rel=0.01)
