@@ -47,6 +47,8 @@ def make_build(settings: Settings, start: Callable[[], None] = lambda: None) -> 
     start: called once, before JAX is.
     """
     options = engine_options(settings)
+    if settings.draft_model is not None:
+        check_model_name(settings.draft_model)
     compute = Compute(dtype=settings.dtype or "float32", cache_dtype=settings.cache_dtype)
     sizes = None if settings.mesh is None else parse_mesh(settings.mesh)
     quantization = quantization_of(settings)

@@ -60,6 +60,7 @@ def test_null_in_a_file_is_as_if_absent(tmp_path):
         ("models: [m]\ndrain_seconds: .nan", "must be of type float"),
         ("models: [m]\nlog_level: loud", "log_level is 'loud'"),
         ("models: [m]\nhost: ''", "host is empty"),
+        ("models: [m]\ndraft_model: d", "draft_tokens is 0; say how many"),
         ("models: [a, b, c]\nmax_loaded: 2", "3 models are given, .* max_loaded is 2; raise it"),
         ("port: 1", "nothing to serve"),
         ("- m", "must be a mapping"),
