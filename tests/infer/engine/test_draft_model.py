@@ -88,7 +88,7 @@ def test_a_draft_of_the_same_weights_is_always_right(plain, wishes):
     statistics = engine.statistics()
     engine.stop(0)
     assert answer.token_ids() == ask(plain, request)[0].token_ids()
-    assert statistics["accepted_tokens_total"] == statistics["draft_tokens_total"] >= 30
+    assert statistics["accepted_tokens_total"] == statistics["draft_tokens_total"] >= 15
 
 
 def test_the_distribution_is_that_of_the_large_model(drafting):
