@@ -92,7 +92,7 @@ def complete(
         # Angles follow the length of the whole prompt there, which the engine reads in pieces.
         return checked.generate(prompts, params, chat=chat)
     engine = BatchingEngine(
-        (config, {**weights, "layers": checked.model.params["layers"]}, tokenizer),
+        (config, checked.model.params, tokenizer),
         EngineOptions(
             max_slots=min(batch_size, params.n * len(prompts)),
             max_context=context,
