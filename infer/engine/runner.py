@@ -191,7 +191,7 @@ class Runner:
         wanted = results[self.row_shapes[-1]][0]
         kept = []
         for rows, each in results.items():
-            if all(np.array_equal(one, wanted[:rows]) for one in each):
+            if all(np.array_equal(one, wanted[:rows], equal_nan=True) for one in each):
                 kept.append(rows)
             else:
                 log.warning(
