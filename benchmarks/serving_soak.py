@@ -134,14 +134,18 @@ def start(folder, draft):
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
-    port = int(server.stdout.readline().rsplit(":", 1)[1])
-    while True:
+    return server, int(server.stdout.readline().rsplit(":", 1)[1])
+
+
+def wait_ready(server, port):
+    while server.poll() is None:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
         connection.request("GET", "/readyz")
         if connection.getresponse().status == 200:
-            return server, port
+            return
         connection.close()
         time.sleep(0.2)
+    raise RuntimeError(f"the server ended with {server.returncode}")
 
 
 def soak(server, port, num_requests, num_clients):
@@ -180,6 +184,7 @@ def main():
         make_model(Path(folder) / "tiny")
         server, port = start(Path(folder) / "tiny", args.draft)
         try:
+            wait_ready(server, port)
             began = time.perf_counter()
             counts, memory = soak(server, port, args.requests, args.clients)
             seconds = time.perf_counter() - began
