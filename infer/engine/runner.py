@@ -1,11 +1,12 @@
 """Runs what the scheduler decides: holds the arrays of an engine and calls its compiled steps.
 
 Steps come in few shapes: pieces of prompts of `piece_shapes` tokens, and `row_shapes` rows that
-take a token. On a CPU a step of one token sums in another order than larger ones, so one row has a
-second beside it, which costs little: a small step takes the time of reading the weights. Whether
-the other shapes sum alike is looked at when an engine starts.
+take a token. On a CPU steps of fewer than eight tokens sum in another order than larger ones, so
+few rows are filled up to eight tokens: they cost little, because a small step takes the time of
+reading the weights.
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,12 +26,13 @@ from infer.sampling import Needs, Rows, Sampled
 from llama_jax.mesh.sharding import replicated
 from llama_jax.model import slot_cache
 from llama_jax.model.cache import NEVER
+from llama_jax.model.layout import summing_alike
 
 log = logging.getLogger(__name__)
 
 _SHORTEST_PIECE = 32
 _FEWEST_ROWS = 2
-_FEWEST_TOKENS = 2
+_FEWEST_TOKENS = 8
 
 # The variants of choosing tokens that are compiled, the cheapest first; each can do what those
 # before it can.
@@ -80,6 +82,8 @@ class Runner:
     """The arrays and the steps. Only the engine's thread calls it."""
 
     def __init__(self, model: Runnable, options: EngineOptions, *, capacity: int, num_blocks: int):
+        if options.exact:
+            model = dataclasses.replace(model, params=summing_alike(model.params))
         self.model, self.options = model, options
         self.piece_shapes = piece_shapes(options.piece_tokens)
         self.row_shapes = row_shapes(options.max_slots, exact=options.exact)

@@ -5,6 +5,7 @@ CPU a factor of 2.6. Separate arrays per layer avoid that, and while they are be
 of the same input are joined and matrices become leaves that `dot` multiplies fastest with few rows.
 """
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,17 @@ def head_for_decoding(params: tree.Tree) -> tree.Tree:
     if not isinstance(weight, jax.Array):
         return params
     return {**params, name: {"weight": DecodingTensor(weight)}}
+
+
+def summing_alike(params: tree.Tree) -> tree.Tree:
+    """The same with the bits of products independent of the number of rows: `DecodingTensor`."""
+
+    def alike(leaf: Any) -> Any:
+        if isinstance(leaf, DecodingTensor):
+            return dataclasses.replace(leaf, sums_alike=True)
+        return leaf
+
+    return jax.tree.map(alike, params, is_leaf=lambda leaf: isinstance(leaf, DecodingTensor))
 
 
 def _per_layer(params: tree.Tree, change: Any) -> tree.Tree:

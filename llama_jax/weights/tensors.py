@@ -230,9 +230,13 @@ def signed_nibbles(codes: jax.Array) -> jax.Array:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodingTensor:
-    """A matrix [out, in] that meets few rows at a time on a CPU: `dot` puts it first."""
+    """A matrix [out, in] that meets few rows at a time on a CPU: `dot` puts it first.
+
+    sums_alike: whether a row's result has the same bits beside any number of others up to 48.
+    """
 
     array: Array
+    sums_alike: bool = field(default=False, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
