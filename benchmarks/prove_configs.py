@@ -2,8 +2,9 @@
 
 usage: python benchmarks/prove_configs.py [NAME ...]
 
-With names, only those are compiled and their lines written anew. Needs the `tpu` extra, no TPU;
-some ten minutes on two cores. Ends with 1 when a config does not fit the slice it names.
+With names, of `configs/` or `configs/serve/`, only those are compiled and their lines written anew.
+Needs the `tpu` extra, no TPU; some fifteen minutes on two cores. Ends with 1 when a config does not
+fit the slice it names.
 """
 
 import datetime
@@ -16,6 +17,8 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
+from infer import fit as serving
+from infer.server.settings import read_settings
 from llama_jax.mesh.slices import slice_named
 from train.config import load_run_config
 from train.fit import Fit, fit
@@ -41,20 +44,58 @@ memory traffic and collectives: no step can be faster, how fast one is was not m
 """
 
 
+SERVE_COLUMNS = (
+    "config", "weights", "slice", "rows x tokens", "cache tokens", "together", "limit",
+    "most cache tokens", "steps", "bound s", "by", "new tokens/s at most", "compiled in s",
+)  # fmt: skip
+
+SERVE_HEAD = """
+## Servers
+
+Every serve config, all steps of its engine compiled for its slice (`llama-jax fit --serve`): pieces
+of prompts, tokens of so many rows, sampling. Rows x tokens are choices computed together and what
+each may hold of the cache when all are there; `together` is weights, cache, all programs and what
+the most demanding of them needs, GiB of one chip. The bound is of a step of all rows, each as long
+as the cache lets it be.
+
+"""
+
+
 def main() -> int:
-    shipped = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
+    shipped = names_in(ROOT / "configs")
+    served = names_in(ROOT / "configs" / "serve")
     lines = kept_lines() if sys.argv[1:] else {}
     fits = True
-    for name in sys.argv[1:] or shipped:
-        run = load_run_config(ROOT / "configs" / name)
-        if run.mesh.slice is None:
+    for name in sys.argv[1:] or [*shipped, *served]:
+        prove = prove_server if name in served else prove_run
+        found = prove(name)
+        if found is None:
             continue
-        result = fit(run, slice_named(run.mesh.slice))
-        lines[name] = line(name, result)
-        fits &= result.compiled.fits
+        lines[name], fitted = found
+        fits &= fitted
         print(lines[name], flush=True)
-    PAGE.write_text(page([lines[name] for name in shipped if name in lines]))
+    tables = [[lines[name] for name in names if name in lines] for names in (shipped, served)]
+    PAGE.write_text(page(*tables))
     return 0 if fits else 1
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("*.yaml"))
+
+
+def prove_run(name: str) -> tuple[str, bool] | None:
+    run = load_run_config(ROOT / "configs" / name)
+    if run.mesh.slice is None:
+        return None
+    result = fit(run, slice_named(run.mesh.slice))
+    return line(name, result), result.compiled.fits
+
+
+def prove_server(name: str) -> tuple[str, bool]:
+    settings = read_settings({}, config=ROOT / "configs" / "serve" / name, environment={})
+    assert settings.slice is not None
+    result = serving.fit(settings, slice_named(settings.slice), lambda _: None)
+    return serve_line(name, result), result.fits
 
 
 def kept_lines() -> dict[str, str]:
@@ -63,12 +104,14 @@ def kept_lines() -> dict[str, str]:
     return {parts[1]: each for parts, each in cells if each.startswith("| `")}
 
 
-def page(lines: list[str]) -> str:
+def page(lines: list[str], served: list[str]) -> str:
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in ("jax", "jaxlib", "libtpu"))
     when = datetime.date.today().isoformat()
     where = f"{platform.machine()}, {os.cpu_count()} cores"
     table = [row(COLUMNS), row(["---"] * len(COLUMNS)), *lines]
-    return HEAD + "\n".join(table) + f"\n\n{when}, {versions}, {where}.\n"
+    servers = [row(SERVE_COLUMNS), row(["---"] * len(SERVE_COLUMNS)), *served]
+    parts = HEAD, "\n".join(table), "\n", SERVE_HEAD, "\n".join(servers)
+    return "".join(parts) + f"\n\n{when}, {versions}, {where}.\n"
 
 
 def line(name: str, result: Fit) -> str:
@@ -93,6 +136,27 @@ def line(name: str, result: Fit) -> str:
             "" if formula is None else f"{formula:.4g}",
             f"{max(report['bound_seconds'].values()):.3g}",
             report["bound_by"],
+            f"{report['compile_seconds']:.0f}",
+        ]
+    )
+
+
+def serve_line(name: str, result: serving.ServeFit) -> str:
+    report = result.to_dict()
+    return row(
+        [
+            f"`{name}`",
+            report["quantization"] or report["dtype"],
+            report["slice"],
+            f"{report['max_slots']} x {report['row_tokens']}",
+            report["cache_tokens"],
+            f"{report['hbm_bytes_per_chip'] / 2**30:.2f}",
+            f"{report['hbm_limit'] / 2**30:.2f}",
+            report["largest_cache_tokens"],
+            len(report["steps"]),
+            f"{max(report['bound_seconds'].values()):.3g}",
+            report["bound_by"],
+            f"{report['bound_tokens_per_second']:.0f}",
             f"{report['compile_seconds']:.0f}",
         ]
     )

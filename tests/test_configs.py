@@ -4,11 +4,15 @@ from pathlib import Path
 
 import pytest
 
+from infer.engine.options import parse_mesh
+from infer.server.build import engine_options
+from infer.server.settings import read_settings
 from llama_jax.mesh.slices import slice_named
 from train.config import load_run_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+SERVED = sorted((ROOT / "configs" / "serve").glob("*.yaml"))
 PAGE = (ROOT / "docs" / "proven-configs.md").read_text()
 
 
@@ -55,3 +59,51 @@ def test_a_representative_few_are_compiled_again(name):
     stated = float(line.split("|")[7]) * 2**30
     # The page is written anew when the model changes; small drift of the compiler is none.
     assert result.chip_bytes == pytest.approx(stated, rel=0.05)
+
+
+def served_settings(path):
+    return read_settings({}, config=path, environment={})
+
+
+@pytest.mark.parametrize("path", SERVED, ids=lambda path: path.stem)
+def test_a_serve_config_says_what_it_is_for_and_is_proven(path):
+    settings = served_settings(path)
+    assert settings.slice is not None and settings.cache_tokens is not None
+    wanted = slice_named(settings.slice)
+    method = f"serve-{settings.quantization}" if settings.quantization else "serve"
+    assert path.stem == f"{settings.architecture}-{method}-{settings.slice}"
+    head = path.read_text().split("\nmodels:")[0]
+    assert f"llama-jax fit --serve {path.name}" in head
+    assert f"llama-jax serve --config {path.name}" in head
+    assert ("refuses it" in head) == (wanted.hosts > 1)
+    options = engine_options(settings)
+    assert options.cache == "pages"
+    sizes = parse_mesh(settings.mesh or "tensor=1")
+    assert wanted.num_devices == sizes["tensor"] * sizes.get("fsdp", 1)
+    (line,) = [line for line in PAGE.splitlines() if f"`{path.name}`" in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    row = min(settings.max_context, settings.cache_tokens // settings.max_slots)
+    assert cells[1:5] == [
+        settings.quantization or settings.dtype,
+        settings.slice,
+        f"{settings.max_slots} x {row}",
+        str(settings.cache_tokens),
+    ]
+    together, limit, largest = float(cells[5]), float(cells[6]), int(cells[7])
+    assert together <= limit == round(wanted.hbm_bytes_per_chip / 2**30, 2)
+    assert settings.cache_tokens <= largest
+
+
+@pytest.mark.slow
+def test_a_representative_server_is_compiled_again():
+    pytest.importorskip("libtpu", reason="the TPU compiler is on Linux x86-64 only")
+    from infer.fit import fit
+
+    (path,) = [path for path in SERVED if path.stem == "llama3.1-8b-serve-int8-v5e-4"]
+    settings = served_settings(path)
+    report = fit(settings, slice_named(settings.slice), lambda _: None).to_dict()
+    assert report["fits"]
+    (line,) = [line for line in PAGE.splitlines() if f"`{path.name}`" in line]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert report["hbm_bytes_per_chip"] == pytest.approx(float(cells[5]) * 2**30, rel=0.05)
+    assert report["largest_cache_tokens"] == pytest.approx(int(cells[7]), rel=0.05)
