@@ -122,8 +122,8 @@ def _inference(run: RunConfig, wanted: Slice) -> MemoryRow:
 
     with jax.set_mesh(mesh):
         lowered = jax.jit(step, donate_argnums=1).lower(params, cache, tokens)
-        held = device_bytes((params, cache, tokens))
-        compiled = compile_for(lowered, wanted, argument_bytes=held)
+        given = device_bytes((params, cache, tokens))
+        compiled = compile_for(lowered, wanted, argument_bytes=given)
     return _row(
         "inference",
         wanted,

@@ -11,6 +11,7 @@ from infer.engine.options import EngineOptions
 from infer.engine.runner import Runner
 from infer.engine.scheduler import Choice, Scheduler
 from infer.generate import Generator, parts_of
+from infer.layers import Layers
 from llama_jax.config import Compute, ModelConfig
 
 
@@ -31,7 +32,7 @@ def small_model(
         )
     small_config, small_params, small_tokenizer = parts_of(draft)
     check_draft(config, tokenizer, small_config, small_tokenizer)
-    layers = "unrolled" if isinstance(small_params["layers"], dict) else "auto"
+    layers: Layers = "unrolled" if isinstance(small_params["layers"], dict) else "auto"
     return Generator(
         small_config, small_params, small_tokenizer, compute=compute, layers=layers
     ).model

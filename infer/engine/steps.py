@@ -169,7 +169,7 @@ def propose(
 
     cache, logits = one(cache, tokens, positions, visible)
     first = choose(logits, step)
-    begin = cache, first, positions[:, -1], visible
+    begin: Any = cache, first, positions[:, -1], visible
     (cache, *_), others = jax.lax.scan(body, begin, jnp.arange(1, num))
     return cache, jnp.concatenate([first[None], others]).T
 

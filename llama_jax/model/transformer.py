@@ -132,6 +132,8 @@ class Attention(nnx.Module):
             )
             return self.o_proj(mixed.reshape(batch, length, -1)), None
         is_divided = length_parts(rules) > 1
+        keys: kv.Held
+        values: kv.Held
         if layer_cache is None:
             if is_divided:
                 key, value = (gather_keys(x, "kv_heads", rules) for x in (key, value))
