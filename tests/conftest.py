@@ -1,6 +1,10 @@
 """Eight emulated CPU devices and strict promotion, before JAX wakes up."""
 
+import gc
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -19,3 +23,12 @@ import jax
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module() -> Iterator[None]:
+    """Compiled programs go with their module: each holds mappings of memory, of which a process may
+    have 65,530, and a worker compiles enough to reach that."""
+    yield
+    jax.clear_caches()
+    gc.collect()
