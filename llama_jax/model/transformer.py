@@ -9,6 +9,7 @@ the same numbers. Nothing outside this file knows Flax.
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -313,10 +314,7 @@ class Llama(nnx.Module):
         for index, layer in enumerate(self.layers):
             graph, state = nnx.split(layer)
             held = None if cache is None else (cache.keys[index], cache.values[index])
-            run = _rematerialized(
-                lambda s, x, c, h, g=graph: nnx.merge(g, s)(x, c, h), self.compute
-            )
-            x, held, stats = run(state, x, context, held)
+            x, held, stats = _run_layer(graph, self.compute, state, x, context, held)
             if held is not None:
                 keys.append(held[0])
                 values.append(held[1])
@@ -376,6 +374,16 @@ class Llama(nnx.Module):
         carry = (x, cache.keys, cache.values, jnp.int32(0))
         (x, keys, values, _), stats = jax.lax.scan(body, carry, stacked)
         return x, (keys, values), jax.tree.map(lambda each: each.sum(axis=0), stats)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _run_layer(
+    graph: Any, compute: Compute, state: Any, x: jax.Array, context: Context, held: Any
+) -> Any:
+    """One of unrolled layers. Jitted for itself so that layers of one form are traced and lowered
+    once, which is most of the time of a start; XLA puts them in line again."""
+    run = _rematerialized(lambda s, x, c, h: nnx.merge(graph, s)(x, c, h), compute)
+    return run(state, x, context, held)
 
 
 def _gathered(config: ModelConfig, compute: Compute, layer: Any) -> Any:
