@@ -43,7 +43,7 @@ def test_every_step_is_compiled_and_what_stays_is_counted(small):
     assert report["fits"] and report["missing_bytes_per_chip"] == 0 and report["advice"] == []
     steps = [(step["step"], step["rows"], step["tokens"]) for step in report["steps"]]
     assert steps == [
-        ("prefill", 1, 32), ("decode", 2, 1), ("decode", 8, 1), ("sample", 8, 1)
+        ("prefill", 1, 32), ("decode", 2, 4), ("decode", 8, 1), ("sample", 8, 1)
     ]  # fmt: skip
     itemsize = {"bfloat16": 2, "float32": 4}[CONFIG.dtype]
     assert report["weights_bytes_per_chip"] == itemsize * num_parameters(CONFIG)

@@ -25,7 +25,7 @@ def _quantized(scheme, **options):
     def make(config, params, tmp_path):
         peaks = None
         if scheme.endswith("static"):
-            peaks = calibrate(config, params, [tiny_tokens(2, 16)], compute=Compute())
+            peaks = calibrate(config, params, list(tiny_tokens(2, 16)), compute=Compute())
         return quantize(config, params, scheme=scheme, peaks=peaks, **options)
 
     return make

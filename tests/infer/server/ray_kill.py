@@ -64,7 +64,7 @@ def main(port):
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
-        settings = Settings(models=("m",), drain_seconds=5.0)
+        settings = Settings(models=("m=smollm2-135m",), drain_seconds=5.0)  # never loaded
         scaling = Scaling(min_replicas=2, max_replicas=2, num_cpus=0.5)
         serve.run(make_application(settings, scaling, make=make))
         pids = set()
