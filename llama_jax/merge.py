@@ -381,8 +381,8 @@ def _merged_tensor(
     for rows in passes():
         high = low + len(rows[0])
         out[low:high] = convert(combine(rows), spec.dtype, name=spec.name)
-        if merged_rows < len(out) or (shared is not None and "vocab" in row.axes):
-            kept = np.flatnonzero(~shared[low:high])  # type: ignore[index]
+        if shared is not None and "vocab" in row.axes:
+            kept = np.flatnonzero(~shared[low:high])
             own = read(sources[0], low, high, kinds[0])
             out[low:high][kept] = convert(own[kept], spec.dtype, name=spec.name)
         low = high

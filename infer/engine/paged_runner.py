@@ -67,29 +67,19 @@ class PagedRunner(Runner):
         logits = self._logits(rows, length, placed, [-1] * rows)
         return logits.reshape(rows, length, -1)[:, 0]
 
-    def read(
-        self,
-        slot: int,
-        blocks: Sequence[int],
-        tokens: Sequence[int],
-        begin: int,
-        shape: int,
-        adapter: int = -1,
-    ) -> tuple[jax.Array, np.ndarray]:
-        padded = np.zeros(shape, np.int32)
-        padded[: len(tokens)] = tokens
+    def _read_piece(
+        self, slot: int, blocks: Sequence[int], tokens: np.ndarray, *numbers: np.int32
+    ) -> tuple[jax.Array, jax.Array]:
         self._pages, hidden, total = paged_steps.read_piece(
             self.model.config,
             self._params,
             self._pages,
-            padded,
+            tokens,
             self._table(blocks),
-            np.int32(begin),
-            np.int32(len(tokens)),
-            np.int32(adapter),
+            *numbers,
             **self._shared,
         )
-        return hidden, np.asarray(jax.device_get(total))
+        return hidden, total
 
     def _logits(
         self,

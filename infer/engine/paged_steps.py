@@ -5,12 +5,11 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from infer.engine.adapters import with_chosen
+from infer.engine import steps
 from llama_jax.config import Compute, ModelConfig
-from llama_jax.model import paged_cache, transformer
+from llama_jax.model import paged_cache
 from llama_jax.model.paged_cache import PagedCache, PageRows
 
 
@@ -54,15 +53,9 @@ def read_piece(
 ) -> tuple[PagedCache, Float[Array, "T D"], Float[Array, " D"]]:
     """Runs tokens at positions begin, … of a row with the pages `table`, of which the first
     num_real are real. Gives the final states, and the sum of the real ones in float32."""
-    places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    rows = PageRows(table[None], (begin + places)[None], (begin + num_real)[None])
-    params = with_chosen(params, adapter[None], length=tokens.shape[0])
-    hidden, after, _ = transformer.hidden_states(
-        config, params, tokens[None], compute=compute, cache=dataclasses.replace(cache, rows=rows)
-    )
-    real = (places < num_real)[:, None]
-    total = jnp.where(real, hidden[0].astype(jnp.float32), 0.0).sum(axis=0)
-    return dataclasses.replace(after, rows=None), hidden[0], total
+    rows = PageRows(table[None], (begin + steps.places_of(tokens))[None], (begin + num_real)[None])
+    cache = dataclasses.replace(cache, rows=rows)
+    return steps.piece_of(config, params, cache, tokens, num_real, adapter, compute=compute)
 
 
 @partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache",))
@@ -77,13 +70,8 @@ def run_tokens(
     compute: Compute,
 ) -> tuple[PagedCache, Float[Array, "BT V"]]:
     """Runs tokens of B rows, each with its adapter (negative: none); logits after each."""
-    params = with_chosen(params, adapters, length=tokens.shape[1])
-    hidden, after, _ = transformer.hidden_states(
-        config, params, tokens, compute=compute, cache=dataclasses.replace(cache, rows=rows)
-    )
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    logits = transformer.logits(config, params, flat, compute=compute)
-    return dataclasses.replace(after, rows=None), logits
+    cache = dataclasses.replace(cache, rows=rows)
+    return steps.logits_of(config, params, cache, tokens, adapters, compute=compute)
 
 
 read_pages = jax.jit(paged_cache.read_pages)

@@ -229,21 +229,27 @@ class Runner:
     ) -> tuple[jax.Array, np.ndarray]:
         """Runs tokens of a slot, whose blocks are `blocks`, from position `begin` on:
         (states [T, D], their sum [D])."""
-        del blocks  # the slot holds it all
         padded = np.zeros(shape, np.int32)
         padded[: len(tokens)] = tokens
+        numbers = np.int32(begin), np.int32(len(tokens)), np.int32(adapter)
+        hidden, total = self._read_piece(slot, blocks, padded, *numbers)
+        return hidden, np.asarray(jax.device_get(total))
+
+    def _read_piece(
+        self, slot: int, blocks: Sequence[int], tokens: np.ndarray, *numbers: np.int32
+    ) -> tuple[jax.Array, jax.Array]:
+        """numbers: where the tokens begin, how many are real, and the adapter."""
+        del blocks  # the slot holds it all
         self._cache, hidden, total = steps.read_piece(
             self.model.config,
             self._params,
             self._cache,
-            padded,
+            tokens,
             np.int32(slot),
-            np.int32(begin),
-            np.int32(len(tokens)),
-            np.int32(adapter),
+            *numbers,
             **self._shared,
         )
-        return hidden, np.asarray(jax.device_get(total))
+        return hidden, total
 
     def score(self, hidden: jax.Array, following: Sequence[int]) -> list[np.ndarray]:
         """Log probability of `following[t]` after state t, and the most likely tokens' with ids."""

@@ -70,15 +70,9 @@ def read_piece(
 
     Gives the final states, and the sum of the real ones in float32.
     """
-    places = jnp.arange(tokens.shape[0], dtype=jnp.int32)
-    rows = SlotRows(slot, (begin + places)[None], begin + num_real)
-    params = with_chosen(params, adapter[None], length=tokens.shape[0])
-    hidden, after, _ = transformer.hidden_states(
-        config, params, tokens[None], compute=compute, cache=dataclasses.replace(cache, rows=rows)
-    )
-    real = (places < num_real)[:, None]
-    total = jnp.where(real, hidden[0].astype(jnp.float32), 0.0).sum(axis=0)
-    return dataclasses.replace(after, rows=None), hidden[0], total
+    rows = SlotRows(slot, (begin + places_of(tokens))[None], begin + num_real)
+    cache = dataclasses.replace(cache, rows=rows)
+    return piece_of(config, params, cache, tokens, num_real, adapter, compute=compute)
 
 
 @partial(jax.jit, static_argnames=("config", "compute"), donate_argnames=("cache",))
@@ -95,10 +89,50 @@ def run_tokens(
 ) -> tuple[SlotCache, Float[Array, "BT V"]]:
     """Runs tokens of the first B slots, each with its adapter (negative: none); logits after
     each."""
-    rows = SlotRows(jnp.int32(0), positions, visible)
+    cache = dataclasses.replace(cache, rows=SlotRows(jnp.int32(0), positions, visible))
+    return logits_of(config, params, cache, tokens, adapters, compute=compute)
+
+
+# What is the same for slots and for pages: `cache` knows its rows.
+
+
+def places_of(tokens: Int[Array, " T"]) -> Int[Array, " T"]:
+    return jnp.arange(tokens.shape[0], dtype=jnp.int32)
+
+
+def piece_of(
+    config: ModelConfig,
+    params: Any,
+    cache: Any,
+    tokens: Int[Array, " T"],
+    num_real: Int[Array, ""],
+    adapter: Int[Array, ""],
+    *,
+    compute: Compute,
+) -> tuple[Any, Float[Array, "T D"], Float[Array, " D"]]:
+    """(cache, states, sum of the real ones) of a piece of one row."""
+    params = with_chosen(params, adapter[None], length=tokens.shape[0])
+    hidden, after, _ = transformer.hidden_states(
+        config, params, tokens[None], compute=compute, cache=cache
+    )
+    real = (places_of(tokens) < num_real)[:, None]
+    total = jnp.where(real, hidden[0].astype(jnp.float32), 0.0).sum(axis=0)
+    return dataclasses.replace(after, rows=None), hidden[0], total
+
+
+def logits_of(
+    config: ModelConfig,
+    params: Any,
+    cache: Any,
+    tokens: Int[Array, "B T"],
+    adapters: Int[Array, " B"],
+    *,
+    compute: Compute,
+) -> tuple[Any, Float[Array, "BT V"]]:
+    """(cache, logits) after each token of each row."""
     params = with_chosen(params, adapters, length=tokens.shape[1])
     hidden, after, _ = transformer.hidden_states(
-        config, params, tokens, compute=compute, cache=dataclasses.replace(cache, rows=rows)
+        config, params, tokens, compute=compute, cache=cache
     )
     flat = hidden.reshape(-1, hidden.shape[-1])
     logits = transformer.logits(config, params, flat, compute=compute)

@@ -26,6 +26,18 @@ IGNORED = (
 )
 
 Ids = Annotated[list[int], Field(max_length=2**20)]
+
+
+def _each(name: str, given: str | Ids | list[str] | list[Ids]) -> list[str | list[int]]:
+    """One text or list of ids, or a list of them, as a list."""
+    if isinstance(given, str):
+        return [given]
+    if not given:
+        raise ApiError(400, f"{name} is empty", param=name)
+    ids = [token for token in given if isinstance(token, int)]
+    return [ids] if ids else [each for each in given if not isinstance(each, int)]
+
+
 Body = TypeVar("Body", bound=BaseModel)
 # Fields of several types: what pydantic says of each type is no part of the field's name.
 _UNIONS = {"prompt", "input", "stop", "content", "tool_choice"}
@@ -160,14 +172,7 @@ class CompletionRequest(_Sampled):
 
     def prompts(self) -> list[str | list[int]]:
         """Each prompt, a text or token ids. Raises ApiError for an empty list."""
-        prompt = self.prompt
-        if isinstance(prompt, str):
-            return [prompt]
-        if not prompt:
-            raise ApiError(400, "prompt is empty", param="prompt")
-        if isinstance(prompt[0], int):
-            return [prompt]  # type: ignore[list-item]
-        return list(prompt)  # type: ignore[arg-type]
+        return _each("prompt", self.prompt)
 
 
 class FunctionCall(_Body):
@@ -294,14 +299,8 @@ class EmbeddingRequest(_Body):
     user: str | None = None
 
     def inputs(self) -> list[str | list[int]]:
-        given = self.input
-        if isinstance(given, str):
-            return [given]
-        if not given:
-            raise ApiError(400, "input is empty", param="input")
-        if isinstance(given[0], int):
-            return [given]  # type: ignore[list-item]
-        return list(given)  # type: ignore[arg-type]
+        """Each input, as `prompts`."""
+        return _each("input", self.input)
 
 
 class TokenizeRequest(_Body):

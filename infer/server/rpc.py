@@ -158,6 +158,18 @@ def _refusing(handler: Any, error: ApiError) -> Any:
     return make(stream if handler.response_streaming else whole)
 
 
+@contextlib.asynccontextmanager
+async def _errors_as_codes(rpc: Rpc) -> AsyncIterator[None]:
+    """What a call raises, as a gRPC code; what nobody foresaw is logged and told without detail."""
+    try:
+        yield
+    except ApiError as error:
+        await _abort(rpc, error)
+    except Exception as error:
+        logger.error("unexpected", exc_info=error)
+        await _abort(rpc, ApiError(500, "internal error"))
+
+
 async def _abort(rpc: Rpc, error: ApiError) -> None:
     trailing = tuple(error.headers.items())
     await rpc.abort(_CODES.get(error.status, grpc.StatusCode.UNKNOWN), error.message, trailing)
@@ -196,32 +208,20 @@ class Methods:
             )
         return grpc.method_handlers_generic_handler(messages.SERVICE, handlers)
 
-    # Errors become codes in one place for whole answers and one for streams.
-
     def _answering(self, call: Any, kind: type[Message]) -> Any:
         async def answer(raw: bytes, rpc: Rpc) -> Any:
-            try:
+            async with _errors_as_codes(rpc):
                 return await call(messages.parse_message(kind, raw), self._arrival(rpc))
-            except ApiError as error:
-                await _abort(rpc, error)
-            except Exception as error:
-                logger.error("unexpected", exc_info=error)
-                await _abort(rpc, ApiError(500, "internal error"))
 
         return answer
 
     def _answering_stream(self, call: Any, kind: type[Message]) -> Any:
         async def answer(raw: bytes, rpc: Rpc) -> Pieces:
-            try:
+            async with _errors_as_codes(rpc):
                 request = messages.parse_message(kind, raw)
                 async with contextlib.aclosing(call(request, self._arrival(rpc))) as pieces:
                     async for piece in pieces:
                         yield piece
-            except ApiError as error:
-                await _abort(rpc, error)
-            except Exception as error:
-                logger.error("unexpected", exc_info=error)
-                await _abort(rpc, ApiError(500, "internal error"))
 
         return answer
 

@@ -8,11 +8,11 @@ import torch
 
 from llama_jax import tree
 from llama_jax.formats.checkpoint import load_model
-from llama_jax.mesh.sharding import batch_sharding, make_mesh, shardings
 from llama_jax.model import transformer
 from llama_jax.weights.select import trainable_mask
 from tests.reference import reference_model
 from tests.tiny import FAMILIES, tiny_params
+from tests.train import test_distill
 from tests.train.test_distill import COMPUTE, NUM_IDS, STUDENT, TEACHER, both
 from tests.train.test_distill_run import TEACHER as TEACHER_RUN
 from tests.train.test_distill_run import TINY, distill, numbers, same_bits, teacher  # noqa: F401
@@ -21,10 +21,10 @@ from train import loop
 from train.config import DistillSection, OptimizerSection, ScheduleSection
 from train.distill import DistillLoss
 from train.distill_layers import Side, attention_loss, attention_map, hidden_loss, init_auxiliary
-from train.distill_pmap import AXIS, make_pmap_step
+from train.distill_pmap import AXIS
 from train.loop import train
 from train.optim import make_optimizer, make_schedule
-from train.state import init_state, state_shardings
+from train.state import init_state
 from train.step import make_train_step
 
 SECTION = DistillSection(
@@ -112,7 +112,7 @@ def test_a_model_is_no_distance_from_itself():
     assert 0 < float(early) < 0.1 * batch.loss_mask.sum()
 
 
-class Case:
+class Case(test_distill.Case):
     def __init__(self, axis=None, config=STUDENT):
         self.student, self.teacher = both()
         self.config = config
@@ -140,28 +140,6 @@ class Case:
             rng=jax.random.key(0),
             auxiliary=jax.tree.map(jnp.copy, self.auxiliary),
         )
-
-    def run(self, sizes, pmap=False, steps=3):
-        count = int(np.prod(list(sizes.values())))
-        mesh = make_mesh(sizes, devices=jax.devices()[:count])
-        places = state_shardings(STUDENT, jax.eval_shape(self.state), mesh, COMPUTE.rules)
-        beside = shardings(TEACHER, self.teacher, mesh, COMPUTE.rules)
-        place = batch_sharding(mesh)
-        step = (
-            make_pmap_step(self.step, STUDENT, mesh, num_beside=1)
-            if pmap
-            else jax.jit(
-                self.step, in_shardings=(places, place, beside), out_shardings=(places, None)
-            )
-        )
-        rows = []
-        with jax.set_mesh(mesh):
-            state, teacher = jax.device_put((self.state(), self.teacher), (places, beside))
-            for seed in range(steps):
-                batch = jax.device_put(random_batch(16, seed=seed), place)
-                state, metrics = step(state, batch, teacher)
-                rows.append({name: float(value) for name, value in metrics.items()})
-        return state, rows
 
 
 @pytest.fixture(scope="module")
