@@ -13,11 +13,12 @@ import numpy as np
 
 from infer.batch import Runnable
 from infer.engine import paged_steps, placement, steps
+from infer.engine.ahead import Call
 from infer.engine.options import EngineOptions
 from infer.engine.runner import Placed, Runner
 from infer.engine.scheduler import Choice
 from llama_jax.kernels.paged import check_tables
-from llama_jax.model.paged_cache import NOWHERE, PagedCache, PageRows
+from llama_jax.model.paged_cache import NOWHERE, PageRows
 
 # Pages that go between device and host at a time.
 _SWAPPED_PAGES = 8
@@ -30,7 +31,6 @@ class PagedRunner(Runner):
         num_scratch = -(-self.piece_shapes[-1] // options.block_size) + 1
         self.scratch_blocks = range(num_blocks, num_blocks + num_scratch)
         self._parts = 1 if model.mesh is None else placement.check(model.config, model.mesh)
-        self._pages: PagedCache | None = None
         if placement.has_kernel(model.mesh):
             check_tables(self.row_shapes[-1], self.pages_per_row)
 
@@ -43,8 +43,8 @@ class PagedRunner(Runner):
         return -(-num_tokens // self.options.block_size)
 
     def _allocate(self, num_slots: int) -> None:
-        self._pages = None  # the old ones first: there may be no room for both
-        self._pages = paged_steps.new_pages(self.model.config, **self.page_options())
+        self._cache = None  # the old ones first: there may be no room for both
+        self._cache = paged_steps.new_pages(self.model.config, **self.page_options())
 
     def page_options(self) -> dict[str, Any]:
         """What `paged_steps.new_pages` makes the cache from."""
@@ -67,27 +67,29 @@ class PagedRunner(Runner):
         logits = self._logits(rows, length, placed, [-1] * rows)
         return logits.reshape(rows, length, -1)[:, 0]
 
-    def _read_piece(
+    def _piece_call(
         self, slot: int, blocks: Sequence[int], tokens: np.ndarray, *numbers: np.int32
-    ) -> tuple[jax.Array, jax.Array]:
-        self._pages, hidden, total = paged_steps.read_piece(
-            self.model.config,
-            self._params,
-            self._pages,
-            tokens,
-            self._table(blocks),
-            *numbers,
-            **self._shared,
+    ) -> Call:
+        return Call(
+            paged_steps.read_piece,
+            (
+                self.model.config,
+                self._params,
+                self._cache,
+                tokens,
+                self._table(blocks),
+                *numbers,
+            ),
+            self._shared,
         )
-        return hidden, total
 
-    def _logits(
+    def _tokens_call(
         self,
         rows: int,
         length: int,
         placed: Mapping[int, Placed],
         adapters: Sequence[int],
-    ) -> jax.Array:
+    ) -> Call:
         tokens = np.zeros((rows, length), np.int32)
         tables: Any = np.full((rows, self.pages_per_row), NOWHERE, np.int32)
         begins: Any = np.zeros((rows, 1), np.int32)
@@ -97,16 +99,12 @@ class PagedRunner(Runner):
             tables[slot] = self._table(blocks)
             begins[slot], ends[slot] = begin, begin + len(ids)
         positions = begins + np.arange(length, dtype=np.int32)
-        self._pages, logits = paged_steps.run_tokens(
-            self.model.config,
-            self._params,
-            self._pages,
-            tokens,
-            PageRows(tables, positions, ends),
-            np.asarray(adapters, np.int32),
-            **self._shared,
+        where = tokens, PageRows(tables, positions, ends), np.asarray(adapters, np.int32)
+        return Call(
+            paged_steps.run_tokens,
+            (self.model.config, self._params, self._cache, *where),
+            self._shared,
         )
-        return logits
 
     def _table(self, blocks: Sequence[int]) -> np.ndarray:
         table = np.full(self.pages_per_row, NOWHERE, np.int32)
@@ -142,13 +140,13 @@ class PagedRunner(Runner):
 
     def _swap_out(self, blocks: Sequence[int]) -> list[np.ndarray]:
         return [
-            np.asarray(jax.device_get(paged_steps.read_pages(self._pages, ids)))
+            np.asarray(jax.device_get(paged_steps.read_pages(self._cache, ids)))
             for ids in _swapped(blocks)
         ]
 
     def _swap_in(self, blocks: Sequence[int], content: Sequence[np.ndarray]) -> None:
         for ids, part in zip(_swapped(blocks), content, strict=True):
-            self._pages = paged_steps.write_pages(self._pages, ids, part)
+            self._cache = paged_steps.write_pages(self._cache, ids, part)
 
 
 def _swapped(blocks: Sequence[int]) -> list[np.ndarray]:

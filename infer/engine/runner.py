@@ -8,7 +8,7 @@ reading the weights.
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,6 +18,7 @@ from infer import steps as offline
 from infer.batch import Runnable
 from infer.engine import steps
 from infer.engine.adapters import AdapterStack
+from infer.engine.ahead import Call, compile_all
 from infer.engine.options import EngineOptions
 from infer.engine.scheduler import Choice
 from infer.engine.step import Step
@@ -96,6 +97,7 @@ class Runner:
         self.scratch_slot = self.row_shapes[-1]  # for work that belongs to no choice
         self.scratch_blocks: Sequence[int] = ()
         self._columns: dict[int, tuple[Any, Rows]] = {}  # by tokens a row
+        self._cache: Any = None
         self.adapters: AdapterStack | None = None
         if options.max_adapters:
             self.adapters = AdapterStack(
@@ -140,27 +142,37 @@ class Runner:
         )
 
     def warm_up(self) -> None:
-        """Runs every step in every shape once, on nothing that matters."""
-        slot, config = self.scratch_slot, self.model.config
-        hidden: Any = None
-        for shape in self.piece_shapes:
-            hidden, _ = self.read(slot, self.scratch_blocks, [0] * shape, 0, shape)
-            self.score(hidden, [0] * shape)
-            self._warm_up_first(hidden)
-        for rows in self.row_shapes:
-            for length in self.lengths(rows):
-                logits = self._logits(rows, length, {}, [-1] * rows)
-                columns = _columns(
-                    [_FILLER] * (rows * length),
-                    [0] * (rows * length),
-                    [0] * (rows * length),
-                    config.vocab_size,
-                )
-                nowhere, taken = [self._nowhere] * (rows * length), [0] * (rows * length)
-                for needs in _VARIANTS:
-                    self._take(logits, nowhere, None, columns, taken, needs)
+        """Compiles every step in every shape, and runs it once, on nothing that matters."""
+        slot = self.scratch_slot
+        pieces = [
+            self._piece_call(slot, self.scratch_blocks, *_piece([0] * shape, 0, shape))
+            for shape in self.piece_shapes
+        ]
+        shapes = [(rows, length) for rows in self.row_shapes for length in self.lengths(rows)]
+        self._compile(pieces + [self._tokens_call(*shape, {}, [-1] * shape[0]) for shape in shapes])
+        calls = []
+        for piece in self.piece_shapes:
+            hidden, _ = self.read(slot, self.scratch_blocks, [0] * piece, 0, piece)
+            calls += [self._score_call(hidden, [0] * piece), self._logits_at_call(hidden, 0)]
+        self._compile(calls)
+        first = [call.run() for call in calls][-1]
+        all_logits = [first, *(self._logits(*shape, {}, [-1] * shape[0]) for shape in shapes)]
+        choosing = [self._filler(logits, needs) for logits in all_logits for needs in _VARIANTS]
+        self._compile(self._take_call(*each) for each in choosing)
+        for each in choosing:
+            self._take(*each)
         self._warm_up_store()
         self._remember(slot, [0], 1, _FILLER)
+
+    def _compile(self, calls: Iterable[Call]) -> None:
+        compile_all(calls, self.model.context)
+
+    def _filler(self, logits: jax.Array, needs: Needs) -> tuple[Any, ...]:
+        """What `_take` needs for choices that are nobody's."""
+        count = len(logits)
+        zeros = [0] * count
+        columns = _columns([_FILLER] * count, zeros, zeros, self.model.config.vocab_size)
+        return logits, [self._nowhere] * count, None, columns, zeros, needs
 
     def _warm_up_store(self) -> None:
         slot = self.scratch_slot
@@ -169,12 +181,6 @@ class Runner:
         self.clear(slot)
         self._move(slot, slot, with_memory=True)
         self._write(slot, self._read_out(slot, 1))
-
-    def _warm_up_first(self, hidden: jax.Array) -> None:
-        logits = self._logits_at(hidden, 0)
-        columns = _columns([_FILLER] * 2, [0] * 2, [0] * 2, self.model.config.vocab_size)
-        for needs in _VARIANTS:
-            self._take(logits, [self._nowhere] * 2, None, columns, [0, 0], needs)
 
     def drop_inexact_shapes(self) -> None:
         """Keeps only those numbers of rows whose results equal, bit for bit, the largest's.
@@ -229,41 +235,35 @@ class Runner:
     ) -> tuple[jax.Array, np.ndarray]:
         """Runs tokens of a slot, whose blocks are `blocks`, from position `begin` on:
         (states [T, D], their sum [D])."""
-        padded = np.zeros(shape, np.int32)
-        padded[: len(tokens)] = tokens
-        numbers = np.int32(begin), np.int32(len(tokens)), np.int32(adapter)
-        hidden, total = self._read_piece(slot, blocks, padded, *numbers)
+        piece = _piece(tokens, begin, shape, adapter)
+        self._cache, hidden, total = self._piece_call(slot, blocks, *piece).run()
         return hidden, np.asarray(jax.device_get(total))
 
-    def _read_piece(
+    def _piece_call(
         self, slot: int, blocks: Sequence[int], tokens: np.ndarray, *numbers: np.int32
-    ) -> tuple[jax.Array, jax.Array]:
+    ) -> Call:
         """numbers: where the tokens begin, how many are real, and the adapter."""
         del blocks  # the slot holds it all
-        self._cache, hidden, total = steps.read_piece(
-            self.model.config,
-            self._params,
-            self._cache,
-            tokens,
-            np.int32(slot),
-            *numbers,
-            **self._shared,
+        where = tokens, np.int32(slot), *numbers
+        return Call(
+            steps.read_piece,
+            (self.model.config, self._params, self._cache, *where),
+            self._shared,
         )
-        return hidden, total
 
     def score(self, hidden: jax.Array, following: Sequence[int]) -> list[np.ndarray]:
         """Log probability of `following[t]` after state t, and the most likely tokens' with ids."""
+        scored = self._score_call(hidden, following).run()
+        return [np.asarray(each)[0] for each in jax.device_get(scored)]
+
+    def _score_call(self, hidden: jax.Array, following: Sequence[int]) -> Call:
         targets = np.zeros((1, hidden.shape[0]), np.int32)
         targets[0, : len(following)] = following
-        scored = offline.score(
-            self.model.config,
-            self.model.params,
-            hidden[None],
-            targets,
-            num=MAX_TOP_LOGPROBS,
-            **self._shared,
+        return Call(
+            offline.score,
+            (self.model.config, self.model.params, hidden[None], targets),
+            {"num": MAX_TOP_LOGPROBS, **self._shared},
         )
-        return [np.asarray(each)[0] for each in jax.device_get(scored)]
 
     def first_token(
         self, hidden: jax.Array, place: int, choice: Choice, mask: np.ndarray | None
@@ -273,7 +273,7 @@ class Runner:
         row = choice.row
         needs = _variant([row.params], structured=mask is not None)
         self.remember(choice)
-        logits = self._logits_at(hidden, place)
+        logits = self._logits_at_call(hidden, place).run()
         columns = _columns(
             [row.params] * 2, [row.seed] * 2, [row.index] * 2, self.model.config.vocab_size
         )
@@ -282,9 +282,11 @@ class Runner:
         result: Sampled = jax.device_get(self._take(logits, slots, masks, columns, [0, 0], needs))
         return result
 
-    def _logits_at(self, hidden: jax.Array, place: int) -> jax.Array:
-        return steps.logits_at(
-            self.model.config, self.model.params, hidden, np.int32(place), **self._shared
+    def _logits_at_call(self, hidden: jax.Array, place: int) -> Call:
+        return Call(
+            steps.logits_at,
+            (self.model.config, self.model.params, hidden, np.int32(place)),
+            self._shared,
         )
 
     # Answers
@@ -370,6 +372,16 @@ class Runner:
         adapters: Sequence[int],
     ) -> jax.Array:
         """[rows * length, V], after tokens that begin at a position, by slot."""
+        self._cache, logits = self._tokens_call(rows, length, placed, adapters).run()
+        return logits
+
+    def _tokens_call(
+        self,
+        rows: int,
+        length: int,
+        placed: Mapping[int, Placed],
+        adapters: Sequence[int],
+    ) -> Call:
         tokens = np.zeros((rows, length), np.int32)
         positions = np.full((rows, length), NEVER, np.int32)
         visible = 1
@@ -377,17 +389,12 @@ class Runner:
             tokens[slot, : len(ids)] = ids
             positions[slot] = np.arange(begin, begin + length)
             visible = max(visible, begin + len(ids))
-        self._cache, logits = steps.run_tokens(
-            self.model.config,
-            self._params,
-            self._cache,
-            tokens,
-            positions,
-            np.int32(visible),
-            np.asarray(adapters, np.int32),
-            **self._shared,
+        where = tokens, positions, np.int32(visible), np.asarray(adapters, np.int32)
+        return Call(
+            steps.run_tokens,
+            (self.model.config, self._params, self._cache, *where),
+            self._shared,
         )
-        return logits
 
     def _no_masks(self, rows: int) -> np.ndarray:
         return np.full((rows, self._words), 2**32 - 1, np.uint32)
@@ -401,9 +408,24 @@ class Runner:
         taken: Sequence[int],
         needs: Needs,
     ) -> Sampled:
+        call = self._take_call(logits, slots, masks, columns, taken, needs)
+        sampled, memory = call.run()
+        if memory is not None:
+            self._memory = memory
+        return sampled
+
+    def _take_call(
+        self,
+        logits: jax.Array,
+        slots: Sequence[int],
+        masks: np.ndarray | None,
+        columns: Rows,
+        taken: Sequence[int],
+        needs: Needs,
+    ) -> Call:
         if needs.edit and masks is None:
             masks = self._no_masks(len(slots))
-        sampled, memory = steps.take(
+        arguments = (
             logits,
             self._memory if needs.edit else None,
             np.asarray(slots, np.int32),
@@ -411,11 +433,8 @@ class Runner:
             columns,
             self.rules,
             np.asarray(taken, np.int32),
-            needs=needs,
         )
-        if memory is not None:
-            self._memory = memory
-        return sampled
+        return Call(steps.take, arguments, {"needs": needs})
 
     # Slots and blocks
 
@@ -509,6 +528,15 @@ class Runner:
     def _memory_of(self, choice: Choice) -> int:
         assert choice.slot is not None
         return choice.slot if choice.row.params.edits_logits else self._nowhere
+
+
+def _piece(
+    tokens: Sequence[int], begin: int, shape: int, adapter: int = -1
+) -> tuple[np.ndarray, np.int32, np.int32, np.int32]:
+    """Tokens filled up to `shape`, where they begin, how many are real, and their adapter."""
+    padded = np.zeros(shape, np.int32)
+    padded[: len(tokens)] = tokens
+    return padded, np.int32(begin), np.int32(len(tokens)), np.int32(adapter)
 
 
 def _columns(

@@ -26,8 +26,9 @@ from llama_jax.weights.tensors import (
 )
 
 _FEW_ROWS = 48
-# For so many rows XLA has a kernel that adds in another order than those for fewer and for more.
-_OTHERWISE_SUMMED = range(25, 33)
+# XLA's kernels take columns by the eight, and how they add may differ between an odd and an even
+# number of eights: with AVX2 for each even one, with AVX-512 for 25 to 32 columns.
+_EIGHT = 8
 
 
 def dot(
@@ -159,10 +160,17 @@ def _few_rows(x: jax.Array, weight: DecodingTensor, compute: Compute) -> jax.Arr
     rows, array = x.shape[0], weight.array.astype(x.dtype)
     if not 1 < rows <= _FEW_ROWS:
         return _plain(x, array, compute)
-    if weight.sums_alike and rows in _OTHERWISE_SUMMED:
-        x = jnp.pad(x, ((0, _OTHERWISE_SUMMED.stop + 7 - rows), (0, 0)))
+    if weight.sums_alike and -(-rows // _EIGHT) % 2 == 0:
+        odd = (rows - 1) // _EIGHT * _EIGHT
+        last = jnp.pad(x[odd:], ((0, int(rows - odd == 1)), (0, 0)))  # a single row adds otherwise
+        parts = [_weight_first(part, array, compute) for part in (x[:odd], last)]
+        return jnp.concatenate(parts)[:rows]
+    return _weight_first(x, array, compute)
+
+
+def _weight_first(x: jax.Array, array: jax.Array, compute: Compute) -> jax.Array:
     # The barrier keeps XLA from turning the product back.
-    return jax.lax.optimization_barrier(_plain(array, x, compute)).T[:rows]
+    return jax.lax.optimization_barrier(_plain(array, x, compute)).T
 
 
 def embed(weight: Leaf, ids: jax.Array, *, compute: Compute) -> jax.Array:

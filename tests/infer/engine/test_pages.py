@@ -164,7 +164,7 @@ def test_on_a_mesh_with_heads_dealt_out_and_divided_further():
     options = EngineOptions(max_slots=2, block_size=16, piece_tokens=16)
     engine = BatchingEngine(on_devices, options, mesh=mesh)
     engine.start()
-    pages = engine._runner._pages.pages
+    pages = engine._runner._cache.pages
     assert {shard.data.shape[2] for shard in pages.addressable_shards} == {pages.shape[2] // 2}
     check_answers(model, engine, prompts_of(5, 40), WISHES[:2])
     check_all_free(engine)
