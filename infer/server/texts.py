@@ -100,8 +100,13 @@ async def detokenize(context: Context, body: DetokenizeRequest, arrival: Arrival
     def text() -> str:
         tokenizer = _tokenizer(lease)
         for token in body.tokens:
-            if not 0 <= token < 2**31:
-                raise ApiError(400, f"tokens: {token} is no token id", param="tokens")
+            if tokenizer.id_to_token(token) is None:
+                raise ApiError(
+                    400,
+                    f"tokens: {token} is no token of {lease.loaded.name}; its ids are those that "
+                    "/tokenize gives",
+                    param="tokens",
+                )
         return tokenizer.decode(body.tokens, skip_special_tokens=skip)
 
     with context.models.use(lease):

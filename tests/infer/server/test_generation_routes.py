@@ -491,7 +491,9 @@ def test_tokens_there_and_back(server):  # R26
     assert status == 200 and tuple(body["tokens"]) == server.engine.seen[-1].prompt_token_ids
     for wrong in ({}, {"prompt": "a", "messages": MESSAGES}):
         assert server.call("/tokenize", {"model": "m", **wrong})[0] == 400
-    assert server.call("/detokenize", {"model": "m", "tokens": [-1]})[0] == 400
+    for unknown in (-1, 10**6, 2**40):
+        status, body, _ = server.call("/detokenize", {"model": "m", "tokens": [unknown]})
+        assert status == 400 and str(unknown) in body["error"]["message"]
 
 
 def test_the_answer_and_the_metrics_carry_the_version(server):
