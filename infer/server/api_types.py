@@ -348,8 +348,9 @@ def parse(kind: type[Body], raw: bytes) -> Body:
 
 
 def invalid(error: ValidationError) -> ApiError:
-    """The first problem of a body, without what the client sent."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    """The first problem of a body, with what was given where that is a number or should be a word;
+    texts, which may be long and private, are not repeated."""
+    first = error.errors(include_url=False, include_context=False)[0]
     loc = list(first["loc"])
     for place, part in enumerate(loc):
         if part in _UNIONS:
@@ -370,4 +371,14 @@ def invalid(error: ValidationError) -> ApiError:
         return ApiError(400, f"{param} is not offered", param=param, code="unsupported_parameter")
     if param is None:
         return ApiError(400, f"the body must be a JSON object: {message}")
-    return ApiError(400, f"{param}: {message}", param=param)
+    return ApiError(400, f"{param}: {message}{_given(first)}", param=param)
+
+
+def _given(problem: Any) -> str:
+    """What stood where a number, a truth value or one of some names should."""
+    kind, given = problem["type"], problem["input"]
+    named = kind.startswith(("int_", "float_", "bool_", "literal_"))
+    if isinstance(given, bool | int | float) or (named and isinstance(given, str)):
+        text = json.dumps(given)
+        return f", not {text if len(text) <= 40 else text[:40] + '…'}"
+    return ""

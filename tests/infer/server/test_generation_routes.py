@@ -259,6 +259,26 @@ def test_wrong_values_are_refused_by_name_before_the_engine(server, fields, para
 
 
 @pytest.mark.parametrize(
+    ("fields", "given"),
+    [
+        ({"temperature": "hot"}, 'not "hot"'),
+        ({"n": 2.5}, "not 2.5"),
+        ({"stream": "perhaps"}, 'not "perhaps"'),
+        ({"top_p": True}, "not true"),
+        ({"max_tokens": "9" * 500}, 'not "' + "9" * 39 + "…"),
+    ],
+)
+def test_a_refusal_says_what_was_given(server, fields, given):
+    status, body, _ = server.chat(**fields)
+    assert status == 400 and body["error"]["message"].endswith(given)
+
+
+def test_a_refusal_repeats_no_text(server):
+    status, body, _ = server.call("/v1/chat/completions", {"model": "m", "messages": "my secret"})
+    assert status == 400 and "secret" not in body["error"]["message"]
+
+
+@pytest.mark.parametrize(
     ("fields", "param"),
     [
         ({"messages": []}, "messages"),
