@@ -36,8 +36,7 @@ def step(batch: int, first: int, lengths: np.ndarray, window: int | None) -> Any
     return query, mixed, layer
 
 
-@pytest.mark.parametrize("batch", [1, 8, 13, 24])
-@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize(("batch", "window"), [(1, None), (8, 40), (13, None), (24, 40)])
 def test_rows_of_every_length_attend_as_in_the_reference(batch: int, window: int | None) -> None:
     lengths = np.random.default_rng(batch).integers(1, CAPACITY, batch)
     first = 2
