@@ -38,6 +38,8 @@ Prepare = Callable[..., Batch]
 # loss(config, params, batch, *, compute) -> LossSums, or a tuple of its first three.
 Loss = Callable[..., tuple[Any, ...]]
 
+_EMBEDDING, _HEAD = "embed_tokens", "lm_head"
+
 
 def make_train_step(
     config: ModelConfig,
@@ -84,17 +86,23 @@ def make_train_step(
             first = 0 if axis is None else jax.lax.axis_index(axis) * rows
             key = jax.random.fold_in(state.rng, state.step)
             batch = prepare(config, state.params, batch, key, first_row=first, compute=compute)
-        gradient = _make_gradient(config, compute, _bound(loss, state.step, beside))
+        # The sharded step sums a tied matrix's two gradients over devices before it adds them.
+        is_parted = axis is not None and config.tie_word_embeddings
+        taken = config.replace(tie_word_embeddings=False) if is_parted else config
+        gradient = _make_gradient(taken, compute, _bound(loss, state.step, beside))
         trained, frozen = tree.partition(state.params, mask)
         trained = joined(trained, state.auxiliary)
         frozen = filled(frozen, state.auxiliary, None)
+        given = [_with_head(each) if is_parted else each for each in (trained, frozen)]
         sums, gradients = _accumulate(
-            lambda part: gradient(trained, frozen, part),
+            lambda part: gradient(*given, part),
             batch,
             (accumulation_steps, rows_per_item),
             compute,
         )
         sums, gradients = _over_devices((sums, gradients), axis)
+        if is_parted:
+            gradients = _without_head(gradients)
         weight = jnp.maximum(sums["weight"], 1.0)
         gradients = jax.tree.map(lambda g: g / weight.astype(g.dtype), gradients)
         kept = None
@@ -153,6 +161,18 @@ def _with_zeros(values: tree.Tree, params: tree.Tree, held: tree.Tree | None) ->
         return jnp.where(param == 0, jnp.zeros_like(value), value) if hold else value
 
     return jax.tree.map(zeroed, values, params, held)
+
+
+def _with_head(params: tree.Tree) -> tree.Tree:
+    """Tied parameters, with the embedding as a head of its own."""
+    return {**params, _HEAD: params[_EMBEDDING]}
+
+
+def _without_head(gradients: tree.Tree) -> tree.Tree:
+    """The gradients of tied parameters, from those of `_with_head`."""
+    rest = {name: branch for name, branch in gradients.items() if name != _HEAD}
+    both = jax.tree.map(jnp.add, gradients[_EMBEDDING], gradients[_HEAD])
+    return {**rest, _EMBEDDING: both}
 
 
 def _over_devices(values: Any, axis: str | None) -> Any:
