@@ -91,18 +91,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of our output went away (`| head`): nothing left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-    except (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        if args.traceback:
+    except USUAL_ERRORS as error:
+        code = code_of(error)
+        if args.traceback and code in (WRONG_INPUT, FAILED):
             raise
-        _complain(args.command, _told(error))
-        return WRONG_INPUT
-    except (RuntimeError, OSError, MemoryError) as error:
-        # Some errors bring the code that whoever started the command waits for.
-        code = getattr(error, "exit_code", FAILED)
-        if args.traceback and code == FAILED:
-            raise
-        _complain(args.command, f"{error or type(error).__name__}")
+        complain(args.command, error)
         return code
+
+
+# What a user can do something about; anything else is a bug and shows a traceback.
+USUAL_ERRORS = (ValueError, RuntimeError, OSError, MemoryError)
+
+
+def code_of(error: Exception) -> int:
+    """The exit code that says what kind of error it was."""
+    if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
+        return WRONG_INPUT
+    # Some errors bring the code that whoever started the command waits for.
+    return getattr(error, "exit_code", FAILED)
+
+
+def complain(command: str, error: Exception) -> None:
+    _complain(command, _told(error) if code_of(error) == WRONG_INPUT else _named(error))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -124,6 +134,10 @@ def _told(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
+
+
+def _named(error: Exception) -> str:
+    return f"{error or type(error).__name__}"
 
 
 def _complain(command: str, message: str) -> None:

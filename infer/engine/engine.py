@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import jax
@@ -28,6 +29,8 @@ from infer.engine.blocks import BlockManager, OutOfBlocksError
 from infer.engine.compilations import compilations_here, count_compilations
 from infer.engine.draft_model import DraftModel
 from infer.engine.guesses import Guesser, small_model
+from infer.engine.hosts import Followers, Leader
+from infer.engine.leading import LeadingRunner, follow
 from infer.engine.memory import blocks_and_context, pages_and_context
 from infer.engine.options import EngineOptions
 from infer.engine.paged_runner import PagedRunner
@@ -83,12 +86,13 @@ class _Active:
 
 
 class BatchingEngine:
-    """Implements `request.Engine` for one model on one host's devices.
+    """Implements `request.Engine` for one model.
 
     model: what `llama_jax.load` gives, or a tuple (config, params, tokenizer). mesh: that of
     `placement.serving_mesh`, on which the parameters lie by `placement.RULES`. draft: a smaller
     model of the same vocabulary, which guesses tokens (see `draft_model`); without it and with
-    `draft_tokens`, they are looked up in the text.
+    `draft_tokens`, they are looked up in the text. followers: where the devices of the mesh belong
+    to several processes, the others, which made the same engine and called `follow`.
     """
 
     def __init__(
@@ -99,7 +103,9 @@ class BatchingEngine:
         compute: Compute | None = None,
         mesh: jax.sharding.Mesh | None = None,
         draft: Any = None,
+        followers: Followers | None = None,
     ):
+        self._followers = followers
         self.options = options or EngineOptions()
         config, params, tokenizer = generate.parts_of(model)
         longest = longest_context(config)
@@ -139,7 +145,9 @@ class BatchingEngine:
             max_context=context,
         )
         self.model = self._generator.model
-        make_runner = PagedRunner if uses_pages else Runner
+        make_runner: Any = PagedRunner if uses_pages else Runner
+        if followers is not None:
+            make_runner = partial(LeadingRunner, followers=followers)
         self._runner: Runner = make_runner(
             self.model, self.options, capacity=self.max_context, num_blocks=self._num_blocks
         )
@@ -233,9 +241,24 @@ class BatchingEngine:
             self._is_over = True
             self._changed.notify_all()
         self._thread.join()
+        if self._followers is not None:
+            self._followers.close()
         with self._changed:
             if self._is_alive:
                 self._state = "stopped"
+
+    def follow(self, leader: Leader) -> None:
+        """In place of `start`: takes part in the steps of another process until it stops."""
+        assert isinstance(self._runner, PagedRunner)
+        follow(self._runner, leader)
+
+    def give_up(self, message: str) -> None:
+        """In any thread: everyone who waits hears that no answer will come."""
+        with self._changed:
+            self._state, self._is_alive = "broken", False
+            waiting = list(self._active.values())
+        for active in waiting:
+            active.on_event(Failed("engine", message))
 
     def submit(self, request: Request, on_event: Callable[[Event], None]) -> None:
         self._check_ready()
@@ -410,6 +433,9 @@ class BatchingEngine:
                 self._state = "broken"
                 self._is_alive = False
             self._fail_all("engine", f"the engine broke: {error}")
+            if self._followers is not None:
+                # Which steps the others have begun is not known.
+                self._followers.give_up(f"the engine broke: {error}")
         with self._changed:
             self._has_ended = True
             self._changed.notify_all()
@@ -455,7 +481,6 @@ class BatchingEngine:
             active.queued_seconds = time.monotonic() - active.submitted
         if choice.saved is not None:
             self._runner.put_back(choice)
-            choice.saved = None
             return
         size = self._blocks.block_size
         if choice.use_cache:
@@ -483,7 +508,7 @@ class BatchingEngine:
         assert choice.slot is not None
         row = choice.row
         tokens = row.prompt_token_ids[piece.begin : piece.end]
-        hidden, _ = self._runner.read(
+        self._runner.read(
             choice.slot, choice.blocks, tokens, piece.begin, piece.shape, choice.adapter
         )
         self._counts["prompt_tokens_total"] += len(tokens)
@@ -493,19 +518,19 @@ class BatchingEngine:
             self._runner.save_blocks(choice.slot, choice.blocks, begin, end)
             self._scheduler.name_blocks(choice, begin, end)
         if row.wants_prompt_logprobs and row.index == 0:
-            self._score(row, piece, hidden)
+            self._score(row, piece)
         if choice.is_read:
-            self._answer_begins(choice, hidden, piece.end - 1 - piece.begin)
+            self._answer_begins(choice, piece.end - 1 - piece.begin)
 
-    def _score(self, row: Row, piece: Piece, hidden: Any) -> None:
+    def _score(self, row: Row, piece: Piece) -> None:
         following = row.prompt_token_ids[piece.begin + 1 : piece.end + 1]
-        logprobs, top, ids = self._runner.score(hidden, following)
+        logprobs, top, ids = self._runner.score(following)
         if row.prompt_logprobs is None:
             row.prompt_logprobs = [None]
         for place, token in enumerate(following):
             row.prompt_logprobs.append(row.scored(token, logprobs[place], top[place], ids[place]))
 
-    def _answer_begins(self, choice: Choice, hidden: Any, place: int) -> None:
+    def _answer_begins(self, choice: Choice, place: int) -> None:
         active, row = self._active[choice.request.id], choice.row
         sampled = None
         if row.limit > 0:
@@ -513,7 +538,7 @@ class BatchingEngine:
             if choice.request.id not in self._active:
                 return
             assert choice.slot is not None
-            sampled = self._runner.first_token(hidden, place, choice, masks.get(choice.slot))
+            sampled = self._runner.first_token(place, choice, masks.get(choice.slot))
         if row.index == 0:
             active.cached_tokens = choice.cached
             self._tell(active, Started(choice.cached, row.prompt_logprobs, active.queued_seconds))
@@ -689,7 +714,7 @@ class BatchingEngine:
 
     def _choice_ended(self, active: _Active, choice: Choice) -> None:
         with self._changed:
-            self._scheduler.remove(choice)
+            self._remove(choice)
         active.choices.remove(choice)
         active.num_ended += 1
         if active.num_ended == len(active.rows):
@@ -706,7 +731,7 @@ class BatchingEngine:
         """Everything it held is free before it hears of it."""
         with self._changed:
             for choice in active.choices:
-                self._scheduler.remove(choice)
+                self._remove(choice)
             active.choices, active.later = [], []
             del self._active[active.request.id]
             self._counts["compilations_total"] = compilations_here() - self._first_compilation
@@ -721,6 +746,10 @@ class BatchingEngine:
             log.exception("the callback of request %s failed; it is cancelled", active.request.id)
             with self._changed:
                 self._inbox.append(lambda: self._cancel(active.request.id))
+
+    def _remove(self, choice: Choice) -> None:
+        self._scheduler.remove(choice)
+        self._runner.forget(choice)
 
     def _save(self, choice: Choice) -> Any:
         return self._runner.read_out(choice)
@@ -740,8 +769,7 @@ class BatchingEngine:
                     yield  # until others have ended
             for piece in plan_pieces(len(tokens), runner.piece_shapes):
                 part = tokens[piece.begin : piece.end]
-                _, added = runner.read(runner.scratch_slot, held, part, piece.begin, piece.shape)
-                total += added
+                total += runner.read(runner.scratch_slot, held, part, piece.begin, piece.shape)
                 yield
             future.set_result((total / np.float32(len(tokens))).tolist())
         finally:

@@ -9,6 +9,7 @@ from infer.engine import placement
 from infer.engine.options import EngineOptions
 from llama_jax.config import ModelConfig
 from llama_jax.kernels.paged import page_shape
+from llama_jax.mesh.distributed import least
 from llama_jax.model.rounded import token_bytes
 
 # Of the memory of the device. The weights come first, and a CPU's memory belongs to others too.
@@ -49,7 +50,7 @@ def pages_and_context(
     wanted = min(longest, options.max_context or longest)
     num = options.num_blocks or min(
         options.max_slots * -(-wanted // options.block_size),
-        fitting_blocks(placement.first_device(mesh), size),
+        least("blocks of the cache", fitting_blocks(placement.first_device(mesh), size)),
     )
     return num, min(wanted, num * options.block_size)
 

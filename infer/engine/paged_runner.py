@@ -5,10 +5,10 @@ but what a preempted choice takes to the host. Page 0 is nobody's (`paged_cache.
 is page b + 1, and behind the blocks lie a few pages for trying steps out.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from infer.batch import Runnable
@@ -18,6 +18,7 @@ from infer.engine.options import EngineOptions
 from infer.engine.runner import Placed, Runner
 from infer.engine.scheduler import Choice
 from llama_jax.kernels.paged import check_tables
+from llama_jax.mesh.host_copy import HostCopy
 from llama_jax.model.paged_cache import NOWHERE, PageRows
 
 # Pages that go between device and host at a time.
@@ -31,6 +32,8 @@ class PagedRunner(Runner):
         num_scratch = -(-self.piece_shapes[-1] // options.block_size) + 1
         self.scratch_blocks = range(num_blocks, num_blocks + num_scratch)
         self._parts = 1 if model.mesh is None else placement.check(model.config, model.mesh)
+        self._numbers = itertools.count(1)
+        self._kept: dict[int, list[HostCopy]] = {}  # pages of preempted choices
         if placement.has_kernel(model.mesh):
             check_tables(self.row_shapes[-1], self.pages_per_row)
 
@@ -43,6 +46,7 @@ class PagedRunner(Runner):
         return -(-num_tokens // self.options.block_size)
 
     def _allocate(self, num_slots: int) -> None:
+        self._kept = {}
         self._cache = None  # the old ones first: there may be no room for both
         self._cache = paged_steps.new_pages(self.model.config, **self.page_options())
 
@@ -58,14 +62,13 @@ class PagedRunner(Runner):
         }
 
     def _warm_up_store(self) -> None:
-        self._swap_in(self.scratch_blocks[:1], self._swap_out(self.scratch_blocks[:1]))
-        self._move(self.scratch_slot, self.scratch_slot, with_memory=True)
+        self.keep(0, self.scratch_blocks[:1])
+        self.bring_back(0, self.scratch_blocks[:1])
+        self.move_slot(self.scratch_slot, self.scratch_slot, True)
 
-    def _trial(self, rows: int, length: int, begin: int) -> jax.Array:
+    def _trial_row(self, slot: int) -> tuple[list[int], Sequence[int]]:
         """All rows hold the same pages, so all take the same token."""
-        placed = {slot: (begin, [1], self.scratch_blocks) for slot in range(rows)}
-        logits = self._logits(rows, length, placed, [-1] * rows)
-        return logits.reshape(rows, length, -1)[:, 0]
+        return [1], self.scratch_blocks
 
     def _piece_call(
         self, slot: int, blocks: Sequence[int], tokens: np.ndarray, *numbers: np.int32
@@ -122,31 +125,45 @@ class PagedRunner(Runner):
     def clear(self, slot: int) -> None:
         """Nothing to do: no row reads what it has not written."""
 
-    def _move(self, source: int, target: int, *, with_memory: bool) -> None:
+    def move_slot(self, source: int, target: int, with_memory: bool) -> None:
         if with_memory:
             pair = np.int32(source), np.int32(target)
             self._memory = steps.copy_memory(self._memory, *pair)
 
-    def read_out(self, choice: Choice) -> Any:
-        return self._swap_out(self._computed(choice))
+    def read_out(self, choice: Choice) -> int:
+        """The number under which `keep` keeps it."""
+        number = next(self._numbers)
+        self.keep(number, self._computed(choice))
+        return number
 
     def put_back(self, choice: Choice) -> None:
-        self._swap_in(self._computed(choice), choice.saved)
+        self.bring_back(choice.saved, self._computed(choice))
+        choice.saved = None
         self.remember(choice)
+
+    def forget(self, choice: Choice) -> None:
+        if choice.saved is not None:
+            self.drop(choice.saved)
+        choice.saved = None
 
     def _computed(self, choice: Choice) -> Sequence[int]:
         """The blocks that hold something: the newest token has not run."""
         return choice.blocks[: -(-(choice.num_tokens - 1) // self.options.block_size)]
 
-    def _swap_out(self, blocks: Sequence[int]) -> list[np.ndarray]:
-        return [
-            np.asarray(jax.device_get(paged_steps.read_pages(self._cache, ids)))
-            for ids in _swapped(blocks)
+    def keep(self, number: int, blocks: Sequence[int]) -> None:
+        """Copies the pages of blocks to the host."""
+        self._kept[number] = [
+            HostCopy.of(paged_steps.read_pages(self._cache, ids)) for ids in _swapped(blocks)
         ]
 
-    def _swap_in(self, blocks: Sequence[int], content: Sequence[np.ndarray]) -> None:
-        for ids, part in zip(_swapped(blocks), content, strict=True):
-            self._cache = paged_steps.write_pages(self._cache, ids, part)
+    def bring_back(self, number: int, blocks: Sequence[int]) -> None:
+        """Puts what was kept into the pages of as many blocks."""
+        for ids, part in zip(_swapped(blocks), self._kept.pop(number), strict=True):
+            self._cache = paged_steps.write_pages(self._cache, ids, part.to_devices())
+
+    def drop(self, number: int) -> None:
+        """What was kept is wanted no more."""
+        del self._kept[number]
 
 
 def _swapped(blocks: Sequence[int]) -> list[np.ndarray]:

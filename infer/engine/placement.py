@@ -64,13 +64,14 @@ def check(config: ModelConfig, mesh: Mesh) -> int:
 
 
 def first_device(mesh: Mesh | None) -> jax.Device:
-    """Of the mesh, or the one that JAX computes on without."""
-    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    """Of those of the mesh that this process has, or the one that JAX computes on without."""
+    return jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
 
 
 def has_kernel(mesh: Mesh | None) -> bool:
     """Whether the devices are TPUs, for which there is a kernel that reads pages."""
-    return bool(first_device(mesh).platform == "tpu")
+    device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+    return bool(device.platform == "tpu")
 
 
 def uses_pages(options: EngineOptions, mesh: Mesh | None) -> bool:
@@ -85,12 +86,14 @@ def uses_pages(options: EngineOptions, mesh: Mesh | None) -> bool:
 
 
 def check_slice(name: str) -> None:
-    """Raises ValueError where the devices are not those of a slice, or not all of this host."""
+    """Raises ValueError where the devices are not those of a slice, or some of its hosts are not
+    here."""
     wanted = slice_named(name)
-    if wanted.hosts > 1 or wanted.count > 1:
+    hosts = wanted.hosts * wanted.count
+    if jax.process_count() != hosts:
         raise ValueError(
-            f"slice {name} has {wanted.hosts * wanted.count} hosts, but a server runs on the "
-            f"devices of one; `llama-jax fit --serve` says what fits one"
+            f"slice {name} has {hosts} hosts, but this server runs on {jax.process_count()}; start "
+            f"it on every host of the slice, or leave slice out to start anyway"
         )
     kind, found = jax.devices()[0].device_kind, len(jax.devices())
     if kind != wanted.generation.device_kind or found not in wanted.device_counts:
@@ -98,3 +101,27 @@ def check_slice(name: str) -> None:
             f"the settings are for {wanted.describe()}, but here are {found} of {kind}; leave "
             f"slice out to start anyway"
         )
+
+
+def check_processes(sizes: Mapping[str, int] | None, options: EngineOptions) -> None:
+    """Raises ValueError for what an engine of several processes cannot have."""
+    count = jax.process_count()
+    if count == 1:
+        return
+    if sizes is None:
+        raise ValueError(
+            f"{count} processes serve one model together: say how it is divided over their "
+            f"{len(jax.devices())} devices, such as mesh tensor={len(jax.devices())}"
+        )
+    if sizes.get("data", 1) > 1:
+        raise ValueError(
+            f"mesh has data={sizes['data']}, but {count} processes serve one copy of a model; "
+            f"start a group of processes for each copy"
+        )
+    if math.prod(sizes.values()) != len(jax.devices()):
+        raise ValueError(
+            f"mesh {dict(sizes)} takes {math.prod(sizes.values())} devices, but {count} processes "
+            f"have {len(jax.devices())}, of which none may be left out"
+        )
+    if options.cache == "slots":
+        raise ValueError("cache is slots, which lie on one device; leave it out")

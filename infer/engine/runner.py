@@ -9,12 +9,12 @@ reading the weights.
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
 
-from infer import steps as offline
 from infer.batch import Runnable
 from infer.engine import steps
 from infer.engine.adapters import AdapterStack
@@ -46,7 +46,28 @@ _VARIANTS = (
 _FILLER = SamplingParams(temperature=0)
 
 # Of a row: the position of its first token in the step, its tokens there, and its blocks.
-Placed = tuple[int, list[int], Sequence[int]]
+Placed = tuple[int, Sequence[int], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A step of rows as plain data, without choices and arrays of the device.
+
+    rows, length: its shape. placed: the tokens that run, by slot. adapters: of each row. The others
+    are of each of the rows * length tokens that are taken: `memory` is the slot that remembers it,
+    `masks` what a structure allows, by place, `columns` and `needs` how it is chosen, `taken` its
+    number in its answer.
+    """
+
+    rows: int
+    length: int
+    placed: Mapping[int, Placed]
+    adapters: Sequence[int]
+    memory: Sequence[int]
+    masks: Mapping[int, np.ndarray]
+    columns: Rows
+    taken: Sequence[int]
+    needs: Needs
 
 
 def piece_shapes(piece_tokens: int) -> list[int]:
@@ -98,6 +119,7 @@ class Runner:
         self.scratch_blocks: Sequence[int] = ()
         self._columns: dict[int, tuple[Any, Rows]] = {}  # by tokens a row
         self._cache: Any = None
+        self.hidden: Any = None  # the states of the piece that was read last [T, D]
         self.adapters: AdapterStack | None = None
         if options.max_adapters:
             self.adapters = AdapterStack(
@@ -152,8 +174,8 @@ class Runner:
         self._compile(pieces + [self._tokens_call(*shape, {}, [-1] * shape[0]) for shape in shapes])
         calls = []
         for piece in self.piece_shapes:
-            hidden, _ = self.read(slot, self.scratch_blocks, [0] * piece, 0, piece)
-            calls += [self._score_call(hidden, [0] * piece), self._logits_at_call(hidden, 0)]
+            self.read(slot, self.scratch_blocks, [0] * piece, 0, piece)
+            calls += [self._score_call([0] * piece), self._logits_at_call(0)]
         self._compile(calls)
         first = [call.run() for call in calls][-1]
         all_logits = [first, *(self._logits(*shape, {}, [-1] * shape[0]) for shape in shapes)]
@@ -162,7 +184,7 @@ class Runner:
         for each in choosing:
             self._take(*each)
         self._warm_up_store()
-        self._remember(slot, [0], 1, _FILLER)
+        self.remember_tokens(slot, [0], 1, {})
 
     def _compile(self, calls: Iterable[Call]) -> None:
         compile_all(calls, self.model.context)
@@ -179,7 +201,7 @@ class Runner:
         self.save_blocks(slot, [0], 0, 1)
         self.load_blocks(slot, [0])
         self.clear(slot)
-        self._move(slot, slot, with_memory=True)
+        self.move_slot(slot, slot, True)
         self._write(slot, self._read_out(slot, 1))
 
     def drop_inexact_shapes(self) -> None:
@@ -193,9 +215,9 @@ class Runner:
         tokens = [(7 * n + 3) % self.model.config.vocab_size for n in range(self.piece_shapes[0])]
         self.read(self.scratch_slot, self.scratch_blocks, tokens, 0, self.piece_shapes[0])
         for slot in range(self.row_shapes[-1]):
-            self._move(self.scratch_slot, slot, with_memory=False)
+            self.move_slot(self.scratch_slot, slot, False)
         results = {
-            rows: [np.asarray(self._trial(rows, n, len(tokens))) for n in self.lengths(rows)]
+            rows: [self._trial(rows, n, len(tokens)) for n in self.lengths(rows)]
             for rows in self.row_shapes
         }
         wanted = results[self.row_shapes[-1]][0]
@@ -215,12 +237,16 @@ class Runner:
             raise RuntimeError("draft_tokens changes sums on this machine; set it to 0")
         self.row_shapes = kept
 
-    def _trial(self, rows: int, length: int, begin: int) -> jax.Array:
+    def _trial(self, rows: int, length: int, begin: int) -> np.ndarray:
         """Logits after one token in each slot, [rows, V]."""
-        vocab_size = self.model.config.vocab_size
-        placed = {slot: (begin, [(slot + 1) % vocab_size], ()) for slot in range(rows)}
+        placed = {slot: (begin, *self._trial_row(slot)) for slot in range(rows)}
         logits = self._logits(rows, length, placed, [-1] * rows)
-        return logits.reshape(rows, length, -1)[:, 0]
+        whole = np.asarray(jax.device_get(steps.gathered(logits)))
+        return whole.reshape(rows, length, -1)[:, 0]
+
+    def _trial_row(self, slot: int) -> tuple[list[int], Sequence[int]]:
+        """Its token, and its blocks."""
+        return [(slot + 1) % self.model.config.vocab_size], ()
 
     # Prompts
 
@@ -232,12 +258,12 @@ class Runner:
         begin: int,
         shape: int,
         adapter: int = -1,
-    ) -> tuple[jax.Array, np.ndarray]:
-        """Runs tokens of a slot, whose blocks are `blocks`, from position `begin` on:
-        (states [T, D], their sum [D])."""
+    ) -> np.ndarray:
+        """Runs tokens of a slot, whose blocks are `blocks`, from position `begin` on; the sum of
+        their states [D]. `score` and `first_token` are about the piece that was read last."""
         piece = _piece(tokens, begin, shape, adapter)
-        self._cache, hidden, total = self._piece_call(slot, blocks, *piece).run()
-        return hidden, np.asarray(jax.device_get(total))
+        self._cache, self.hidden, total = self._piece_call(slot, blocks, *piece).run()
+        return np.asarray(jax.device_get(total))
 
     def _piece_call(
         self, slot: int, blocks: Sequence[int], tokens: np.ndarray, *numbers: np.int32
@@ -251,41 +277,45 @@ class Runner:
             self._shared,
         )
 
-    def score(self, hidden: jax.Array, following: Sequence[int]) -> list[np.ndarray]:
+    def score(self, following: Sequence[int]) -> list[np.ndarray]:
         """Log probability of `following[t]` after state t, and the most likely tokens' with ids."""
-        scored = self._score_call(hidden, following).run()
-        return [np.asarray(each)[0] for each in jax.device_get(scored)]
+        scored = self._score_call(following).run()
+        return [np.asarray(each) for each in jax.device_get(scored)]
 
-    def _score_call(self, hidden: jax.Array, following: Sequence[int]) -> Call:
-        targets = np.zeros((1, hidden.shape[0]), np.int32)
-        targets[0, : len(following)] = following
+    def _score_call(self, following: Sequence[int]) -> Call:
+        targets = np.zeros(self.hidden.shape[0], np.int32)
+        targets[: len(following)] = following
         return Call(
-            offline.score,
-            (self.model.config, self.model.params, hidden[None], targets),
+            steps.score,
+            (self.model.config, self.model.params, self.hidden, targets),
             {"num": MAX_TOP_LOGPROBS, **self._shared},
         )
 
-    def first_token(
-        self, hidden: jax.Array, place: int, choice: Choice, mask: np.ndarray | None
-    ) -> Sampled:
+    def first_token(self, place: int, choice: Choice, mask: np.ndarray | None) -> Sampled:
         """The first new token of a choice from the state at `place`; arrays of two equal rows."""
-        assert choice.slot is not None
         row = choice.row
-        needs = _variant([row.params], structured=mask is not None)
         self.remember(choice)
-        logits = self._logits_at_call(hidden, place).run()
         columns = _columns(
             [row.params] * 2, [row.seed] * 2, [row.index] * 2, self.model.config.vocab_size
         )
-        masks = None if mask is None else np.stack([mask, mask])
-        slots = [self._memory_of(choice), self._nowhere]
-        result: Sampled = jax.device_get(self._take(logits, slots, masks, columns, [0, 0], needs))
+        needs = _variant([row.params], structured=mask is not None)
+        result: Sampled = jax.device_get(
+            self.run_first(place, self._memory_of(choice), mask, columns, needs)
+        )
         return result
 
-    def _logits_at_call(self, hidden: jax.Array, place: int) -> Call:
+    def run_first(
+        self, place: int, memory: int, mask: np.ndarray | None, columns: Rows, needs: Needs
+    ) -> Sampled:
+        """The step of `first_token`, as plain data; see `Plan`. Does not wait."""
+        logits = self._logits_at_call(place).run()
+        masks = None if mask is None else np.stack([mask, mask])
+        return self._take(logits, [memory, self._nowhere], masks, columns, [0, 0], needs)
+
+    def _logits_at_call(self, place: int) -> Call:
         return Call(
             steps.logits_at,
-            (self.model.config, self.model.params, hidden, np.int32(place)),
+            (self.model.config, self.model.params, self.hidden, np.int32(place)),
             self._shared,
         )
 
@@ -335,16 +365,28 @@ class Runner:
             placed[slot] = (begin, ids, choice.blocks)
             slots[slot * length] = self._memory_of(choice)
             taken[slot * length : (slot + 1) * length] = range(count, count + length)
-        logits = self._logits(rows, length, placed, adapters)
+        plan = Plan(
+            rows,
+            length,
+            placed,
+            adapters,
+            slots,
+            {slot * length: mask for slot, mask in masks.items()},
+            self.columns(choices, rows, length),
+            taken,
+            _variant([choice.row.params for choice in choices], structured=bool(masks)),
+        )
+        return Step(choices, drafts, self.run(plan), length)
+
+    def run(self, plan: Plan) -> Sampled:
+        """Does not wait."""
+        logits = self._logits(plan.rows, plan.length, plan.placed, plan.adapters)
         bits = None
-        if masks:
-            bits = self._no_masks(rows * length)
-            for slot, mask in masks.items():
-                bits[slot * length] = mask
-        needs = _variant([choice.row.params for choice in choices], structured=bool(masks))
-        columns = self.columns(choices, rows, length)
-        sampled = self._take(logits, slots, bits, columns, taken, needs)
-        return Step(choices, drafts, sampled, length)
+        if plan.masks:
+            bits = self._no_masks(plan.rows * plan.length)
+            for place, mask in plan.masks.items():
+                bits[place] = mask
+        return self._take(logits, plan.memory, bits, plan.columns, plan.taken, plan.needs)
 
     def columns(self, choices: Sequence[Choice], rows: int, length: int) -> Rows:
         """What so many tokens of so many rows ask of sampling; made anew only when others run."""
@@ -462,9 +504,10 @@ class Runner:
     def move(self, choice: Choice, target: int) -> None:
         """Copies what a choice has in its slot to another one."""
         assert choice.slot is not None
-        self._move(choice.slot, target, with_memory=choice.row.params.edits_logits)
+        self.move_slot(choice.slot, target, choice.row.params.edits_logits)
 
-    def _move(self, source: int, target: int, *, with_memory: bool) -> None:
+    def move_slot(self, source: int, target: int, with_memory: bool) -> None:
+        """with_memory: what it remembers of its tokens, too."""
         pair = np.int32(source), np.int32(target)
         self._cache = steps.copy_slot(self._cache, *pair)
         if with_memory:
@@ -484,7 +527,12 @@ class Runner:
         """What a preempted choice had goes into its new slot."""
         assert choice.slot is not None
         self._write(choice.slot, choice.saved)
+        choice.saved = None
         self.remember(choice)
+
+    def forget(self, choice: Choice) -> None:
+        """It is wanted no more: nor is what it has on the host."""
+        choice.saved = None
 
     def _write(self, slot: int, content: list[tuple[Any, Any]]) -> None:
         whole = slot_cache.fill_content(content, self._cache.capacity)
@@ -499,16 +547,17 @@ class Runner:
         """Begins or renews what a slot remembers of its tokens, where that matters."""
         if choice.row.params.edits_logits:
             assert choice.slot is not None
-            tokens = [*choice.row.prompt_token_ids, *choice.row.token_ids]
-            self._remember(choice.slot, tokens, choice.prompt_tokens, choice.row.params)
+            biases = choice.row.params.logit_bias
+            self.remember_tokens(choice.slot, choice.tokens, choice.prompt_tokens, biases)
 
-    def _remember(
-        self, slot: int, tokens: Sequence[int], num_prompt: int, params: SamplingParams
+    def remember_tokens(
+        self, slot: int, tokens: Sequence[int], num_prompt: int, biases: Mapping[int, float]
     ) -> None:
+        """Begins a slot's memory with a prompt's tokens and those of its answer so far."""
         padded = np.zeros(self.capacity, np.int32)
         padded[: len(tokens)] = tokens
         bias = np.zeros(self.model.config.vocab_size, np.float32)
-        for token, value in params.logit_bias.items():
+        for token, value in biases.items():
             bias[token] = -np.inf if value <= -100 else value
         self._memory = steps.remember(
             self._memory,

@@ -14,10 +14,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
+from infer import steps as offline
 from infer.engine.adapters import with_chosen
 from infer.sampling import Needs, Rows, Sampled, Seen, sample
 from infer.steps import Rules
 from llama_jax.config import Compute, ModelConfig
+from llama_jax.mesh.sharding import whole
 from llama_jax.model import slot_cache, transformer
 from llama_jax.model.cache import NEVER
 from llama_jax.model.rounded import Held
@@ -117,7 +119,7 @@ def piece_of(
     )
     real = (places_of(tokens) < num_real)[:, None]
     total = jnp.where(real, hidden[0].astype(jnp.float32), 0.0).sum(axis=0)
-    return dataclasses.replace(after, rows=None), hidden[0], total
+    return dataclasses.replace(after, rows=None), hidden[0], whole(total)
 
 
 def logits_of(
@@ -222,6 +224,22 @@ def logits_at(
     return transformer.logits(config, params, jnp.tile(state, (2, 1)), compute=compute)
 
 
+@partial(jax.jit, static_argnames=("config", "compute", "num"))
+def score(
+    config: ModelConfig,
+    params: Any,
+    hidden: Float[Array, "T D"],
+    targets: Int[Array, " T"],
+    *,
+    compute: Compute,
+    num: int,
+) -> tuple[Float[Array, " T"], Float[Array, "T K"], Int[Array, "T K"]]:
+    """Log probability of targets[t] after state t, and of the `num` most likely tokens."""
+    scored = offline.score(config, params, hidden[None], targets[None], compute=compute, num=num)
+    chosen, top, ids = whole([each[0] for each in scored])
+    return chosen, top, ids
+
+
 @partial(jax.jit, static_argnames=("needs",), donate_argnames=("memory",))
 def take(
     logits: Float[Array, "B V"],
@@ -256,7 +274,10 @@ def take(
     if memory is not None:
         output = memory.seen.output.at[slots, sampled.tokens].add(1, mode="drop")
         memory = dataclasses.replace(memory, seen=dataclasses.replace(memory.seen, output=output))
-    return sampled, memory
+    return whole(sampled), memory
+
+
+gathered = jax.jit(whole)
 
 
 @partial(jax.jit, donate_argnames=("memory",))

@@ -4,6 +4,7 @@ JAX is imported by the first load, in its thread, so that the server listens at 
 """
 
 import functools
+import json
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from llama_jax.config import Compute, ModelConfig
 from llama_jax.model_name import check_model_name
 
 if TYPE_CHECKING:
+    from infer.engine.engine import BatchingEngine
     from llama_jax.weights.quantize import Quantization
 
 
@@ -41,18 +43,37 @@ def engine_options(settings: Settings) -> EngineOptions:
     return replace(options, num_blocks=-(-settings.cache_tokens // options.block_size))
 
 
-def make_build(settings: Settings, start: Callable[[], None] = lambda: None) -> Build:
+# What the processes of one server must have been told alike: what their steps follow from.
+_SHARED = (
+    "models",
+    "architecture",
+    "slice",
+    "mesh",
+    "dtype",
+    "cache_dtype",
+    "quantization",
+    "cache",
+    "cache_tokens",
+    "block_size",
+    "max_slots",
+    "max_context",
+    "piece_tokens",
+    "draft_tokens",
+    "exact",
+)
+
+
+def make_build(
+    settings: Settings,
+    start: Callable[[], None] = lambda: None,
+    give_up: Callable[[str], None] = lambda message: None,
+) -> Build:
     """What loads a source and makes its engine. Raises ValueError for settings that cannot be.
 
-    start: called once, before JAX is.
+    start: called once, before JAX is. give_up: of an engine that runs on several hosts, see
+    `hosts.Followers`; called after its requests have heard of it.
     """
-    options = engine_options(settings)
-    if settings.draft_model is not None:
-        check_model_name(settings.draft_model)
-    compute = Compute(dtype=settings.dtype or "float32", cache_dtype=settings.cache_dtype)
-    sizes = None if settings.mesh is None else parse_mesh(settings.mesh)
-    quantization = quantization_of(settings)
-
+    maker = _EngineMaker(settings)
     lock = threading.Lock()
     start_once = functools.cache(start)
 
@@ -68,35 +89,120 @@ def make_build(settings: Settings, start: Callable[[], None] = lambda: None) -> 
             start_once()
             draft = load_draft()
         from infer.engine import placement
-        from infer.engine.engine import BatchingEngine
         from infer.engine.replicas import Replicas
-        from llama_jax.load import load
         from llama_jax.weights.quantize import stored_types
 
-        if settings.slice is not None:
-            placement.check_slice(settings.slice)
-        meshes = [None] if sizes is None else placement.serving_meshes(sizes)
         engines: list[Any] = []
-        for mesh in meshes:
-            model = load(
-                source.model,
-                adapter=source.adapter,
-                mesh=mesh,
-                rules=placement.RULES,
-                quantization=quantization,
-            )
-            if settings.architecture is not None:
-                check_architecture(settings.architecture, source.model, model.config)
-            if source.template is not None and model.tokenizer is not None:
-                from llama_jax.formats.chat import chat_template
 
-                chat_template(model.tokenizer, source.template)
-            version = replace(options, model_version=f"{source.name}@{source.version}")
-            engines.append(BatchingEngine(model, version, compute=compute, mesh=mesh, draft=draft))
+        def lost(message: str) -> None:
+            for engine in engines:
+                engine.give_up(message)
+            give_up(message)
+
+        maker.check_devices()
+        followers = maker.meet_followers(lost)
+        meshes = [None] if maker.sizes is None else placement.serving_meshes(maker.sizes)
+        for mesh in meshes:
+            model = maker.load(source, mesh)
+            engines.append(maker.engine(source, model, mesh, draft=draft, followers=followers))
         engine = engines[0] if len(engines) == 1 else Replicas(engines)
         return Built(engine, model.tokenizer, stored_types(model.params))
 
     return build
+
+
+def follow(settings: Settings, source: Source) -> None:
+    """What a process other than 0 does in place of serving, until that one ends; JAX has started.
+
+    Raises HostLostError when that one is gone, and what building an engine raises.
+    """
+    from infer.engine import placement
+    from infer.engine.hosts import Leader
+
+    maker = _EngineMaker(settings)
+    maker.check_devices()
+    assert maker.sizes is not None
+    maker.agree()
+    leader = Leader(_MEETING)
+    mesh = placement.serving_mesh(maker.sizes)
+    maker.engine(source, maker.load(source, mesh), mesh).follow(leader)
+
+
+_MEETING = "serve"
+
+
+class _EngineMaker:
+    """Loads models and makes engines as settings say. Raises ValueError for what cannot be."""
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.options = engine_options(settings)
+        if settings.draft_model is not None:
+            check_model_name(settings.draft_model)
+        self.compute = Compute(dtype=settings.dtype or "float32", cache_dtype=settings.cache_dtype)
+        self.sizes = None if settings.mesh is None else parse_mesh(settings.mesh)
+        self.quantization = quantization_of(settings)
+
+    def check_devices(self) -> None:
+        from infer.engine import placement
+
+        if self.settings.slice is not None:
+            placement.check_slice(self.settings.slice)
+        placement.check_processes(self.sizes, self.options)
+
+    def agree(self) -> None:
+        """Raises ValueError where other processes were told something else."""
+        from llama_jax.mesh.distributed import exchange
+
+        own = {name: getattr(self.settings, name) for name in _SHARED}
+        told = [json.loads(each) for each in exchange("settings", json.dumps(own))]
+        for name in _SHARED:
+            if any(each[name] != told[0][name] for each in told):
+                values = ", ".join(
+                    f"{each[name]!r} in process {number}" for number, each in enumerate(told)
+                )
+                raise ValueError(
+                    f"the processes of a server need the same {name}, but it is {values}"
+                )
+
+    def meet_followers(self, give_up: Callable[[str], None]) -> Any:
+        """None where there is one process. Raises ProcessError."""
+        from infer.engine.hosts import Followers
+        from llama_jax.mesh.distributed import is_alone
+
+        if is_alone():
+            return None
+        self.agree()
+        return Followers(_MEETING, give_up)
+
+    def load(self, source: Source, mesh: Any) -> Any:
+        from infer.engine import placement
+        from llama_jax.load import load
+
+        model = load(
+            source.model,
+            adapter=source.adapter,
+            mesh=mesh,
+            rules=placement.RULES,
+            quantization=self.quantization,
+        )
+        if self.settings.architecture is not None:
+            check_architecture(self.settings.architecture, source.model, model.config)
+        if source.template is not None and model.tokenizer is not None:
+            from llama_jax.formats.chat import chat_template
+
+            chat_template(model.tokenizer, source.template)
+        return model
+
+    def engine(
+        self, source: Source, model: Any, mesh: Any, *, draft: Any = None, followers: Any = None
+    ) -> "BatchingEngine":
+        from infer.engine.engine import BatchingEngine
+
+        version = replace(self.options, model_version=f"{source.name}@{source.version}")
+        return BatchingEngine(
+            model, version, compute=self.compute, mesh=mesh, draft=draft, followers=followers
+        )
 
 
 def quantization_of(settings: Settings) -> "Quantization | None":

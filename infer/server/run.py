@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 # After the engines have stopped, for the last events to reach the clients.
 FLUSH_SECONDS = 5
+# The same where other hosts are lost.
+FAREWELL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,20 @@ def make_context(settings: Settings, build: Build, sources: list[Source]) -> Con
     return Context(settings, models, Gate(settings), metrics, waker, tracing)
 
 
-def run(settings: Settings, build: Build, sources: list[Source], **options: Any) -> int:
-    """`serve` in this process, of which it is the whole purpose; the exit code."""
+def run(
+    settings: Settings,
+    build: Build,
+    sources: list[Source],
+    *,
+    at_end: Callable[[], None] = lambda: None,
+    **options: Any,
+) -> int:
+    """`serve` in this process, of which it is the whole purpose; the exit code. at_end: called when
+    all is done."""
 
     async def main() -> int:
         code = await serve(settings, build, sources, **options)
+        at_end()
         # What loads in a thread cannot be stopped, and would keep the process until it is done.
         if threading.active_count() > 1:
             logging.shutdown()
@@ -139,6 +151,15 @@ async def _load_and_wait(models: Models, stop: asyncio.Event) -> int:
     logger.error("not started", extra={"reason": error.message})
     # As with every command: 2 is for what the caller gave, 1 for what went wrong.
     return 2 if isinstance(error.__cause__, ValueError) else 1
+
+
+def give_up(message: str) -> None:
+    """Ends this process of several that run a model together: its devices wait for what never
+    comes, so nothing can be waited for. Clients that were told the reason get it first."""
+    logger.critical("given up", extra={"reason": message})
+    time.sleep(FAREWELL_SECONDS)
+    logging.shutdown()
+    os._exit(1)
 
 
 def _listen(settings: Settings) -> socket.socket:

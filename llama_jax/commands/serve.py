@@ -4,14 +4,22 @@ A MODEL is served under the last part of its name, or as NAME with NAME=MODEL. W
 versions of a registry are served too (llama-jax register fills it). Every flag can also be set as
 an environment variable (--max-slots is LLAMA_JAX_MAX_SLOTS) or in the YAML file of --config; flags
 win over variables, variables over the file. Keys are better given as LLAMA_JAX_API_KEY and
-LLAMA_JAX_ADMIN_KEY."""
+LLAMA_JAX_ADMIN_KEY.
+
+A model that needs several hosts is served by the same command on each of them: process 0 listens,
+and the others take part in its steps."""
 
 import argparse
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from llama_jax.commands import processes
 from llama_jax.commands.run_config import find_serve_config
+
+if TYPE_CHECKING:
+    from infer.server.settings import Settings
+    from llama_jax.mesh.processes import Processes
 
 HELP = "serve models over REST and gRPC"
 EXAMPLE = "llama-jax serve smollm2-135m --port 8000"
@@ -34,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         else:
             metavar = "LIST" if each.default == () else "VALUE"
             parser.add_argument(flag, metavar=metavar, help=text)
+    processes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,13 +63,13 @@ def run(args: argparse.Namespace) -> int:
     from infer.server.logs import set_up_logging
 
     set_up_logging(settings.log_level, settings.secrets, show_messages=settings.log_error_messages)
-    return _serve(settings)
+    return _serve(settings, processes.read(args))
 
 
-def _serve(settings: Any) -> int:
+def _serve(settings: "Settings", several: "Processes | None") -> int:
     try:
         from infer.server.build import given_sources, make_build
-        from infer.server.run import Address
+        from infer.server.run import Address, give_up
         from infer.server.run import run as run_server
     except ModuleNotFoundError as error:
         raise RuntimeError(
@@ -70,7 +79,25 @@ def _serve(settings: Any) -> int:
     from llama_jax.commands.startup import start_jax
 
     sources = given_sources(settings)
-    build = make_build(settings, start_jax)
+
+    def at_end() -> None:
+        """Nobody else waits."""
+
+    if several is not None:
+        # Which process this is, JAX may have to find out; with one alone it starts when it loads.
+        start_jax(processes=several)
+        from llama_jax.mesh.distributed import is_alone, is_main, leave
+
+        at_end = leave
+
+        if not is_alone() and (settings.models_dir is not None or len(sources) != 1):
+            raise ValueError(
+                "several processes serve one model together, which is named on the command line or "
+                "in the config; leave models_dir and further models out"
+            )
+        if not is_main():
+            return _follow(settings, sources[0])
+    build = make_build(settings, start_jax, give_up)
 
     def on_listening(address: Address) -> None:
         host = f"[{address.host}]" if ":" in address.host else address.host
@@ -80,7 +107,37 @@ def _serve(settings: Any) -> int:
         if not settings.all_tenants and settings.host not in ("127.0.0.1", "localhost", "::1"):
             sys.stderr.write("warning: no API key is set, so anyone who reaches it may ask\n")
 
-    return run_server(settings, build, sources, on_listening=on_listening)
+    return run_server(settings, build, sources, on_listening=on_listening, at_end=at_end)
+
+
+def _follow(settings: "Settings", source: Any) -> int:
+    """Ends with the process that listens, which drains its requests after SIGTERM: so a signal that
+    comes to all is left to that one. A second one ends this."""
+    import signal
+
+    from infer.engine.hosts import HostLostError
+    from infer.server.build import follow
+    from infer.server.run import give_up
+    from llama_jax.cli import USUAL_ERRORS, code_of, complain
+    from llama_jax.mesh.distributed import leave
+
+    def on_signal(number: int, frame: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    sys.stderr.write("taking part in the steps of process 0, which listens\n")
+    try:
+        follow(settings, source)
+    except HostLostError as error:
+        give_up(str(error))
+    except USUAL_ERRORS as error:
+        complain("serve", error)
+        leave()
+        # At an ordinary end JAX might wait for what its devices never get.
+        sys.stderr.flush()
+        os._exit(code_of(error))
+    return 0
 
 
 def _hide_keys() -> None:

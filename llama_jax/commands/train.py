@@ -9,11 +9,10 @@ nothing to clean up. Several processes need an output folder that all of them se
 
 import argparse
 import logging
-import os
 import sys
 from typing import Any
 
-from llama_jax.commands import run_config
+from llama_jax.commands import processes, run_config
 
 HELP = "train from a run config: LoRA, QLoRA, full or pretraining"
 EXAMPLE = "llama-jax train tiny-lora-cpu.yaml train.steps=20 output=runs/first"
@@ -31,35 +30,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         help="trace so many steps, or those from FIRST-LAST, into the run folder",
     )
-    group = parser.add_argument_group(
-        "several processes",
-        "found by themselves on TPU slices; elsewhere give all three, or the environment variables "
-        "LLAMA_JAX_COORDINATOR_ADDRESS, LLAMA_JAX_PROCESS_COUNT and LLAMA_JAX_PROCESS_ID. A count "
-        "of 1 runs on this machine alone",
-    )
-    group.add_argument(
-        "--coordinator-address", metavar="HOST:PORT", help="where process 0 can be reached"
-    )
-    group.add_argument("--process-count", type=int, metavar="N", help="how many there are")
-    group.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
+    processes.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from llama_jax.commands.samples import sample
     from llama_jax.commands.startup import start_jax
     from llama_jax.commands.steps import Steps
-    from llama_jax.mesh.processes import read_processes
 
     config = run_config.load(args)
     emulated = config.mesh.cpu_devices
-    processes = read_processes(
-        address=args.coordinator_address,
-        count=args.process_count,
-        process_id=args.process_id,
-        environment=os.environ,
-        cpu=emulated is not None,
-    )
-    start_jax(cpu_devices=emulated, processes=processes)
+    start_jax(cpu_devices=emulated, processes=processes.read(args, cpu=emulated is not None))
     from llama_jax.mesh.distributed import is_main
     from train.loop import dry_run, train
     from train.profiler import read_steps

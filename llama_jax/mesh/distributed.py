@@ -63,6 +63,11 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def is_alone() -> bool:
+    """Whether this process is the whole program."""
+    return jax.process_count() == 1
+
+
 # Agreement
 
 
@@ -109,6 +114,29 @@ def agreed(name: str) -> Iterator[None]:
     for index, message in enumerate(exchange(name)):
         if message:
             raise ProcessError(f"process {index}: {message}")
+
+
+def coordinator_host() -> str:
+    """Where process 0 can be reached from the others."""
+    from jax._src import distributed
+
+    address = distributed.global_state.coordinator_address
+    if address is None:
+        raise RuntimeError("there is one process only, or jax.distributed was not initialized")
+    return str(address.rpartition(":")[0].strip("[]"))
+
+
+def least(name: str, value: int) -> int:
+    """The smallest value that a process gave. `name` as in `exchange`."""
+    return min(int(each) for each in exchange(name, str(value)))
+
+
+def leave() -> None:
+    """The end of all processes together: each waits here for the others, for a while. Without it, a
+    process whose coordinator has ended is aborted, whatever it was about to say."""
+    if jax.distributed.is_initialized():
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            jax.distributed.shutdown()
 
 
 # For the main thread, where all processes do the same in the same order.

@@ -332,3 +332,11 @@ def constrain(
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, rules))
+
+
+def whole(values: Any) -> Any:
+    """Every array whole on every device of the mesh in force, so that each of its hosts can read
+    it; without a mesh, does nothing."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return values
+    return jax.lax.with_sharding_constraint(values, PartitionSpec())

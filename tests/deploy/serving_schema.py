@@ -3,7 +3,8 @@
 Written down from the reference of apps/v1, autoscaling/v2, policy/v1 and core/v1 (Kubernetes API
 v1.34, kubernetes.io/docs/reference/kubernetes-api), of serving.knative.dev/v1
 (knative.dev/docs/serving/reference/serving-api) and of monitoring.googleapis.com/v1
-(github.com/GoogleCloudPlatform/prometheus-engine, doc/api.md). A field that is not here is refused.
+(github.com/GoogleCloudPlatform/prometheus-engine, doc/api.md), and of leaderworkerset.x-k8s.io/v1
+(github.com/kubernetes-sigs/lws, api/leaderworkerset/v1). A field that is not here is refused.
 """
 
 from tests.train.launch.jobset_schema import (
@@ -84,6 +85,32 @@ DEPLOYMENT = kind(
             ["metadata", "spec"],
             metadata=TEMPLATE_METADATA,
             spec=fields(["containers"], **SERVING_POD),
+        ),
+    ),
+)
+_GROUP_TEMPLATE = fields(
+    ["metadata", "spec"],
+    metadata=TEMPLATE_METADATA,
+    spec=fields(["containers"], **SERVING_POD),
+)
+LEADER_WORKER_SET = kind(
+    "leaderworkerset.x-k8s.io/v1",
+    "LeaderWorkerSet",
+    fields(
+        ["leaderWorkerTemplate"],
+        replicas=COUNT,
+        startupPolicy=one_of("LeaderCreated", "LeaderReady"),
+        rolloutStrategy=fields(
+            ["type"],
+            type=one_of("RollingUpdate"),
+            rollingUpdateConfiguration=fields([], maxUnavailable=COUNT, maxSurge=COUNT),
+        ),
+        leaderWorkerTemplate=fields(
+            ["workerTemplate"],
+            leaderTemplate=_GROUP_TEMPLATE,
+            workerTemplate=_GROUP_TEMPLATE,
+            size={"type": int, "minimum": 1},
+            restartPolicy=one_of("RecreateGroupOnPodRestart", "RecreateGroupAfterStart", "None"),
         ),
     ),
 )
@@ -175,6 +202,7 @@ KNATIVE_SERVICE = kind(
 SCHEMAS = {
     ("v1", "Service"): SERVICE,
     ("apps/v1", "Deployment"): DEPLOYMENT,
+    ("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet"): LEADER_WORKER_SET,
     ("policy/v1", "PodDisruptionBudget"): DISRUPTION_BUDGET,
     ("monitoring.googleapis.com/v1", "PodMonitoring"): POD_MONITORING,
     ("autoscaling/v2", "HorizontalPodAutoscaler"): AUTOSCALER,

@@ -11,6 +11,8 @@ import yaml
 from infer.server.metrics import Metrics
 from infer.server.settings import Settings, flag_fields, from_text, read_settings
 from llama_jax.cli import make_parser
+from llama_jax.commands.run_config import find_serve_config
+from llama_jax.mesh.slices import slice_named
 from tests.deploy.serving_schema import SCHEMAS
 from tests.train.launch.jobset_schema import problems
 
@@ -30,8 +32,10 @@ def all_documents():
 
 
 def containers():
+    """Those that listen."""
     for name, each in all_documents():
-        template = each["spec"].get("template")
+        group = each["spec"].get("leaderWorkerTemplate", {})
+        template = each["spec"].get("template", group.get("leaderTemplate"))
         if template is not None:
             for container in template["spec"]["containers"]:
                 yield name, template["spec"], container
@@ -46,7 +50,8 @@ def settings_of(arguments, environment) -> Settings:
         flags[each.name] = (
             from_text(each.name, value, each.name) if isinstance(value, str) else value
         )
-    return read_settings(flags, environment=environment)
+    config = None if args.config is None else find_serve_config(args.config)
+    return read_settings(flags, config=config, environment=environment)
 
 
 def exported_metrics():
@@ -116,9 +121,40 @@ def test_what_belongs_together_has_the_same_labels_and_names():
     }
 
 
-def test_the_autoscaler_reads_a_metric_that_exists():
-    [scaler] = [d for _, d in all_documents() if d["kind"] == "HorizontalPodAutoscaler"]
-    for metric in scaler["spec"]["metrics"]:
+def test_a_group_of_hosts_is_the_slice_of_its_config():
+    by_kind = {each["kind"]: each for each in documents(FOLDER / "gke-tpu-hosts.yaml")}
+    group = by_kind["LeaderWorkerSet"]["spec"]["leaderWorkerTemplate"]
+    leader, worker = (group[each]["spec"] for each in ("leaderTemplate", "workerTemplate"))
+    [listening], [other] = leader["containers"], worker["containers"]
+    settings = settings_of(listening["args"], {})
+    wanted = slice_named(settings.slice)
+    assert group["size"] == wanted.hosts
+    assert listening["resources"]["limits"] == {"google.com/tpu": str(wanted.chips_per_host)}
+    topology = "x".join(map(str, wanted.topology))
+    assert leader["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": wanted.generation.gke_accelerator,
+        "cloud.google.com/gke-tpu-topology": topology,
+    }
+    # The same command everywhere; who does not listen has no ports and is asked nothing.
+    own = {"ports", "readinessProbe", "livenessProbe", "lifecycle"}
+    assert {**listening, **other} == listening and set(listening) - set(other) == own
+    del leader["containers"], worker["containers"]
+    assert leader == worker
+    labels = group["leaderTemplate"]["metadata"]["labels"]
+    first = {**labels, "leaderworkerset.sigs.k8s.io/worker-index": "0"}
+    assert by_kind["Service"]["spec"]["selector"] == first
+    for kind in ("PodDisruptionBudget", "PodMonitoring"):
+        assert by_kind[kind]["spec"]["selector"]["matchLabels"] == first
+    target = by_kind["HorizontalPodAutoscaler"]["spec"]["scaleTargetRef"]
+    for key in ("apiVersion", "kind"):
+        assert target[key] == by_kind["LeaderWorkerSet"][key]
+    assert target["name"] == by_kind["LeaderWorkerSet"]["metadata"]["name"]
+
+
+def test_the_autoscalers_read_a_metric_that_exists():
+    scalers = [d for _, d in all_documents() if d["kind"] == "HorizontalPodAutoscaler"]
+    assert len(scalers) == 2
+    for metric in (metric for scaler in scalers for metric in scaler["spec"]["metrics"]):
         _, name, kind = metric["pods"]["metric"]["name"].split("|")
         assert name in exported_metrics() and kind == "gauge"
 

@@ -168,7 +168,7 @@ def test_settings_that_do_not_suit_the_model_or_the_machine_are_refused(tmp_path
     for changes, message in (
         ({"architecture": "smollm2-135m"}, "has embed_tokens.weight of shape"),
         ({"architecture": "llama9"}, "architecture is 'llama9'"),
-        ({"slice": "v5e-16"}, "4 hosts, but a server runs on the devices of one"),
+        ({"slice": "v5e-16"}, "4 hosts, but this server runs on 1; start it on every host"),
         ({"slice": "v5e-4"}, "but here are 8 of cpu"),
         ({"mesh": "tensor=16"}, "needs 16 devices"),
     ):

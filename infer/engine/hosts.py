@@ -1,0 +1,206 @@
+"""Several hosts that run one engine: the first decides, the others begin the same steps.
+
+The devices of a slice belong to several processes, each of which must begin every step, in the same
+order and with the same arguments. So process 0 (the leader: it has the scheduler, and the server)
+tells the others over TCP what it is about to run; what they compute stays on the devices. An order
+is the name of a method of the runner and its arguments, as MessagePack: nothing in it is code.
+"""
+
+import contextlib
+import dataclasses
+import hmac
+import secrets
+import socket
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from infer.engine.runner import Plan
+from infer.sampling import Needs, Rows
+from llama_jax.mesh.distributed import ProcessError, coordinator_host, exchange, leave
+
+CONNECT_SECONDS = 60.0
+_KEEP_ALIVE_SECONDS = 60
+
+# Dataclasses that arguments may be made of.
+_CLASSES: dict[str, type] = {each.__name__: each for each in (Plan, Rows, Needs)}
+_ARRAY, _OBJECT = 1, 2
+_LENGTH = struct.Struct(">Q")
+_SECRET_BYTES = 32
+
+# Told at an orderly end.
+_GOODBYE = "goodbye"
+
+
+class HostLostError(RuntimeError):
+    """A process that takes part in every step is gone, so no step can end any more."""
+
+
+class Followers:
+    """The leader's side: connections to all other processes, which wait for orders."""
+
+    def __init__(self, name: str, give_up: Callable[[str], None]):
+        """Meets the others, who call `Leader(name)`. Raises ProcessError where they do not come.
+
+        give_up: called, in any thread, with the reason when steps can no more be run together:
+        what the devices wait for then never comes, so this process must end.
+        """
+        secret = secrets.token_bytes(_SECRET_BYTES)
+        self.give_up = give_up
+        self._sockets: list[socket.socket] = []
+        self._is_over = False
+        with socket.create_server(("", 0)) as server:
+            port = server.getsockname()[1]
+            others = len(exchange(f"{name}/address", f"{port} {secret.hex()}")) - 1
+            server.settimeout(CONNECT_SECONDS)
+            while len(self._sockets) < others:
+                try:
+                    connection, _ = server.accept()
+                except TimeoutError as error:
+                    missing = others - len(self._sockets)
+                    raise ProcessError(
+                        f"{missing} of {others} other processes did not connect to port {port} "
+                        f"within {CONNECT_SECONDS:g} seconds; hosts must reach each other"
+                    ) from error
+                if _knows(connection, secret):
+                    self._sockets.append(connection)
+                else:
+                    connection.close()
+        for number, connection in enumerate(self._sockets):
+            threading.Thread(
+                target=self._watch, args=(number, connection), name="follower", daemon=True
+            ).start()
+
+    def tell(self, order: str, arguments: Sequence[Any]) -> None:
+        """Raises HostLostError."""
+        message = encode(order, arguments)
+        for number, connection in enumerate(self._sockets):
+            try:
+                connection.sendall(message)
+            except OSError as error:
+                raise HostLostError(self._lost(number)) from error
+
+    def close(self) -> None:
+        """Lets the others end, and waits for that."""
+        if not self._is_over:
+            self._is_over = True
+            self.tell(_GOODBYE, ())
+            leave()
+        for connection in self._sockets:
+            connection.close()
+
+    def _watch(self, number: int, connection: socket.socket) -> None:
+        """Others never speak: what can be read is that one is gone."""
+        with contextlib.suppress(OSError):  # that is gone, too
+            connection.recv(1)
+        if not self._is_over:
+            self._is_over = True
+            self.give_up(self._lost(number))
+
+    def _lost(self, number: int) -> str:
+        return f"one of the {len(self._sockets)} other processes of this server is gone ({number})"
+
+
+class Leader:
+    """The side of every other process."""
+
+    def __init__(self, name: str):
+        """Meets the leader. Raises ProcessError."""
+        port, secret = exchange(f"{name}/address")[0].split()
+        address = coordinator_host(), int(port)
+        try:
+            self._socket = socket.create_connection(address, timeout=CONNECT_SECONDS)
+        except OSError as error:
+            raise ProcessError(
+                f"process 0 cannot be reached at {address[0]}:{port}: {error}"
+            ) from error
+        self._socket.settimeout(None)
+        _keep_alive(self._socket)
+        self._socket.sendall(bytes.fromhex(secret))
+
+    def orders(self) -> Iterator[tuple[str, list[Any]]]:
+        """Until the leader says goodbye. Raises HostLostError when it ends without."""
+        with self._socket, self._socket.makefile("rb") as stream:
+            while True:
+                try:
+                    order = read_order(stream)
+                except (OSError, EOFError) as error:
+                    raise HostLostError(f"process 0 of this server is gone: {error}") from error
+                if order[0] == _GOODBYE:
+                    break
+                yield order
+        leave()
+
+
+def _knows(connection: socket.socket, secret: bytes) -> bool:
+    """Whether who connects belongs to this program."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    connection.settimeout(CONNECT_SECONDS)
+    received = b""
+    try:
+        while len(received) < len(secret):
+            part = connection.recv(len(secret) - len(received))
+            if not part:
+                return False
+            received += part
+    except OSError:
+        return False
+    connection.settimeout(None)
+    _keep_alive(connection)
+    return hmac.compare_digest(received, secret)
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Networks forget connections that are silent for minutes, as those of an idle server are."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_SECONDS)
+
+
+def encode(order: str, arguments: Sequence[Any]) -> bytes:
+    """An order as bytes: its length and then MessagePack."""
+    body: bytes = msgpack.packb([order, list(arguments)], default=_to_plain, strict_types=True)
+    return _LENGTH.pack(len(body)) + body
+
+
+def read_order(stream: Any) -> tuple[str, list[Any]]:
+    """The next order of a binary stream. Raises EOFError at its end."""
+    (length,) = _LENGTH.unpack(_read(stream, _LENGTH.size))
+    order, arguments = _decode(_read(stream, length))
+    return order, arguments
+
+
+def _read(stream: Any, length: int) -> bytes:
+    content: bytes = stream.read(length)
+    if len(content) < length:
+        raise EOFError("the connection was closed")
+    return content
+
+
+def _to_plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        parts = [value.dtype.str, list(value.shape), np.ascontiguousarray(value).tobytes()]
+        return msgpack.ExtType(_ARRAY, msgpack.packb(parts))
+    if isinstance(value, tuple | range):
+        return list(value)
+    if dataclasses.is_dataclass(value) and _CLASSES.get(type(value).__name__) is type(value):
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        parts = [type(value).__name__, fields]
+        return msgpack.ExtType(_OBJECT, msgpack.packb(parts, default=_to_plain, strict_types=True))
+    raise TypeError(f"an order cannot carry a {type(value).__name__}")
+
+
+def _decode(body: bytes) -> Any:
+    return msgpack.unpackb(body, ext_hook=_from_ext, strict_map_key=False)
+
+
+def _from_ext(code: int, body: bytes) -> Any:
+    if code == _ARRAY:
+        dtype, shape, content = msgpack.unpackb(body)
+        return np.frombuffer(content, np.dtype(dtype)).reshape(shape)
+    name, fields = _decode(body)
+    return _CLASSES[name](**fields)

@@ -1,0 +1,310 @@
+"""Two real processes that serve one model together, against the same engine in one."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import infer.engine.hosts
+from infer.engine.hosts import Followers, HostLostError, Leader, encode, read_order
+from infer.engine.options import EngineOptions
+from infer.engine.placement import check_processes
+from infer.engine.runner import Plan, most_demanding_columns
+from infer.generate import generate
+from infer.sampling import Needs
+from llama_jax.formats import hf
+from llama_jax.load import load
+from tests.infer.server.running import byte_tokenizer
+from tests.tiny import FAMILIES, tiny_params
+from tests.train.command import free_port
+
+ROOT = Path(__file__).parents[3]
+SECONDS = 240
+# Small enough that two long answers do not fit together.
+SERVE = ("--mesh", "tensor=2,fsdp=2", "--max-slots", "2", "--block-size", "16")
+ROOM = ("--piece-tokens", "32", "--max-context", "128", "--cache-tokens", "128")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = FAMILIES["llama-gqa"].replace(
+        vocab_size=264, bos_token_id=None, eos_token_id=(258,), num_hidden_layers=2
+    )
+    folder = tmp_path_factory.mktemp("served") / "m"
+    hf.save_hf(folder, config, tiny_params(config), tokenizer=byte_tokenizer())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+class Group:
+    """Processes of one server; process 0 listens."""
+
+    def __init__(self, *flags, cache, others=None):
+        environment = {
+            **os.environ,
+            "XLA_FLAGS": "",
+            "JAX_NUM_CPU_DEVICES": "2",
+            "LLAMA_JAX_CACHE_DIR": str(cache),
+            "LLAMA_JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
+            "LLAMA_JAX_PROCESS_COUNT": "2",
+            "PYTHONPATH": str(ROOT),
+        }
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        self.port = free_port()
+        command = [sys.executable, "-m", "llama_jax.cli", "serve"]
+        self.processes = [
+            subprocess.Popen(
+                [*command, *each, "--port", str(self.port), "--process-id", str(number)],
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for number, each in enumerate([flags, flags if others is None else others])
+        ]
+
+    def wait_ready(self):
+        end = time.monotonic() + SECONDS
+        while True:
+            assert all(each.poll() is None for each in self.processes), self.ended()
+            assert time.monotonic() < end, "not ready"
+            with contextlib.suppress(OSError), self.open("/readyz"):
+                return
+            time.sleep(0.1)
+
+    def open(self, path, body=None):
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}")
+        if body is not None:
+            request.data = json.dumps(body).encode()
+            request.add_header("content-type", "application/json")
+        return urllib.request.urlopen(request, timeout=SECONDS)
+
+    def complete(self, prompt, **fields):
+        with self.open("/v1/completions", {"model": "m", "prompt": prompt, **fields}) as response:
+            return json.load(response)["choices"]
+
+    def ended(self):
+        """(exit code, standard error) of each."""
+        try:
+            errors = [each.communicate(timeout=SECONDS)[1] for each in self.processes]
+        finally:
+            for each in self.processes:
+                each.kill()
+        return [(each.returncode, e) for each, e in zip(self.processes, errors, strict=True)]
+
+
+WISHES = [
+    {"temperature": 0, "max_tokens": 20},
+    {"temperature": 0, "max_tokens": 8, "logprobs": 2},
+    {"seed": 1, "max_tokens": 12, "n": 2},
+    {"seed": 3, "max_tokens": 12, "repetition_penalty": 1.3, "presence_penalty": 0.5},
+    {"seed": 4, "max_tokens": 9, "logit_bias": {"5": 4.0, "7": -100}},
+]
+
+
+def test_two_processes_answer_as_one_does(folder, cache):
+    group = Group(f"m={folder}", *SERVE, *ROOM, cache=cache)
+    group.wait_ready()
+    model = load(folder)
+
+    def check(prompt, wish):
+        found = group.complete(prompt, **wish)
+        params = dict(wish)
+        if "logit_bias" in wish:
+            params["logit_bias"] = {int(k): v for k, v in wish["logit_bias"].items()}
+        wanted = generate(model, prompt, **params)
+        assert [each["text"] for each in found] == [each.text for each in wanted]
+        for one, other in zip(found, wanted, strict=True):
+            if wish.get("logprobs") is not None:
+                values = [each.logprob for each in other.logprobs]
+                np.testing.assert_allclose(one["logprobs"]["token_logprobs"], values, atol=1e-5)
+
+    for number, wish in enumerate(WISHES):
+        check(f"the prompt number {number} " * (number + 1), wish)
+    # A structure is a mask that process 0 makes and the others must have too.
+    shape = {"type": "regex", "regex": "[a-f]{6}"}
+    (choice,) = group.complete("spell", response_format=shape, max_tokens=20, temperature=0)
+    assert len(choice["text"]) == 6 and set(choice["text"]) <= set("abcdef")
+    # Prompts are scored, and states summed, on all devices.
+    (choice,) = group.complete("scored text", echo=True, logprobs=0, max_tokens=0)
+    assert len(choice["logprobs"]["token_logprobs"]) == len("scored text")
+    with group.open("/v1/embeddings", {"model": "m", "input": "hello"}) as response:
+        assert len(json.load(response)["data"][0]["embedding"]) == model.config.hidden_size
+    # Two that do not fit together: one goes to the hosts' memory and comes back, on both of them.
+    long = {"temperature": 0, "max_tokens": 90}
+    threads = [threading.Thread(target=check, args=(word, long)) for word in ("first", "other")]
+    errors = []
+    threading.excepthook, before = lambda args: errors.append(args.exc_value), threading.excepthook
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    threading.excepthook = before
+    assert not errors
+    with group.open("/metrics") as response:
+        text = response.read().decode()
+    line = next(
+        each for each in text.splitlines() if each.startswith("llama_jax_preemptions_total")
+    )
+    assert float(line.split()[-1]) > 0
+    # A pod that is deleted sends it to every container of the group.
+    for process in reversed(group.processes):
+        process.send_signal(signal.SIGTERM)
+    assert [code for code, _ in group.ended()] == [0, 0]
+
+
+def test_a_lost_host_ends_the_server_and_its_clients_hear_of_it(folder, cache):
+    group = Group(f"m={folder}", *SERVE, *ROOM, cache=cache)
+    group.wait_ready()
+    wish = {"model": "m", "prompt": "tell", "max_tokens": 120, "ignore_eos": True, "stream": True}
+    with group.open("/v1/completions", wish) as stream:
+        assert stream.readline().startswith(b"data: ")
+        group.processes[1].kill()
+        rest = stream.read().decode()
+    assert "is gone" in rest and "[DONE]" not in rest
+    (code, errors), (killed, _) = group.ended()
+    assert (code, killed) == (1, -signal.SIGKILL)
+    assert "given up" in errors
+
+
+def test_others_end_when_process_0_is_gone(folder, cache):
+    group = Group(f"m={folder}", *SERVE, *ROOM, cache=cache)
+    group.wait_ready()
+    group.processes[0].kill()
+    (_, _), (code, errors) = group.ended()
+    # Whichever notices first, its own connection or JAX's.
+    assert (code == 1 and "process 0 of this server is gone" in errors) or code == -signal.SIGABRT
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (("--max-slots", "3"), "need the same max_slots, but it is 2 in process 0, 3 in process 1"),
+        (("--models-dir", "models"), "leave models_dir and further models out"),
+    ],
+)
+def test_what_several_processes_cannot_serve(folder, cache, more, message):
+    flags = (f"m={folder}", *SERVE)
+    own = (*flags, *more) if "--models-dir" in more else flags
+    for code, errors in Group(*own, cache=cache, others=(*flags, *more)).ended():
+        assert code == 2 and message in errors
+
+
+# Without processes
+
+
+@pytest.mark.parametrize(
+    "sizes, cache, message",
+    [
+        (None, None, "say how it is divided over their 8 devices, such as mesh tensor=8"),
+        ({"tensor": 2}, None, "takes 2 devices, but 2 processes have 8"),
+        ({"data": 2, "tensor": 4}, None, "start a group of processes for each copy"),
+        ({"tensor": 8}, "slots", "cache is slots, which lie on one device"),
+        ({"tensor": 4, "fsdp": 2}, "pages", None),
+    ],
+)
+def test_meshes_of_several_processes(monkeypatch, sizes, cache, message):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    refused = (
+        contextlib.nullcontext() if message is None else pytest.raises(ValueError, match=message)
+    )
+    with refused:
+        check_processes(sizes, EngineOptions(cache=cache))
+
+
+def test_orders_arrive_as_they_were():
+    columns, needs = most_demanding_columns(3, vocab_size=40)
+    mask = np.arange(2, dtype=np.uint32)
+    plan = Plan(
+        rows=3,
+        length=1,
+        placed={0: (4, [7], (1, 2)), 2: (0, (9,), range(3))},
+        adapters=[-1, -1, -1],
+        memory=[0, 4, 4],
+        masks={2: mask},
+        columns=columns,
+        taken=[1, 0, 5],
+        needs=needs,
+    )
+    orders = [("run", [plan]), ("read", [1, [2, 3], (4,), 0, 32, -1]), ("drop", [2**40])]
+    stream = io.BytesIO(b"".join(encode(name, arguments) for name, arguments in orders))
+    name, (found,) = read_order(stream)
+    assert name == "run" and isinstance(found.needs, Needs) and found.needs == needs
+    assert found.placed == {0: [4, [7], [1, 2]], 2: [0, [9], [0, 1, 2]]}
+    assert (found.adapters, found.memory, found.taken) == (plan.adapters, plan.memory, plan.taken)
+    np.testing.assert_array_equal(found.masks[2], mask)
+    assert found.masks[2].dtype == mask.dtype
+    for field in ("temperature", "top_k", "seed", "choice"):
+        one, other = getattr(found.columns, field), getattr(columns, field)
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype
+    assert found.columns.bias is None
+    assert read_order(stream) == ("read", [1, [2, 3], [4], 0, 32, -1])
+    assert read_order(stream) == ("drop", [2**40])
+    with pytest.raises(EOFError):
+        read_order(stream)
+
+
+def test_what_an_order_cannot_carry_is_refused():
+    with pytest.raises(TypeError, match="cannot carry a set"):
+        encode("read", [{1, 2}])
+
+
+def test_who_does_not_know_the_secret_is_no_follower(monkeypatch):
+    """And one that is gone is noticed at once, without an order."""
+    told: list[str] = []
+    met = threading.Event()
+
+    def exchange(name, value=""):
+        if value:
+            told.append(value)
+            met.set()
+        assert met.wait(10)
+        return [told[0], ""]
+
+    monkeypatch.setattr(infer.engine.hosts, "exchange", exchange)
+    monkeypatch.setattr(infer.engine.hosts, "coordinator_host", lambda: "127.0.0.1")
+    monkeypatch.setattr(infer.engine.hosts, "leave", lambda: None)
+    reasons, given_up = [], threading.Event()
+
+    def give_up(message):
+        reasons.append(message)
+        given_up.set()
+
+    made: list[Followers] = []
+    meeting = threading.Thread(target=lambda: made.append(Followers("x", give_up)))
+    meeting.start()
+    assert met.wait(10)
+    port = int(told[0].split()[0])
+    with socket.create_connection(("127.0.0.1", port)) as stranger:
+        stranger.sendall(bytes(32))
+        stranger.settimeout(10)
+        assert stranger.recv(1) == b""  # shown the door
+    leader = Leader("x")
+    meeting.join(10)
+    made[0].tell("score", [[1, 2]])
+    orders = leader.orders()
+    assert next(orders) == ("score", [[1, 2]])
+    orders.close()
+    assert given_up.wait(10) and "is gone" in reasons[0]
+    with pytest.raises(HostLostError, match="is gone"):
+        for _ in range(100):  # the first may still go into the kernel's buffer
+            made[0].tell("score", [[0] * 10000])
+    made[0].close()
