@@ -19,7 +19,7 @@ demo: $(VENV)/.demo-installed
 
 test: lint
 	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT INT TERM && \
-	JAX_COMPILATION_CACHE_DIR="$$cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5 \
+	JAX_COMPILATION_CACHE_DIR="$$cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.05 \
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(VENV)/.test-installed

@@ -32,3 +32,18 @@ def programs_of_one_module() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiler_of_one_module(request: pytest.FixtureRequest) -> Iterator[None]:
+    """In modules marked `compiled_quickly`, and in commands that they start, LLVM optimizes little:
+    what is computed stays what it is, and small shapes compile in half the time. Not for modules
+    about single bits, the bytes of a program, or another compiler than the CPU's."""
+    if request.node.get_closest_marker("compiled_quickly") is None:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
+        jax.config.update("jax_disable_most_optimizations", False)

@@ -24,6 +24,8 @@ from llama_jax.weights.tensors import LoraTensor
 from tests.model.test_losses import make_batch
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 MESHES = [
     {"data": 8},
     {"fsdp": 8},

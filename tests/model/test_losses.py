@@ -12,6 +12,8 @@ from llama_jax.model.losses import Batch, cross_entropy, next_token_loss
 from llama_jax.weights.tensors import LoraTensor
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 def make_batch(tokens, mask=None, segment_ids=None):
     targets = np.roll(tokens, -1, axis=1)

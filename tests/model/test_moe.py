@@ -16,6 +16,8 @@ from llama_jax.model import moe, transformer
 from tests.reference import reference_model
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = FAMILIES["mixtral"]
 
 

@@ -11,6 +11,8 @@ from llama_jax.model.cache import init_cache
 from tests.reference import reference_logits, reference_model
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_equal_transformers(family):

@@ -27,6 +27,8 @@ from tests.train.command import ROOT, start, write_run
 from train.metrics import read_metrics
 from train.samples_log import read_samples
 
+pytestmark = pytest.mark.compiled_quickly
+
 STEPS, EVERY = 100, 2
 KILLS, SHELL_KILLS = 30, 6
 # What a run measures of the clock is not the same twice.

@@ -27,6 +27,8 @@ from train.optim import make_optimizer, make_schedule
 from train.state import init_state
 from train.step import make_train_step
 
+pytestmark = pytest.mark.compiled_quickly
+
 SECTION = DistillSection(
     teacher="t",
     hidden={"weight": 0.5},

@@ -15,6 +15,8 @@ from tests.train.test_distill import NUM_IDS, SECTION, STUDENT, Case, both, make
 from train.distill_on_policy import OnPolicy
 from train.distill_pmap import AXIS
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = STUDENT.replace(eos_token_id=(7,))
 LENGTH = 10
 

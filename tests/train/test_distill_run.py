@@ -20,6 +20,8 @@ from train.config import RunConfig
 from train.loop import train
 from train.metrics import read_metrics
 
+pytestmark = pytest.mark.compiled_quickly
+
 TEACHER = ModelConfig(
     model_type="llama",
     rms_norm_eps=1e-5,

@@ -26,6 +26,8 @@ from train.optim import make_optimizer, make_schedule
 from train.state import init_state, state_shardings
 from train.step import make_train_step
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = FAMILIES["llama-gqa"]
 COMPUTE = Compute(loss_chunk_tokens=16)  # several chunks
 CACHED = DpoSection(reference="cached")

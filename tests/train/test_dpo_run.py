@@ -18,6 +18,8 @@ from train.metrics import read_metrics
 from train.reference import FILE, reference_log_probs
 from train.setup import init_random, make_state
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 

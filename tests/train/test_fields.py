@@ -15,6 +15,8 @@ from train import loop
 from train.config import RunConfig
 from train.setup import init_random, make_state
 
+pytestmark = pytest.mark.compiled_quickly
+
 # section.field -> (what else must be set, the value that must make a difference)
 LOWERED = {
     "optimizer.name": ({}, "lion"),

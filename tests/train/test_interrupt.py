@@ -12,6 +12,8 @@ import pytest
 from tests.train.command import ROOT
 from train.interrupt import EXIT_CODE, PreemptedError, make_vote, stop_on_signals
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)

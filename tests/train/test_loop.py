@@ -24,6 +24,8 @@ from train.loop import dry_run, train
 from train.metrics import read_metrics
 from train.samples_log import read_samples
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 STEPS = 6
 

@@ -19,6 +19,8 @@ from tests.train.tiny_data import byte_tokenizer
 from train.metrics import read_metrics
 from train.samples_log import read_samples
 
+pytestmark = pytest.mark.compiled_quickly
+
 STEPS = 6
 
 

@@ -16,6 +16,8 @@ from train.loop import train
 from train.setup import make_setup, open_mesh
 from train.start import read_shape
 
+pytestmark = pytest.mark.compiled_quickly
+
 UP = "layers.mlp.up_proj.weight"
 
 

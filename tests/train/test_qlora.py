@@ -15,6 +15,8 @@ from train.loop import train
 from train.setup import make_setup, make_state, open_mesh, quantization
 from train.start import load_weights, read_start
 
+pytestmark = pytest.mark.compiled_quickly
+
 # Rows of 256 and 512 values: long enough for scales in eight bits.
 WIDE = {**TINY, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
 

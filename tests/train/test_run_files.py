@@ -15,6 +15,8 @@ from train.lock import locked
 from train.run_dir import open_run_dir
 from train.samples_log import SamplesLog, read_samples
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 def test_samples_are_kept_up_to_the_step_that_training_goes_on_from(tmp_path):
     path = tmp_path / "samples.jsonl"

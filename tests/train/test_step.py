@@ -22,6 +22,8 @@ from train.optim import make_optimizer, make_schedule
 from train.state import init_state, state_shardings
 from train.step import make_eval_step, make_train_step
 
+pytestmark = pytest.mark.compiled_quickly
+
 # Every expert on every token: its gradient compiles faster than that of the grouped product.
 COMPUTE = Compute(loss_chunk_tokens=64, moe="dense")
 

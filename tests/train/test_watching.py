@@ -19,6 +19,8 @@ from train.metrics import read_metrics
 from train.profiler import Profiler, TracedSteps, read_steps
 from train.weights_and_biases import WandbRun, check_installed
 
+pytestmark = pytest.mark.compiled_quickly
+
 PROMPTS = ["what is", "<b>it"]
 
 

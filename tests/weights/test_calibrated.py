@@ -20,6 +20,8 @@ from llama_jax.weights.smooth import smooth
 from llama_jax.weights.tensors import IntegerTensor, is_quantized, to_array
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 ROWS = list(tiny_tokens(6, 24))
 OPTIONS = {"tile": None, "skip": None, "double": False, "compute": Compute()}
 

@@ -16,6 +16,8 @@ from llama_jax.weights.quantize import INTEGER_SCHEMES, Quantization, quantize, 
 from llama_jax.weights.tensors import IntegerTensor, is_quantized, to_array
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = tiny_config()
 PARAMS = tiny_params(CONFIG)
 TOKENS = tiny_tokens(4, 16)

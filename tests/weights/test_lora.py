@@ -29,6 +29,8 @@ from llama_jax.weights.tensors import LoraTensor, SavedTensor, to_array
 from tests.adapters import trained
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = tiny_config()
 PARAMS = tiny_params(CONFIG)
 TOKENS = tiny_tokens()

@@ -31,6 +31,8 @@ from train.optim import make_optimizer, make_schedule
 from train.state import init_state
 from train.step import make_train_step
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = FAMILIES["llama-gqa"]
 ROWS = [*tiny_tokens(3, 11), tiny_tokens(1, 7, seed=1)[0]]
 

@@ -28,6 +28,8 @@ from llama_jax.weights.tensors import (
 from tests.adapters import trained
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 # Largest error of a value, as a share of the largest magnitude of its tile: half the widest step
 # between neighbouring codes. bfloat16 scales of short rows add 2**-8.
 BOUNDS = {
