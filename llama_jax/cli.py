@@ -15,6 +15,7 @@ from importlib import import_module
 from types import ModuleType
 
 from llama_jax import __version__
+from llama_jax.commands.errors import FAILED, USUAL_ERRORS, WRONG_INPUT, code_of, complain
 from llama_jax.commands.report import to_json
 
 COMMANDS = (
@@ -37,7 +38,7 @@ COMMANDS = (
     "doctor",
 )
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DONE, INTERRUPTED = 0, 130
 
 
 def command_module(name: str) -> ModuleType:
@@ -85,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(args)
     except KeyboardInterrupt:
-        _complain(args.command, "interrupted")
+        complain(args.command, KeyboardInterrupt("interrupted"))
         return INTERRUPTED
     except BrokenPipeError:
         # The reader of our output went away (`| head`): nothing left to say to it.
@@ -97,22 +98,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(args.command, error)
         return code
-
-
-# What a user can do something about; anything else is a bug and shows a traceback.
-USUAL_ERRORS = (ValueError, RuntimeError, OSError, MemoryError)
-
-
-def code_of(error: Exception) -> int:
-    """The exit code that says what kind of error it was."""
-    if isinstance(error, ValueError | FileNotFoundError | NotADirectoryError | IsADirectoryError):
-        return WRONG_INPUT
-    # Some errors bring the code that whoever started the command waits for.
-    return getattr(error, "exit_code", FAILED)
-
-
-def complain(command: str, error: Exception) -> None:
-    _complain(command, _told(error) if code_of(error) == WRONG_INPUT else _named(error))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -127,22 +112,6 @@ def _run(args: argparse.Namespace) -> int:
         report = module.run(args)
         module.show(report, args)
     return FAILED if isinstance(report, dict) and report.get("ok") is False else DONE
-
-
-def _told(error: Exception) -> str:
-    """Without the number that the operating system gives its errors."""
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return str(error)
-
-
-def _named(error: Exception) -> str:
-    return f"{error or type(error).__name__}"
-
-
-def _complain(command: str, message: str) -> None:
-    one_line = " ".join(message.split())
-    sys.stderr.write(f"llama-jax {command}: error: {one_line}\n")
 
 
 if __name__ == "__main__":

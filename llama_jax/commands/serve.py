@@ -15,6 +15,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.commands import processes
+from llama_jax.commands.errors import USUAL_ERRORS, code_of, complain
 from llama_jax.commands.run_config import find_serve_config
 
 if TYPE_CHECKING:
@@ -118,7 +119,6 @@ def _follow(settings: "Settings", source: Any) -> int:
     from infer.engine.hosts import HostLostError
     from infer.server.build import follow
     from infer.server.run import give_up
-    from llama_jax.cli import USUAL_ERRORS, code_of, complain
     from llama_jax.mesh.distributed import leave
 
     def on_signal(number: int, frame: Any) -> None:
