@@ -2,9 +2,11 @@
 
 Hugging Face folders are read from their mapped files, a few rows of every input at a time; only
 the merged tensor is held whole, for the writer. Models in other formats are loaded. A PEFT adapter
-stands for its base with its update, which is computed in float32 as its rows are needed.
+stands for its base with its update, which is computed in float32 as its rows are needed; a sum of
+adapters can also become one adapter.
 """
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Iterator
@@ -23,10 +25,11 @@ from llama_jax.formats.checkpoint import is_checkpoint
 from llama_jax.formats.gather import fetch, is_plain
 from llama_jax.formats.hf import in_file_order, write_descriptions
 from llama_jax.formats.hf_folder import HFFolder, open_folder
-from llama_jax.formats.peft import load_adapter, stores_embeddings
+from llama_jax.formats.peft import load_adapter, save_adapter, stores_embeddings
 from llama_jax.formats.peft_config import CONFIG_NAME
 from llama_jax.formats.safetensors import TensorSpec, convert, parse_bytes, write_sharded
 from llama_jax.load import find_model, load, load_abstract
+from llama_jax.weights.lora_sum import weighted_sum
 from llama_jax.weights.merge import Rows, make_combine, widest
 from llama_jax.weights.merge_recipe import Recipe
 from llama_jax.weights.table import Weight, weight_table
@@ -140,7 +143,8 @@ def merge_models(
     overwrite: bool = False,
     progress: Any = None,
 ) -> Merged:
-    """Writes the model that a recipe describes as a Hugging Face folder, which appears whole.
+    """Writes the model that a recipe describes as a Hugging Face folder, or the adapter as a PEFT
+    folder, which appears whole.
 
     progress: told(tensors done, tensors in all, name).
 
@@ -150,6 +154,8 @@ def merge_models(
     check_target(out, overwrite=overwrite)
     max_bytes = parse_bytes(max_shard_size)
     sources = _open(recipe)
+    if recipe.output == "adapter":
+        return _merge_adapters(recipe, sources, Path(out), overwrite=overwrite)
     config, tokenizer = sources[0].config, _tokenizer(recipe)
     _check_shapes(recipe, sources)
     shared = _shared_rows(recipe, sources)
@@ -180,6 +186,55 @@ def merge_models(
         progress(len(specs), len(specs), "written")
     files = sorted(Path(out).iterdir())
     return Merged(files, len(specs), None if shared is None else int(shared.sum()))
+
+
+def _merge_adapters(recipe: Recipe, sources: list[Source], out: Path, *, overwrite: bool) -> Merged:
+    """One adapter in place of several, for the same base."""
+    base, *others = sources
+    parts = []
+    for (name, model), source in zip(recipe.inputs[1:], others, strict=True):
+        if not isinstance(source, _Adapted):
+            raise ValueError(
+                f"output is adapter, but {name} ({model}) is a model and no PEFT adapter; what it "
+                f"differs from the base in has no low rank: leave output out to write a model"
+            )
+        parts.append(
+            {k: v for k, v in source.leaves.items() if isinstance(v, LoraTensor | SavedTensor)}
+        )
+    weights = [recipe.scale * entry.weight for entry in recipe.entries]
+    if recipe.normalize:
+        total = sum(entry.weight for entry in recipe.entries)
+        weights = [weight / total for weight in weights]
+    table = weight_table(base.config)
+
+    def whole(path: str) -> np.ndarray:
+        row = table[path]
+        values = np.empty(row.shape, np.float32)
+        for name, at in row.hf_names():
+            bounds = (0, row.shape[len(at)])
+            values[at] = base.rows(row, name, at, bounds, np.float32)
+        return values
+
+    merged = weighted_sum(parts, weights, whole)
+    if recipe.dtype is not None:
+        kind = jnp.dtype(recipe.dtype)
+        merged = {path: _in_dtype(leaf, kind) for path, leaf in merged.items()}
+    save_adapter(
+        out,
+        base.config,
+        tree.unflatten(merged),
+        base_model_name_or_path=recipe.inputs[0][1],
+        overwrite=overwrite,
+    )
+    return Merged(sorted(out.iterdir()), len(merged), None)
+
+
+def _in_dtype(leaf: Any, kind: Any) -> Any:
+    if isinstance(leaf, SavedTensor):
+        return SavedTensor(None, leaf.saved.astype(kind))
+    return dataclasses.replace(
+        leaf, lora_a=leaf.lora_a.astype(kind), lora_b=leaf.lora_b.astype(kind)
+    )
 
 
 # Inputs

@@ -2,8 +2,9 @@
 
 RECIPE.yaml names a method and its inputs: chat_vector (base, chat, target, ratio), task_arithmetic,
 ties and dare (base, models), linear (models), slerp (two models, t). Inputs are MODELs, and where
-there is a base also PEFT adapters for it. Tensors are read and written one at a time, so that a
-model larger than the memory merges too. docs/merging.md has every key and the formulas."""
+there is a base also PEFT adapters for it, whose sum may stay an adapter (output: adapter). Tensors
+are read and written one at a time, so that a model larger than the memory merges too.
+docs/merging.md has every key and the formulas."""
 
 import argparse
 import contextlib

@@ -24,13 +24,14 @@ _INPUTS: dict[str, tuple[str, ...]] = {
 }
 _NUMBERS: dict[str, tuple[str, ...]] = {
     "chat_vector": ("ratio",),
-    "task_arithmetic": ("scale", "normalize"),
+    "task_arithmetic": ("scale", "normalize", "output"),
     "linear": ("normalize",),
     "slerp": ("t",),
     "ties": ("density", "scale", "normalize"),
     "dare": ("density", "scale", "normalize", "elect_sign", "seed"),
 }
 METHODS = tuple(_INPUTS)
+OUTPUTS = ("model", "adapter")
 VOCABULARIES = ("refuse", "shared_rows", "keep")
 
 
@@ -50,7 +51,8 @@ class Recipe:
     inputs: (name in the recipe, model), the first of which gives the result its shape, its config
     and, unless `tokenizer` names another, its tokenizer. entries: those of them that `models`
     lists, in order. ratio of chat_vector; t of slerp; scale multiplies the sum of task vectors;
-    normalize divides by the sum of weights; elect_sign is TIES' vote after DARE's drop.
+    normalize divides by the sum of weights; elect_sign is TIES' vote after DARE's drop. output:
+    whether a sum of adapters is written as a model, or as an adapter for the same base.
     """
 
     method: str
@@ -62,6 +64,7 @@ class Recipe:
     normalize: bool = False
     elect_sign: bool = False
     seed: int = 0
+    output: str = "model"
     dtype: str | None = None
     vocabulary: str = "refuse"
     tokenizer: str | None = None
@@ -103,6 +106,7 @@ def _recipe(values: Any) -> Recipe:
         dtype=_dtype(values.get("dtype")),
         scale=_number("scale", values.get("scale", 1.0)),
         seed=_seed(values.get("seed", 0)),
+        output=_choice("output", values.get("output", "model"), OUTPUTS),
         # As the papers and mergekit have it: weights of whole models, and of voted task vectors,
         # are shares; weights of a plain sum of task vectors are not.
         normalize=_flag("normalize", values.get("normalize", method in ("linear", "ties"))),
@@ -112,6 +116,12 @@ def _recipe(values: Any) -> Recipe:
     )
     if recipe.normalize and entries and sum(entry.weight for entry in entries) == 0:
         raise ValueError("the weights of models add up to 0, which normalize divides by")
+    if recipe.output == "adapter":
+        for name in ("vocabulary", "tokenizer"):
+            if name in values:
+                raise ValueError(
+                    f"{name} is set, but output is an adapter, which has none; remove it"
+                )
     return recipe
 
 
