@@ -1,6 +1,7 @@
 """Programs of others against the server: the openai package of npm, and lm-eval."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,7 @@ def test_lm_eval_runs_its_tasks_on_the_server(tmp_path):
             timeout=300,
             check=False,
             cwd=tmp_path,
+            env={**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
         )
     assert done.returncode == 0, done.stderr[-3000:]
     model = load(folder)
