@@ -88,7 +88,8 @@ class Followers:
         """Lets the others end, and waits for that."""
         if not self._is_over:
             self._is_over = True
-            self.tell(_GOODBYE, ())
+            with contextlib.suppress(HostLostError):  # who is gone need not be told
+                self.tell(_GOODBYE, ())
             leave()
         for connection in self._sockets:
             connection.close()
