@@ -140,6 +140,7 @@ def test_the_page_for_users_names_what_exists():
     known = {flag for action in serve._actions for flag in action.option_strings}
     others = {"--models-dir", "--name", "--version"}  # of register
     others |= {"--serve", "--slice"}  # of fit
+    others |= {"--model", "--tasks"}  # of lm_eval
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
     assert flags - others <= known
     variables = {name.lower() for name in re.findall(r"LLAMA_JAX_([A-Z][A-Z_]+)", page)}
