@@ -24,6 +24,7 @@ from llama_jax.weights.tensors import (
     PackedTensor,
     QatTensor,
     SavedTensor,
+    narrowed,
 )
 
 
@@ -219,7 +220,7 @@ def gathered(
     if isinstance(leaf, SavedTensor):
         return leaf
     whole = partition_spec([None if axis == "embed" else axis for axis in axes], rules)
-    return reduce_scattered(leaf.astype(dtype), whole, partition_spec(axes, rules))
+    return reduce_scattered(narrowed(leaf, dtype), whole, partition_spec(axes, rules))
 
 
 def _gathered_parts(leaf: Any, axes: Sequence[str | None], rules: LogicalRules) -> Any:

@@ -11,7 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.config import Compute, LogicalRules, ModelConfig
 from llama_jax.mesh.sequence import length_parts
-from llama_jax.mesh.sharding import batch_parts, constrain, loss_rules
+from llama_jax.mesh.sharding import (
+    batch_parts,
+    constrain,
+    loss_rules,
+    partition_spec,
+    reduce_scattered,
+)
 from llama_jax.model import transformer
 from llama_jax.model.chunked import chunked_sums
 from llama_jax.model.moe import RouterStats
@@ -107,16 +113,26 @@ def in_chunks(compute: Compute, *arrays: jax.Array) -> tuple[jax.Array, ...]:
 
 
 def dealt_head(head: Leaf, rules: LogicalRules) -> Leaf:
-    """The head with its rows where `loss_rules` wants them; quantized ones stay where they are."""
+    """The head with its rows where `loss_rules` wants them, and its gradient where the weight is,
+    or the optimizer would follow the gradient, with moments and all; quantized ones stay where they
+    are."""
     if isinstance(head, LoraTensor):
         return dataclasses.replace(
             head,
             base=dealt_head(head.base, rules),
-            lora_b=constrain(head.lora_b, ("loss_vocab", None), rules),
+            lora_b=_dealt(head.lora_b, ("vocab", "rank"), rules),
         )
     if isinstance(head, SavedTensor):
         return dataclasses.replace(head, saved=dealt_head(head.saved, rules))
-    return head if is_quantized(head) else constrain(head, ("loss_vocab", None), rules)
+    return head if is_quantized(head) else _dealt(head, ("vocab", "embed"), rules)
+
+
+def _dealt(rows: jax.Array, axes: tuple[str, str], rules: LogicalRules) -> jax.Array:
+    if jax.sharding.get_abstract_mesh().empty:
+        return rows
+    dealt = partition_spec(("loss_vocab", None), rules)
+    moved = reduce_scattered(rows, dealt, partition_spec(axes, rules))
+    return jax.lax.with_sharding_constraint(moved, dealt)
 
 
 def token_losses(

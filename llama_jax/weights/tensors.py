@@ -368,7 +368,33 @@ def num_tiles(size: int, tile: int) -> int:
 
 def to_array(leaf: Leaf, *, dtype: Any = jnp.float32) -> jax.Array:
     """The full matrix a leaf stands for, computed in float32 and rounded once to `dtype`."""
+    if isinstance(leaf, jax.Array):
+        return narrowed(leaf, dtype)
     return _to_float32(leaf).astype(dtype)
+
+
+def narrowed(array: jax.Array, dtype: Any) -> jax.Array:
+    """`array.astype(dtype)`, at the place where it is written.
+
+    XLA moves a mere conversion of what a loop over layers reads out of the loop, and then holds
+    the weights of all layers once more, in bfloat16, for the whole step: a float32 model of 8e9
+    parameters on 16 chips takes 1.3 GB more on each. It leaves a rounding where it is.
+    """
+    if array.dtype == jnp.float32 and jnp.dtype(dtype) == jnp.bfloat16:
+        return _to_bfloat16(array)
+    return array.astype(dtype)
+
+
+@jax.custom_jvp
+def _to_bfloat16(array: jax.Array) -> jax.Array:
+    # As many bits of exponent as float32 has, so that nothing is flushed to zero on the way.
+    kept = jnp.finfo(jnp.bfloat16)
+    return jax.lax.reduce_precision(array, kept.nexp, kept.nmant).astype(jnp.bfloat16)
+
+
+@_to_bfloat16.defjvp
+def _tangent_of_bfloat16(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return _to_bfloat16(*primals), tangents[0].astype(jnp.bfloat16)
 
 
 def _to_float32(leaf: Leaf) -> jax.Array:

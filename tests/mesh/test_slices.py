@@ -1,5 +1,7 @@
 """The TPU compiler, on this machine, takes the model; names of slices are checked."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -16,9 +18,15 @@ from tests.tiny import tiny_config
 pytest.importorskip("libtpu", reason="the TPU compiler is on Linux x86-64 only")
 
 
-def test_a_gradient_compiles_for_four_chips_and_keeps_its_sharding():
+def compiled_gradient(dtype):
+    """(parameters, the gradient of three layers of them, computed in bfloat16 on four chips)."""
     config = tiny_config(
-        hidden_size=512, head_dim=128, intermediate_size=1024, vocab_size=1024, dtype="bfloat16"
+        hidden_size=512,
+        head_dim=128,
+        intermediate_size=1024,
+        vocab_size=1024,
+        num_hidden_layers=3,
+        dtype=dtype,
     )
     mesh = make_mesh({"fsdp": 4}, devices=slice_devices("v5e-4"))
     params = abstract_params(config)
@@ -36,14 +44,23 @@ def test_a_gradient_compiles_for_four_chips_and_keeps_its_sharding():
         return jax.grad(lambda p: next_token_loss(config, p, batch, compute=compute)[0])(params)
 
     with jax.set_mesh(mesh):
-        lowered = jax.jit(gradient, out_shardings=places).lower(params, batch)
-        compiled = lowered.compile()
+        return params, jax.jit(gradient, out_shardings=places).lower(params, batch).compile()
+
+
+def test_a_gradient_compiles_for_four_chips_and_keeps_its_sharding():
+    params, compiled = compiled_gradient("bfloat16")
     memory = compiled.memory_analysis()
     # Each chip holds its quarter of the parameters and little else.
     quarter = tree.num_bytes(params) / 4
     assert quarter < memory.argument_size_in_bytes < 1.1 * quarter + 100_000
     # The layers' weights are gathered one layer at a time, from bfloat16.
     assert "all-gather" in compiled.as_text()
+
+
+def test_float32_weights_are_rounded_one_layer_at_a_time():
+    text = compiled_gradient("float32")[1].as_text()
+    assert re.search(r"f32\[3,\d+,\d+\]", text)  # the matrices of all layers
+    assert not re.search(r"bf16\[3,\d+,\d+\]", text)
 
 
 @pytest.mark.parametrize("name", ["v4-4", "v5e-1", "v5p-4", "v6e-8", "tpu7x-4", "2xv5e-4"])

@@ -68,6 +68,13 @@ def test_arguments_are_the_share_of_weights_moments_and_batch(small):
     assert small.chip_bytes == small.compiled.memory.total
 
 
+def test_moments_stay_where_they_are(small):
+    # The head's rows travel to where the loss wants them, in two bytes, and their gradient back in
+    # four; the embedding's gradient too. Two moments there and back would be sixteen more.
+    share = 3 / 4 * SHAPE["vocab_size"] * SHAPE["hidden_size"] / 4
+    assert small.compiled.collectives["all-to-all"].bytes < 16 * share
+
+
 def test_operations_agree_with_the_formula_and_bound_the_step(small):
     report = small.to_dict()
     assert report["flops_per_step"] == pytest.approx(report["closed_form_flops"], rel=0.01)

@@ -3,12 +3,13 @@
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llama_jax.config import Compute
 from llama_jax.weights.dot import dot
-from llama_jax.weights.tensors import DecodingTensor
+from llama_jax.weights.tensors import DecodingTensor, narrowed
 
 
 @pytest.mark.parametrize("size", [(96, 64), (64, 200)])
@@ -20,3 +21,26 @@ def test_rows_of_a_decoding_matrix_have_the_same_bits_beside_any_others(size):
     np.testing.assert_allclose(wanted, rows @ weight.array.T, atol=2e-4)
     for count in (2, 7, 8, 9, 16, 17, 24, 25, 32, 33, 40, 41):
         np.testing.assert_array_equal(product(rows[:count], weight), wanted[:count], str(count))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_narrowed_array_is_the_converted_one_bit_for_bit(dtype):
+    bits = np.random.default_rng(0).integers(0, 2**32, 100_000, dtype=np.uint32)
+    special = [0x7F800000, 0xFF800000, 0x7FC00000, 0x00000001, 0x80000001, 0x7F7FFFFF, 0x3F808000]
+    array = np.concatenate([bits, np.array(special, np.uint32)]).view(np.float32)
+    wanted = jnp.asarray(array).astype(dtype)
+    found = jax.jit(narrowed, static_argnums=1)(array, dtype)
+    assert found.dtype == wanted.dtype == dtype
+    np.testing.assert_array_equal(np.isnan(found), np.isnan(array))
+    kept = ~np.isnan(array)
+    unsigned = f"u{wanted.dtype.itemsize}"
+    np.testing.assert_array_equal(
+        np.asarray(found)[kept].view(unsigned), np.asarray(wanted)[kept].view(unsigned)
+    )
+
+
+def test_the_gradient_of_a_narrowed_array_comes_through_in_its_own_dtype():
+    array, factor = jnp.float32([1.1, -2.3]), jnp.bfloat16([3.0, 0.5])
+    gradient = jax.grad(lambda a: (narrowed(a, "bfloat16") * factor).astype(jnp.float32).sum())
+    assert gradient(array).dtype == jnp.float32
+    np.testing.assert_array_equal(gradient(array), [3.0, 0.5])
