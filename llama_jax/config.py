@@ -265,6 +265,8 @@ class Compute:
       and loss are float32 whatever this says.
     param_dtype: of the trained parameters; None keeps the dtype they were loaded in.
     accumulation_dtype: of the sums inside products.
+    gradient_dtype: of the gradients of the matrices of the layers, when those are float32 and
+      multiplied in bfloat16. bfloat16 rounds each once more, and holds and sends half the bytes.
     cache_dtype: of the keys and values kept while text is generated; None is `dtype`. int8 rounds
       each head of each token with a scale of its own.
     remat: what the backward pass recomputes: `none` keeps every activation, `full` keeps only the
@@ -281,6 +283,7 @@ class Compute:
     dtype: str = "float32"
     param_dtype: str | None = None
     accumulation_dtype: str = "float32"
+    gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     cache_dtype: str | None = None
     remat: Literal["none", "full", "dots", "offload"] = "none"
     attention: Literal["reference", "splash"] = "reference"
@@ -295,6 +298,7 @@ class Compute:
         _require_choice(
             "compute", "accumulation_dtype", self.accumulation_dtype, ("float32", "bfloat16")
         )
+        _require_choice("compute", "gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
         if self.cache_dtype is not None:
             _require_choice("compute", "cache_dtype", self.cache_dtype, CACHE_DTYPES)
         _require_choice("compute", "remat", self.remat, REMAT_POLICIES)

@@ -657,6 +657,7 @@ class RunConfig(Section):
                 f"{self.compute.param_dtype or 'that of the weights'}: only bfloat16 weights are "
                 f"rounded so; set it to bfloat16, or leave the rounding out"
             )
+        self._check_gradient_dtype()
         missing = {axis for axis, _ in DEFAULT_RULES} - {axis for axis, _ in self.compute.rules}
         if missing:
             raise ValueError(
@@ -665,6 +666,24 @@ class RunConfig(Section):
             )
         if not self.output:
             raise ValueError("output is empty; name the run folder")
+
+    def _check_gradient_dtype(self) -> None:
+        compute = self.compute
+        if compute.gradient_dtype == "float32":
+            return
+        if (compute.dtype, compute.param_dtype) != ("bfloat16", "float32"):
+            raise ValueError(
+                f"compute.gradient_dtype is {compute.gradient_dtype}, which is for float32 weights "
+                f"multiplied in bfloat16, but compute.param_dtype is "
+                f"{compute.param_dtype or 'that of the weights'} and compute.dtype "
+                f"{compute.dtype}; set them so, or leave it out"
+            )
+        if self.lora is not None or self.qat is not None:
+            section = "lora" if self.lora is not None else "qat"
+            raise ValueError(
+                f"compute.gradient_dtype is {compute.gradient_dtype}, but with a section {section} "
+                f"no plain matrix is trained; leave it out"
+            )
 
     def _check_method_sections(self) -> None:
         uses = {

@@ -226,6 +226,8 @@ def advice(result: Fit) -> list[str]:
         found.append("compute.remat=offload keeps that in the host's memory")
     if run.compute.attention == "reference":
         found.append("compute.attention=splash never holds the scores")
+    if _may_narrow_gradients(run):
+        found.append("compute.gradient_dtype=bfloat16 halves the gradients, and rounds them")
     rows = run.train.batch_size // run.train.gradient_accumulation_steps
     if rows >= 2 * wanted.num_devices:
         steps = run.train.gradient_accumulation_steps
@@ -237,6 +239,18 @@ def advice(result: Fit) -> list[str]:
         found.append(f"the next slice is {wanted.generation.name}-{larger[0]}")
     found.append("`llama-jax fit --search` finds what fits")
     return found
+
+
+def _may_narrow_gradients(run: RunConfig) -> bool:
+    """Sums over micro-batches are float32 in any case."""
+    compute = dataclasses.replace(run.compute, gradient_dtype="bfloat16")
+    if run.train.gradient_accumulation_steps > 1 or compute == run.compute:
+        return False
+    try:
+        dataclasses.replace(run, compute=compute)
+    except ValueError:
+        return False
+    return True
 
 
 # Search

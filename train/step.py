@@ -12,6 +12,8 @@ from llama_jax.config import Compute, ModelConfig
 from llama_jax.mesh.sharding import constrain
 from llama_jax.model.losses import Batch, next_token_loss
 from llama_jax.model.moe import balancing_loss
+from llama_jax.weights.table import weight_table
+from llama_jax.weights.tensors import TappedTensor
 from train.auxiliary import filled, joined, parted
 from train.optim import Optimizer
 from train.state import TrainState
@@ -182,8 +184,15 @@ def _over_devices(values: Any, axis: str | None) -> Any:
 def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
     """(trained, frozen, batch) -> (sums, gradient of the sums) of one micro-batch."""
 
-    def total(trained: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[jax.Array, Metrics]:
+    def total(
+        trained: tree.Tree, frozen: tree.Tree, batch: Batch, tapped: Mapping[str, jax.Array]
+    ) -> tuple[jax.Array, Metrics]:
         params, auxiliary = parted(tree.combine(trained, frozen))
+        if tapped:
+            params = tree.map_arrays_with_path(
+                lambda path, array: TappedTensor(tapped[path], array) if path in tapped else array,
+                params,
+            )
         more = {"auxiliary": auxiliary} if auxiliary else {}
         parts = LossSums(*loss(config, params, batch, compute=compute, **more))
         sums = _named_sums(parts, batch)
@@ -195,10 +204,26 @@ def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
         return parts.loss + config.moe.router_aux_loss_coef * sums["aux_loss"], sums
 
     def gradient(trained: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[Metrics, tree.Tree]:
-        (_, sums), gradients = jax.value_and_grad(total, has_aux=True)(trained, frozen, batch)
-        return sums, gradients
+        # A matrix whose gradient is kept in bfloat16 takes part beside the zeros that receive it.
+        tapped = {}
+        if compute.gradient_dtype == "bfloat16":
+            tapped = _matrices_of_layers(config, trained)
+        given = tree.map_arrays_with_path(
+            lambda path, array: jnp.zeros_like(array, jnp.bfloat16) if path in tapped else array,
+            trained,
+        )
+        find = jax.value_and_grad(total, has_aux=True)
+        (_, sums), gradients = find(given, frozen, batch, tapped)
+        return sums, jax.tree.map(lambda g, array: g.astype(array.dtype), gradients, trained)
 
     return gradient
+
+
+def _matrices_of_layers(config: ModelConfig, params: tree.Tree) -> dict[str, jax.Array]:
+    """Those that are multiplied in the compute dtype, which the router is not."""
+    table = weight_table(config)
+    arrays = tree.flatten_arrays(params)
+    return {p: arrays[p] for p in arrays if p in table and table[p].role == "matrix"}
 
 
 def _named_sums(parts: LossSums, batch: Batch) -> Metrics:

@@ -201,7 +201,8 @@ def gathered(
 ) -> Any:
     """A weight in `dtype`, whole along `embed` and dealt out along its other axes, on the mesh in
     force; its gradient comes back dealt out along all of them. Of an adapted weight the base and
-    both factors; of a quantized one its few bits, before they become many."""
+    both factors; of a quantized one its few bits, before they become many. Without a mesh only
+    rounded (see `narrowed`)."""
     *stack, out_axis, in_axis = axes
     if isinstance(leaf, LoraTensor):
         return dataclasses.replace(
@@ -219,6 +220,8 @@ def gathered(
         return _gathered_parts(leaf, axes, rules)
     if isinstance(leaf, SavedTensor):
         return leaf
+    if jax.sharding.get_abstract_mesh().empty:
+        return narrowed(leaf, dtype)
     whole = partition_spec([None if axis == "embed" else axis for axis in axes], rules)
     return reduce_scattered(narrowed(leaf, dtype), whole, partition_spec(axes, rules))
 
@@ -226,6 +229,8 @@ def gathered(
 def _gathered_parts(leaf: Any, axes: Sequence[str | None], rules: LogicalRules) -> Any:
     """The arrays of a quantized weight, which have no gradient, whole along `embed`."""
     mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return leaf
 
     def whole(part: jax.Array) -> jax.Array:
         kept = []

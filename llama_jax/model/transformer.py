@@ -37,7 +37,7 @@ from llama_jax.model.paged_cache import PagedCache, attend_pages
 from llama_jax.model.slot_cache import SlotCache, SlotRows, attend_slots
 from llama_jax.weights.dot import dot, embed
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import Leaf, QatTensor, is_adapted, is_quantized
+from llama_jax.weights.tensors import Leaf, QatTensor, TappedTensor, is_adapted, is_quantized
 
 Params = tree.Tree
 # Of one layer: nothing, keys and values, or all pages.
@@ -391,8 +391,6 @@ def _gathered(config: ModelConfig, compute: Compute, layer: Any) -> Any:
     what fsdp splits, in the compute dtype: said here, each is fetched once, just before its
     product. Left to itself the TPU compiler multiplies piece by piece into wide sums, which takes
     four times the memory traffic. Biases, norms, experts and quantized weights are left to it."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return layer
     table, dtype = weight_table(config), jnp.dtype(compute.dtype)
 
     def gather(keys: Any, leaf: Leaf) -> Leaf:
@@ -405,7 +403,9 @@ def _gathered(config: ModelConfig, compute: Compute, layer: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         gather,
         layer,
-        is_leaf=lambda x: is_adapted(x) or is_quantized(x) or isinstance(x, QatTensor),
+        is_leaf=lambda x: (
+            is_adapted(x) or is_quantized(x) or isinstance(x, QatTensor | TappedTensor)
+        ),
     )
 
 

@@ -22,7 +22,6 @@ from llama_jax.weights.tensors import (
     SavedTensor,
     StackedLora,
     is_quantized,
-    narrowed,
     to_array,
 )
 
@@ -55,9 +54,9 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
     if isinstance(weight, LoraTensor):
         base = _product(x, weight.base, compute)
         # Scaled where it is narrow: forward and backward touch R numbers a token, not `out`.
-        low = _plain(x, narrowed(weight.lora_a, x.dtype), compute)
+        low = _plain(x, weight.lora_a.astype(x.dtype), compute)
         low = (low * weight.scale.astype(low.dtype)).astype(x.dtype)
-        return base + _plain(low, narrowed(weight.lora_b, x.dtype), compute)
+        return base + _plain(low, weight.lora_b.astype(x.dtype), compute)
     if isinstance(weight, StackedLora):
         base = _product(x, weight.base, compute)
         low = _plain(x, weight.lora_a.astype(x.dtype), compute, contracted=0)
@@ -76,7 +75,7 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
         return _plain(x, to_array(weight, dtype=x.dtype), compute)
     if isinstance(weight, DecodingTensor):
         return _few_rows(x, weight, compute)
-    return _plain(x, narrowed(weight, x.dtype), compute)
+    return _plain(x, weight.astype(x.dtype), compute)
 
 
 @jax.custom_vjp

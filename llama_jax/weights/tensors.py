@@ -18,8 +18,8 @@ from qwix import QArray
 
 from llama_jax.weights.qat import Backward, codes
 
-# jax.Array | QArray | PackedTensor | IntegerTensor | QatTensor | DecodingTensor | LoraTensor |
-# StackedLora | SavedTensor
+# jax.Array | QArray | PackedTensor | IntegerTensor | QatTensor | DecodingTensor | TappedTensor |
+# LoraTensor | StackedLora | SavedTensor
 Leaf = Any
 # An array, or what stands for one in a tree of shardings, shapes or booleans.
 Array = Any
@@ -353,6 +353,48 @@ class SavedTensor:
         return self.saved.astype(dtype)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TappedTensor:
+    """A float32 matrix whose gradient is kept in bfloat16: as that of `tap`, which has its shape
+    and whose values nobody reads."""
+
+    array: Array
+    tap: Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.array.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    def astype(self, dtype: Any) -> jax.Array:
+        return _tapped(narrowed(self.array, dtype), self.tap)
+
+
+@jax.custom_vjp
+def _tapped(array: jax.Array, tap: jax.Array) -> jax.Array:
+    del tap
+    return array
+
+
+def _tapped_forward(array: jax.Array, tap: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return array, tap
+
+
+def _tapped_backward(tap: jax.Array, gradient: jax.Array) -> tuple[None, jax.Array]:
+    return None, gradient.astype(tap.dtype)
+
+
+_tapped.defvjp(_tapped_forward, _tapped_backward)
+
+
 def is_adapted(leaf: Leaf) -> bool:
     """Whether the leaf holds something an adapter added."""
     return isinstance(leaf, LoraTensor | SavedTensor)
@@ -368,18 +410,20 @@ def num_tiles(size: int, tile: int) -> int:
 
 def to_array(leaf: Leaf, *, dtype: Any = jnp.float32) -> jax.Array:
     """The full matrix a leaf stands for, computed in float32 and rounded once to `dtype`."""
-    if isinstance(leaf, jax.Array):
+    if isinstance(leaf, jax.Array | TappedTensor):
         return narrowed(leaf, dtype)
     return _to_float32(leaf).astype(dtype)
 
 
-def narrowed(array: jax.Array, dtype: Any) -> jax.Array:
+def narrowed(array: jax.Array | TappedTensor, dtype: Any) -> jax.Array:
     """`array.astype(dtype)`, at the place where it is written.
 
     XLA moves a mere conversion of what a loop over layers reads out of the loop, and then holds
     the weights of all layers once more, in bfloat16, for the whole step: a float32 model of 8e9
     parameters on 16 chips takes 1.3 GB more on each. It leaves a rounding where it is.
     """
+    if isinstance(array, TappedTensor):
+        return array.astype(dtype)
     if array.dtype == jnp.float32 and jnp.dtype(dtype) == jnp.bfloat16:
         return _to_bfloat16(array)
     return array.astype(dtype)

@@ -135,6 +135,21 @@ def test_bad_values_are_named(tmp_path, override, message):
         ({"mesh": {"tensor": 0}}, "mesh.tensor is 0"),
         ({"schedule": {"name": "wsd"}}, "decay_steps is missing"),
         ({"schedule": {"name": "constant", "decay_steps": 3}}, "constant"),
+        ({"compute": {"gradient_dtype": "float16"}}, "allowed are float32, bfloat16"),
+        (
+            {"method": "full", "compute": {"gradient_dtype": "bfloat16", "param_dtype": "float32"}},
+            "gradient_dtype is bfloat16.*param_dtype is float32 and compute.dtype float32; set",
+        ),
+        (
+            {
+                "compute": {
+                    "gradient_dtype": "bfloat16",
+                    "dtype": "bfloat16",
+                    "param_dtype": "float32",
+                }
+            },
+            "a section lora no plain matrix is trained",
+        ),
     ],
 )
 def test_combinations_without_meaning_are_refused(changes, message):

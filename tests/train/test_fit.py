@@ -75,6 +75,18 @@ def test_moments_stay_where_they_are(small):
     assert small.compiled.collectives["all-to-all"].bytes < 16 * share
 
 
+def test_gradients_in_bfloat16_take_half_the_memory():
+    wide = {**SHAPE, "hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 8}
+    taken = {}
+    for dtype in ("float32", "bfloat16"):
+        run = run_config(shape=wide, compute={"gradient_dtype": dtype})
+        result = fit(run, slice_named("v5e-4"))
+        taken[dtype] = result.compiled.memory.temporaries
+    # Two bytes instead of four, of nearly all parameters, which four chips share.
+    matrices = 8 * 3 * 1024 * 8192
+    assert taken["float32"] - taken["bfloat16"] > 0.9 * 2 * matrices / 4
+
+
 def test_operations_agree_with_the_formula_and_bound_the_step(small):
     report = small.to_dict()
     assert report["flops_per_step"] == pytest.approx(report["closed_form_flops"], rel=0.01)
