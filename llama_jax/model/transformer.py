@@ -387,10 +387,11 @@ def _run_layer(
 
 
 def _gathered(config: ModelConfig, compute: Compute, layer: Any) -> Any:
-    """The state of one layer with the weights of its linear layers whole along `embed`, which is
-    what fsdp splits, in the compute dtype: said here, each is fetched once, just before its
-    product. Left to itself the TPU compiler multiplies piece by piece into wide sums, which takes
-    four times the memory traffic. Biases, norms, experts and quantized weights are left to it."""
+    """The state of one layer with the weights of its linear layers in the compute dtype and, on a
+    mesh, whole along `embed`, which is what fsdp splits: said here, each is fetched once, just
+    before its product. Left to itself the TPU compiler multiplies piece by piece into wide sums,
+    which takes four times the memory traffic. Biases, norms, experts and quantized weights are left
+    to it."""
     table, dtype = weight_table(config), jnp.dtype(compute.dtype)
 
     def gather(keys: Any, leaf: Leaf) -> Leaf:

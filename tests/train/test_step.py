@@ -15,6 +15,7 @@ from llama_jax.model.moe import balancing_loss
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.select import trainable_mask
+from llama_jax.weights.table import weight_table
 from tests.tiny import FAMILIES, tiny_params
 from tests.train.tiny_data import random_batch
 from train.config import OptimizerSection, ScheduleSection
@@ -31,7 +32,7 @@ COMPUTE = Compute(loss_chunk_tokens=64, moe="dense")
 class Case:
     """A tiny model, its optimizer, and steps over it."""
 
-    def __init__(self, family="llama-gqa", *, lora=False, section=None, **options):
+    def __init__(self, family="llama-gqa", *, lora=False, section=None, compute=COMPUTE, **options):
         self.config = FAMILIES[family]
         if "aux" in options:
             moe = dataclasses.replace(self.config.moe, router_aux_loss_coef=options.pop("aux"))
@@ -46,7 +47,7 @@ class Case:
         section = section or OptimizerSection(name="sgd", max_grad_norm=None)
         self.optimizer = make_optimizer(self.config, self.params, self.mask, section, schedule)
         self.step = make_train_step(
-            self.config, COMPUTE, optimizer=self.optimizer, mask=self.mask, **options
+            self.config, compute, optimizer=self.optimizer, mask=self.mask, **options
         )
 
     def state(self):
@@ -248,30 +249,26 @@ def test_moments_lie_where_their_parameters_do():
     assert moments["count"].spec == jax.sharding.PartitionSpec()
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("family", ["llama-gqa", "mixtral"])
-def test_gradients_kept_in_bfloat16_are_the_others_rounded(family, parts):
-    """A product of bfloat16 gives them so, and no bit is lost; of experts they are sums. All else
-    moves the same."""
+@pytest.mark.parametrize(
+    ("family", "sizes", "parts"),
+    [("llama-gqa", {"fsdp": 4, "tensor": 2}, 1), ("mixtral", {"data": 1}, 2)],
+)
+def test_gradients_kept_in_bfloat16_are_the_others_rounded(family, sizes, parts):
+    """Matrices of layers move as far, up to the rounding of partial sums; all else moves the
+    same."""
     moved = {}
-    batch = random_batch(rows=4)
     for dtype in ("float32", "bfloat16"):
         compute = dataclasses.replace(COMPUTE, dtype="bfloat16", gradient_dtype=dtype)
-        case = Case(family)
-        step = make_train_step(
-            case.config,
-            compute,
-            optimizer=case.optimizer,
-            mask=case.mask,
-            accumulation_steps=parts,
+        case = Case(family, compute=compute, accumulation_steps=parts)
+        state, _ = run_on(case, sizes, steps=1)
+        change = jax.tree.map(
+            lambda after, before: np.asarray(after) - np.asarray(before), state.params, case.params
         )
-        after, metrics = jax.jit(step)(case.state(), batch)
-        assert metrics["updated"] == 1
-        moved[dtype] = tree.flatten_arrays(jax.tree.map(jnp.subtract, after.params, case.params))
+        moved[dtype] = tree.flatten_arrays(change)
+    table = weight_table(FAMILIES[family])
     for path, wanted in moved["float32"].items():
-        found = moved["bfloat16"][path]
-        assert found.dtype == jnp.float32
-        scale = float(jnp.abs(wanted).max())
+        found, scale = moved["bfloat16"][path], np.abs(wanted).max()
+        assert found.dtype == np.float32
         assert scale > 0
-        close = 2**-7 if ".experts." in path else 0
+        close = 2**-6 if table[path].role == "matrix" else 1e-4
         np.testing.assert_allclose(found, wanted, rtol=close, atol=close * scale, err_msg=path)
