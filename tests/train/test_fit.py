@@ -130,7 +130,13 @@ def test_what_does_not_fit_says_by_how_much_and_what_would_help():
 def test_advice_names_what_is_not_used_yet():
     run = run_config(shape=TOO_LARGE, compute={"remat": "none", "attention": "reference"}, batch=8)
     lines = " ".join(advice(fit(run, slice_named("v5e-1"))))
-    for word in ("remat=full", "attention=splash", "gradient_accumulation_steps=2", "v5e-4"):
+    for word in (
+        "remat=full",
+        "attention=splash",
+        "gradient_dtype=bfloat16",
+        "gradient_accumulation_steps=2",
+        "v5e-4",
+    ):
         assert word in lines
 
 
