@@ -130,9 +130,11 @@ def dealt_head(head: Leaf, rules: LogicalRules) -> Leaf:
 def _dealt(rows: jax.Array, axes: tuple[str, str], rules: LogicalRules) -> jax.Array:
     if jax.sharding.get_abstract_mesh().empty:
         return rows
-    dealt = partition_spec(("loss_vocab", None), rules)
-    moved = reduce_scattered(rows, dealt, partition_spec(axes, rules))
-    return jax.lax.with_sharding_constraint(moved, dealt)
+    dealt = ("loss_vocab", None)
+    moved = reduce_scattered(rows, partition_spec(dealt, rules), partition_spec(axes, rules))
+    # Said again for the gradient, which is summed over the chunks here and travels once, at the
+    # end.
+    return constrain(moved, dealt, rules)
 
 
 def token_losses(

@@ -357,22 +357,10 @@ class SavedTensor:
 @dataclass(frozen=True)
 class TappedTensor:
     """A float32 matrix whose gradient is kept in bfloat16: as that of `tap`, which has its shape
-    and whose values nobody reads."""
+    and whose values nobody reads. It lives inside the gradient of a step, and nowhere else."""
 
     array: Array
     tap: Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.array.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.array.dtype
 
     def astype(self, dtype: Any) -> jax.Array:
         return _tapped(narrowed(self.array, dtype), self.tap)
