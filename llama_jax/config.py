@@ -37,11 +37,13 @@ MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
 
 # Logical axis -> mesh axes. Weights shard `embed` over fsdp and their other dimension over tensor;
 # the batch is spread over every axis that would otherwise compute the same thing twice, but for
-# context, which divides the tokens of a row and, as fsdp does, the weights.
+# context, which divides the tokens of a row and, as fsdp does, the weights. So does expert, but for
+# the weights of experts, which it deals out whole.
 DEFAULT_RULES: LogicalRules = (
     ("batch", ("data", "fsdp", "expert")),
     ("length", "context"),
-    ("embed", ("fsdp", "context")),
+    ("embed", ("fsdp", "context", "expert")),
+    ("expert_embed", ("fsdp", "context")),
     ("heads", "tensor"),
     ("kv_heads", "tensor"),
     ("head_dim", None),
@@ -276,6 +278,8 @@ class Compute:
       sequences (a step of decoding takes the reference).
     moe: `dense` multiplies every token by every expert (reference); `grouped` sorts tokens by
       expert and multiplies each once; `megablox` does so with the TPU kernel. None drops a token.
+    moe_chunk_tokens: tokens that a device sends through its experts at one time, when `remat` is
+      `full` or `offload`.
     loss_chunk_tokens: tokens whose float32 logits exist at one time in the loss.
     rules: logical axis to mesh axes.
     """
@@ -288,6 +292,7 @@ class Compute:
     remat: Literal["none", "full", "dots", "offload"] = "none"
     attention: Literal["reference", "splash"] = "reference"
     moe: Literal["dense", "grouped", "megablox"] = "grouped"
+    moe_chunk_tokens: int = 8192
     loss_chunk_tokens: int = 256
     rules: LogicalRules = field(default=DEFAULT_RULES)
 
@@ -304,6 +309,7 @@ class Compute:
         _require_choice("compute", "remat", self.remat, REMAT_POLICIES)
         _require_choice("compute", "attention", self.attention, ATTENTION_KERNELS)
         _require_choice("compute", "moe", self.moe, MOE_PRODUCTS)
+        _require_int("compute", "moe_chunk_tokens", self.moe_chunk_tokens, low=1, high=2**31 - 1)
         _require_int("compute", "loss_chunk_tokens", self.loss_chunk_tokens, low=1, high=2**31 - 1)
         known = [name for name, _ in DEFAULT_RULES]
         check_keys("compute.rules", dict(self.rules), known)

@@ -14,6 +14,7 @@ _FREE = {
     "output",
     "mesh",
     "compute.loss_chunk_tokens",
+    "compute.moe_chunk_tokens",
     "compute.remat",
     "data.cache",
     "data.num_workers",

@@ -23,6 +23,7 @@ RULES: LogicalRules = (
     ("batch", None),
     ("length", None),
     ("embed", None),
+    ("expert_embed", None),
     ("heads", ("tensor", "fsdp")),
     ("kv_heads", "tensor"),
     ("head_dim", None),

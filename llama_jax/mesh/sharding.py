@@ -27,6 +27,9 @@ from llama_jax.weights.tensors import (
     narrowed,
 )
 
+# The axes that weights are fetched along before their product; each weight has one of them.
+_FETCHED = ("embed", "expert_embed")
+
 
 def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh over `devices` (default: all) with axes data, fsdp, tensor, context, expert; missing
@@ -166,13 +169,14 @@ def _leaf(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh, rules: LogicalRul
         only the other factor has; else its moments would lie on every chip whole."""
         entries = list(partition_spec(axes, rules))
         names = mesh_axes(rules, axes[dim])
-        free = [name for name in mesh_axes(rules, "embed") if name not in names]
+        free = [name for name in mesh_axes(rules, fetched) if name not in names]
         if factor.shape[dim] % math.prod(mesh.shape[name] for name in [*names, *free]) == 0:
             entries[dim] = (*names, *free)
         return NamedSharding(mesh, PartitionSpec(*entries))
 
     if isinstance(leaf, LoraTensor):
         *stack, out_axis, in_axis = axes
+        (fetched,) = (axis for axis in axes if axis in _FETCHED)
         return dataclasses.replace(
             leaf,
             base=_leaf(leaf.base, axes, mesh, rules),
@@ -222,7 +226,7 @@ def gathered(
         return leaf
     if jax.sharding.get_abstract_mesh().empty:
         return narrowed(leaf, dtype)
-    whole = partition_spec([None if axis == "embed" else axis for axis in axes], rules)
+    whole = partition_spec([None if axis in _FETCHED else axis for axis in axes], rules)
     return reduce_scattered(narrowed(leaf, dtype), whole, partition_spec(axes, rules))
 
 
@@ -236,7 +240,7 @@ def _gathered_parts(leaf: Any, axes: Sequence[str | None], rules: LogicalRules) 
         kept = []
         for axis, size in zip(axes, part.shape, strict=True):
             parts = math.prod(mesh.shape[name] for name in mesh_axes(rules, axis))
-            kept.append(axis if axis != "embed" and size % parts == 0 else None)
+            kept.append(axis if axis not in _FETCHED and size % parts == 0 else None)
         return jax.lax.with_sharding_constraint(part, partition_spec(kept, rules))
 
     return jax.tree.map(whole, leaf)

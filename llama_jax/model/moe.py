@@ -4,7 +4,11 @@ Nothing is dropped: every token reaches its experts whatever the others chose, s
 does not depend on the batch it is in.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +34,9 @@ class RouterStats:
 
 # Of all experts: w1 [E, F, D], w2 [E, D, F], w3 [E, F, D].
 Matrices = tuple[Leaf, ...]
+Arrays = tuple[jax.Array, ...]
+# (those a device holds, x [T, D], weights [T, k], experts [T, k]) -> [T, D]
+Run = Callable[[Arrays, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def route(
@@ -81,19 +88,22 @@ def mix(
     On a mesh the experts stay where they are, and every device computes those it holds for all the
     tokens of the devices that share its other experts (`_on_mesh`).
     """
-    if compute.moe != "dense" and rows_are_divided(x.shape[0], compute.rules):
-        return _on_mesh(x, weights, experts, (w1, w2, w3), compute)
-    flat, chosen, share = (a.reshape(-1, a.shape[-1]) for a in (x, experts, weights))
-    run = _dense if compute.moe == "dense" else _grouped
-    return run(flat, share, chosen, (w1, w2, w3), compute=compute).astype(x.dtype).reshape(x.shape)
+    flat, share, chosen = (array.reshape(-1, array.shape[-1]) for array in (x, weights, experts))
+    if compute.moe == "dense":
+        mixed = _dense(flat, share, chosen, (w1, w2, w3), compute=compute)
+        return mixed.astype(x.dtype).reshape(x.shape)
+    matrices = tuple(to_array(matrix, dtype=x.dtype) for matrix in (w1, w2, w3))
+    if rows_are_divided(x.shape[0], compute.rules):
+        return _on_mesh(x, weights, experts, matrices, compute)
+
+    def run(matrices: Arrays, x: jax.Array, weights: jax.Array, experts: jax.Array) -> jax.Array:
+        return _grouped(x, weights, experts, matrices, compute=compute).astype(x.dtype)
+
+    return _in_chunks(run, matrices, flat, share, chosen, compute=compute).reshape(x.shape)
 
 
 def _on_mesh(
-    x: jax.Array,
-    weights: jax.Array,
-    experts: jax.Array,
-    matrices: Matrices,
-    compute: Compute,
+    x: jax.Array, weights: jax.Array, experts: jax.Array, matrices: Arrays, compute: Compute
 ) -> jax.Array:
     """Tokens are gathered over the mesh axis of the experts, each device adds up what its own
     experts make of them, and the sums are scattered back. The compiler cannot divide a ragged
@@ -102,18 +112,21 @@ def _on_mesh(
     over, inner = mesh_axes(rules, "experts"), mesh_axes(rules, "mlp")
     tokens = partition_spec(("batch", "length", None), rules)
 
-    def run(x: jax.Array, weights: jax.Array, experts: jax.Array, *own: jax.Array) -> jax.Array:
-        shape = x.shape
-        flat = [array.reshape(-1, array.shape[-1]) for array in (x, weights, experts)]
+    def run(own: Arrays, *parts: jax.Array) -> jax.Array:
         first = jax.lax.axis_index(over) * own[0].shape[0]
-        x, weights, experts = (jax.lax.all_gather(array, over, tiled=True) for array in flat)
+        x, weights, experts = (jax.lax.all_gather(part, over, tiled=True) for part in parts)
         mixed = _grouped(x, weights, experts, own, compute=compute, first=first)
         mixed = jax.lax.psum_scatter(jax.lax.psum(mixed, inner), over, tiled=True)
-        return mixed.astype(x.dtype).reshape(shape)
+        return mixed.astype(x.dtype)
+
+    def on_device(x: jax.Array, weights: jax.Array, experts: jax.Array, *own: jax.Array) -> Any:
+        flat = (array.reshape(-1, array.shape[-1]) for array in (x, weights, experts))
+        holders = jax.lax.axis_size(over)
+        return _in_chunks(run, own, *flat, compute=compute, holders=holders).reshape(x.shape)
 
     wide, narrow = ("experts", "mlp", None), ("experts", None, "mlp")
     return jax.shard_map(
-        run,
+        on_device,
         in_specs=(
             tokens,
             tokens,
@@ -122,7 +135,71 @@ def _on_mesh(
         ),
         out_specs=tokens,
         check_vma=False,
-    )(x, weights, experts, *(to_array(matrix, dtype=x.dtype) for matrix in matrices))
+    )(x, weights, experts, *matrices)
+
+
+def _in_chunks(
+    run: Run,
+    matrices: Arrays,
+    x: jax.Array,
+    weights: jax.Array,
+    experts: jax.Array,
+    *,
+    compute: Compute,
+    holders: int = 1,
+) -> jax.Array:
+    """`run` for a chunk of the tokens after another, when the backward pass is to recompute: it
+    then keeps the tokens alone, and what is wide exists for one chunk at a time. `holders` devices
+    give an equal part of a chunk each."""
+    count = x.shape[0]
+    num_chunks = math.ceil(count * holders / compute.moe_chunk_tokens)
+    if num_chunks == 1 or compute.remat not in ("full", "offload"):
+        return run(matrices, x, weights, experts)
+    size = math.ceil(count / num_chunks)
+
+    def cut(array: jax.Array) -> jax.Array:
+        filled = jnp.pad(array, [(0, size * num_chunks - count), (0, 0)])
+        return filled.reshape(num_chunks, size, array.shape[-1])
+
+    chunks = _recomputed(run, matrices, cut(x), cut(weights), cut(experts))
+    return chunks.reshape(-1, chunks.shape[-1])[:count]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(
+    run: Run, matrices: Arrays, x: jax.Array, weights: jax.Array, experts: jax.Array
+) -> jax.Array:
+    """`run` of each chunk; x [chunks, t, D]. Written with a gradient of its own because that of a
+    loop would sum the gradients of bfloat16 matrices in bfloat16."""
+    return jax.lax.map(lambda chunk: run(matrices, *chunk), (x, weights, experts))
+
+
+def _recomputed_forward(
+    run: Run, matrices: Arrays, x: jax.Array, weights: jax.Array, experts: jax.Array
+) -> Any:
+    return _recomputed(run, matrices, x, weights, experts), (matrices, x, weights, experts)
+
+
+def _recomputed_backward(run: Run, kept: Any, gradient: jax.Array) -> Any:
+    matrices, x, weights, experts = kept
+
+    def one(total: Arrays, chunk: Any) -> Any:
+        x, weights, experts, gradient = chunk
+        _, pull = jax.vjp(
+            lambda matrices, x, weights: run(matrices, x, weights, experts), matrices, x, weights
+        )
+        of_matrices, *of_tokens = pull(gradient)
+        return jax.tree.map(
+            lambda sum_, each: sum_ + each.astype(jnp.float32), total, of_matrices
+        ), of_tokens
+
+    zeros = jax.tree.map(lambda matrix: jnp.zeros(matrix.shape, jnp.float32), matrices)
+    total, of_tokens = jax.lax.scan(one, zeros, (x, weights, experts, gradient))
+    summed = jax.tree.map(lambda matrix, sum_: sum_.astype(matrix.dtype), matrices, total)
+    return summed, *of_tokens, None
+
+
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 
 
 def _dense(
@@ -151,14 +228,14 @@ def _grouped(
     x: jax.Array,
     weights: jax.Array,
     experts: jax.Array,
-    matrices: Matrices,
+    matrices: Arrays,
     *,
     compute: Compute,
     first: jax.Array | int = 0,
 ) -> jax.Array:
     """Tokens sorted by expert, one ragged product per matrix, for the experts from `first` on that
     the matrices hold; others add nothing. Float32 [T, D]."""
-    w1, w2, w3 = (to_array(matrix, dtype=x.dtype) for matrix in matrices)
+    w1, w2, w3 = matrices
     (num_tokens, per_token), num_experts = experts.shape, w1.shape[0]
     own = experts.reshape(-1) - first
     is_own = (own >= 0) & (own < num_experts)

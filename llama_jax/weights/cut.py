@@ -82,6 +82,7 @@ def keep_units(
         "kv_heads": _rows(kv_heads, size),
         "mlp": mlp,
         "embed": hidden,
+        "expert_embed": hidden,
     }
     found = {}
     for path, leaf in tree.flatten(params).items():

@@ -60,6 +60,7 @@ def axis_sizes(config: ModelConfig) -> dict[str, int]:
     """How many units of each logical axis there are to distribute; heads count as heads."""
     return {
         "embed": config.hidden_size,
+        "expert_embed": config.hidden_size,
         "heads": config.num_attention_heads,
         "kv_heads": config.num_key_value_heads,
         "head_dim": config.head_dim,
@@ -170,9 +171,9 @@ def _expert_rows(config: ModelConfig) -> Iterator[Weight]:
         f"model.layers.{{layer}}.{block}.gate.weight",
     )
     for name, shape, axes in (
-        ("w1", (f, d), ("mlp", "embed")),
-        ("w2", (d, f), ("embed", "mlp")),
-        ("w3", (f, d), ("mlp", "embed")),
+        ("w1", (f, d), ("mlp", "expert_embed")),
+        ("w2", (d, f), ("expert_embed", "mlp")),
+        ("w3", (f, d), ("mlp", "expert_embed")),
     ):
         yield Weight(
             f"layers.{block}.experts.{name}.weight",

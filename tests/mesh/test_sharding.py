@@ -70,7 +70,8 @@ def test_sharded_equals_unsharded(family, sizes):
         np.testing.assert_allclose(gradient, whole, atol=1e-5 * scale, err_msg=path)
 
 
-EMBED = ("fsdp", "context")
+EMBED = ("fsdp", "context", "expert")
+EXPERT_EMBED = ("fsdp", "context")
 
 
 def test_every_weight_of_a_matrix_is_spread_over_fsdp_and_tensor():
@@ -81,7 +82,7 @@ def test_every_weight_of_a_matrix_is_spread_over_fsdp_and_tensor():
     assert places["layers.self_attn.q_proj.weight"].spec == PartitionSpec(None, "tensor", EMBED)
     assert places["layers.self_attn.o_proj.weight"].spec == PartitionSpec(None, EMBED, "tensor")
     assert places["layers.block_sparse_moe.experts.w2.weight"].spec == PartitionSpec(
-        None, "expert", EMBED, "tensor"
+        None, "expert", EXPERT_EMBED, "tensor"
     )
     assert places["embed_tokens.weight"].spec == PartitionSpec("tensor", EMBED)
 

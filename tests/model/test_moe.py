@@ -69,16 +69,57 @@ def test_a_crowded_expert_drops_no_token(way):
         np.testing.assert_allclose(together[one], alone, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["grouped", "megablox"])
+@pytest.mark.parametrize("chunk", [24, 12, 5])
+def test_tokens_go_through_in_chunks_with_the_same_result(chunk):
+    """As many as there are, half of them, and a number that does not divide them."""
+    x, weights, experts, w1, w2, w3 = inputs()
+    compute = Compute(remat="full", moe_chunk_tokens=chunk)
+
+    def loss(x, weights, w1, w2, w3, compute):
+        mixed = moe.mix(x, weights, experts, w1, w2, w3, compute=compute)
+        return jnp.sum(jnp.sin(mixed)), mixed
+
+    results = [
+        jax.value_and_grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)(
+            x, weights, w1, w2, w3, each
+        )
+        for each in (Compute(), compute)
+    ]
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_gradients_of_chunks_are_summed_in_float32():
+    """A thousand equal terms: a sum in bfloat16 stops growing at 256 of them."""
+    x, weights, experts, *matrices = inputs(tokens=1)
+    x, weights, experts = (jnp.repeat(array, 1000, axis=1) for array in (x, weights, experts))
+    x, *matrices = (array.astype(jnp.bfloat16) for array in (x, *matrices))
+
+    def gradient(compute):
+        def loss(w1):
+            mixed = moe.mix(x, weights, experts, w1, *matrices[1:], compute=compute)
+            return mixed.astype(jnp.float32).sum()
+
+        return jax.grad(loss)(matrices[0]).astype(jnp.float32)
+
+    compute = Compute(dtype="bfloat16", remat="full", moe_chunk_tokens=1)
+    whole = gradient(Compute(dtype="bfloat16"))
+    np.testing.assert_allclose(gradient(compute), whole, rtol=0.02, atol=0.02 * abs(whole).max())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "chunk"), [("grouped", 8192), ("megablox", 8192), ("grouped", 16), ("megablox", 16)]
+)
 @pytest.mark.parametrize(
     "sizes", [{"expert": 4, "tensor": 2}, {"data": 2, "expert": 2, "context": 2}], ids=str
 )
-def test_experts_on_several_devices_equal_one(sizes, kernel, monkeypatch):
-    """Forward and backward, evenly routed and with all tokens at one expert."""
+def test_experts_on_several_devices_equal_one(sizes, kernel, chunk, monkeypatch):
+    """Forward and backward, evenly routed and with all tokens at one expert, all tokens at once and
+    in two chunks."""
     monkeypatch.setattr(megablox, "grouped_dot", partial(megablox.grouped_dot, interpret=True))
     x, weights, routed, *matrices = inputs(tokens=32)
     x, weights, routed = (array.reshape(8, 4, -1) for array in (x, weights, routed))
-    compute = Compute(moe=kernel)
+    compute = Compute(moe=kernel, remat="full", moe_chunk_tokens=chunk)
 
     def loss(x, weights, experts, *matrices, compute):
         mixed = moe.mix(x, weights, experts, *matrices, compute=compute)

@@ -43,6 +43,7 @@ LOWERED = {
     "compute.accumulation_dtype": ({"compute": {"dtype": "bfloat16"}}, "bfloat16"),
     "compute.remat": ({}, "full"),
     "compute.moe": ({}, "dense"),
+    "compute.moe_chunk_tokens": ({"compute": {"remat": "full"}}, 64),
     "compute.loss_chunk_tokens": ({}, 64),
     "compute.rules": ({}, [*(rule for rule in DEFAULT_RULES if rule[0] != "mlp"), ("mlp", None)]),
     "train.steps": ({}, 9),
@@ -80,7 +81,7 @@ def test_the_step_notices(tmp_path, field):
     needs = {"mesh": DEFAULT_MESH, "train__batch_size": 8, **needs}
     if needs.pop("model__overrides", ...) is None:
         needs["model__overrides"] = UNTIED
-    if field in ("compute.moe", "mesh.expert"):
+    if field in ("compute.moe", "compute.moe_chunk_tokens", "mesh.expert"):
         needs["model__overrides"] = EXPERTS
     section, _, name = field.partition(".")
     before = config(tmp_path, **needs)

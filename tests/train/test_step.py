@@ -245,7 +245,9 @@ def test_moments_lie_where_their_parameters_do():
     params, moments = tree.flatten_arrays(places.params), tree.flatten_arrays(places.opt_state)
     path = "layers.self_attn.q_proj.weight.lora_a"
     assert moments[f"inner.0.mu.{path}"] == params[path]
-    assert params[path].spec == jax.sharding.PartitionSpec(None, None, ("fsdp", "context"))
+    assert params[path].spec == jax.sharding.PartitionSpec(
+        None, None, ("fsdp", "context", "expert")
+    )
     assert moments["count"].spec == jax.sharding.PartitionSpec()
 
 
