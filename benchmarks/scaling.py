@@ -52,6 +52,10 @@ rates of a chip and its links allow for the counted work: no step can be faster,
 Between slices the gradients are summed over the data-centre network, whose rate is that of a host's
 share; the last column is the share of a chip's peak that the longest bound leaves.
 
+Over all chips of one v5p slice of 64 or more, the compiler fetches weights by all-reduce, which
+sends twice what an all-gather does; over a part of the chips, as on several slices, by all-gather.
+It does so for a single product as well, whatever the order of the chips.
+
 """
 LIMITS = ("compute", "memory", "ici", "dcn")
 COLUMNS = (
