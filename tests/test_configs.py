@@ -45,7 +45,7 @@ def test_the_page_of_proofs_tells_of_this_very_config(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama3.2-1b-full-v5e-4", "llama3.1-405b-full-v5p-512"])
+@pytest.mark.parametrize("name", ["mistral-7b-lora-v5e-8", "llama3.1-405b-full-v5p-512"])
 def test_a_representative_few_are_compiled_again(name):
     pytest.importorskip("libtpu", reason="the TPU compiler is on Linux x86-64 only")
     from train.fit import fit

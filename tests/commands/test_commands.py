@@ -17,6 +17,8 @@ from llama_jax.formats.hf import save_hf
 from llama_jax.formats.tokenizer import load_tokenizer
 from tests.tiny import tiny_config, tiny_params
 
+pytestmark = pytest.mark.compiled_quickly
+
 VOCABULARY = 264
 Run = Callable[..., tuple[int, Any, str]]
 

@@ -28,6 +28,8 @@ from llama_jax.weights.lora_config import LoraConfig
 from tests.adapters import trained
 from tests.tiny import tiny_config, tiny_params
 
+pytestmark = pytest.mark.compiled_quickly
+
 ROOT = Path(__file__).parents[2]
 KEY, HUB_TOKEN, ADMIN = "key-of-a-tenant", "hf_" + "s" * 20, "key-of-the-admin"
 

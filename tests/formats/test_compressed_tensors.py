@@ -24,6 +24,8 @@ from llama_jax.weights.quantize import quantize
 from llama_jax.weights.tensors import is_quantized, to_array
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = FAMILIES["llama-biases"]
 TOKENS = tiny_tokens(2, 12)
 FORMATS = {

@@ -26,6 +26,8 @@ from tests.infer.scripted import scripted_model, scripted_params, word_tokenizer
 from tests.reference import reference_model
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 
 

@@ -11,6 +11,8 @@ from llama_jax.demo.make_tokenizer import FOLDER
 from llama_jax.formats.tokenizer import load_tokenizer
 from tests.tiny import FAMILIES, tiny_config, tiny_params
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = tiny_config(vocab_size=264, bos_token_id=None, eos_token_id=(258,))
 TEXTS = ["a", "the cat sat on the mat", "x" * 70, "the cat sat on the sofa", "1 2 3 4", "b"]
 

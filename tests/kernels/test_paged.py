@@ -12,6 +12,8 @@ from llama_jax.mesh.sharding import make_mesh
 from llama_jax.mesh.slices import slice_devices
 from llama_jax.model.attention import attend, causal_mask
 
+pytestmark = pytest.mark.compiled_quickly
+
 PAGE, COUNT = 8, 24
 
 

@@ -15,6 +15,8 @@ from llama_jax.model import transformer
 from llama_jax.model.attention import attend, causal_mask
 from tests.tiny import tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 LENGTH, SIZE = 128, 128
 
 

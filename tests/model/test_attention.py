@@ -9,6 +9,8 @@ from llama_jax.model.attention import attend, causal_mask
 from llama_jax.model.transformer import forward
 from tests.tiny import tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 def visible(window, length=5, **segments):
     places = jnp.arange(length)[None]

@@ -19,6 +19,8 @@ from tests.infer.engine.client import ask, submit
 from tests.infer.engine.test_engine import prompts_of
 from tests.tiny import FAMILIES, tiny_params
 
+pytestmark = pytest.mark.compiled_quickly
+
 OPTIONS = EngineOptions(
     max_slots=4, block_size=16, piece_tokens=32, max_adapters=2, max_lora_rank=4
 )

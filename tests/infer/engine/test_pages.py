@@ -14,6 +14,8 @@ from llama_jax.mesh.sharding import shardings
 from tests.infer.engine.client import ask, submit
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 GREEDY = SamplingParams(temperature=0, max_tokens=20)
 OPTIONS = EngineOptions(max_slots=4, block_size=16, piece_tokens=32, cache="pages")
 WISHES = [

@@ -17,6 +17,8 @@ from tests.infer.engine.client import ask
 from tests.infer.engine.test_engine import prompts_of
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 OPTIONS = EngineOptions(max_slots=2, block_size=16, piece_tokens=32)
 CONFIG = tiny_config(num_hidden_layers=1, eos_token_id=())
 

@@ -18,6 +18,8 @@ from llama_jax import cli
 from tests.infer.server.running import byte_tokenizer
 from tests.infer.server.scripted_engine import ScriptedEngine, saying
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 def line(number, **body):
     body = {"model": "m", "prompt": f"number {number}", "max_tokens": 4, **body}
