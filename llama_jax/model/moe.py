@@ -152,7 +152,7 @@ def _in_chunks(
     then keeps the tokens alone, and what is wide exists for one chunk at a time. `holders` devices
     give an equal part of a chunk each."""
     count = x.shape[0]
-    num_chunks = math.ceil(count * holders / compute.moe_chunk_tokens)
+    num_chunks = min(count, math.ceil(count * holders / compute.moe_chunk_tokens))
     if num_chunks == 1 or compute.remat not in ("full", "offload"):
         return run(matrices, x, weights, experts)
     size = math.ceil(count / num_chunks)
@@ -174,32 +174,43 @@ def _recomputed(
     return jax.lax.map(lambda chunk: run(matrices, *chunk), (x, weights, experts))
 
 
-def _recomputed_forward(
-    run: Run, matrices: Arrays, x: jax.Array, weights: jax.Array, experts: jax.Array
-) -> Any:
-    return _recomputed(run, matrices, x, weights, experts), (matrices, x, weights, experts)
+def _recomputed_forward(run: Run, matrices: Any, x: Any, weights: Any, experts: Any) -> Any:
+    """Of frozen matrices no gradient is asked for, and none is made; the structure of what is kept
+    says which they are."""
+    is_trained = any(matrix.perturbed for matrix in matrices)
+    matrices, *tokens = jax.tree.map(
+        lambda primal: primal.value, (matrices, x, weights, experts), is_leaf=_is_primal
+    )
+    trained, frozen = (matrices, ()) if is_trained else ((), matrices)
+    return _recomputed(run, matrices, *tokens), (trained, frozen, *tokens)
 
 
-def _recomputed_backward(run: Run, kept: Any, gradient: jax.Array) -> Any:
-    matrices, x, weights, experts = kept
+def _is_primal(value: Any) -> bool:
+    return hasattr(value, "perturbed")
+
+
+def _recomputed_backward(run: Run, kept: Any, gradient: Any) -> Any:
+    trained, frozen, x, weights, experts = kept
 
     def one(total: Arrays, chunk: Any) -> Any:
         x, weights, experts, gradient = chunk
         _, pull = jax.vjp(
-            lambda matrices, x, weights: run(matrices, x, weights, experts), matrices, x, weights
+            lambda trained, x, weights: run(trained or frozen, x, weights, experts),
+            trained,
+            x,
+            weights,
         )
         of_matrices, *of_tokens = pull(gradient)
-        return jax.tree.map(
-            lambda sum_, each: sum_ + each.astype(jnp.float32), total, of_matrices
-        ), of_tokens
+        wide = jax.tree.map(lambda each: each.astype(jnp.float32), of_matrices)
+        return jax.tree.map(jnp.add, total, wide), of_tokens
 
-    zeros = jax.tree.map(lambda matrix: jnp.zeros(matrix.shape, jnp.float32), matrices)
+    zeros = jax.tree.map(lambda matrix: jnp.zeros(matrix.shape, jnp.float32), trained)
     total, of_tokens = jax.lax.scan(one, zeros, (x, weights, experts, gradient))
-    summed = jax.tree.map(lambda matrix, sum_: sum_.astype(matrix.dtype), matrices, total)
-    return summed, *of_tokens, None
+    summed = jax.tree.map(lambda matrix, sum_: sum_.astype(matrix.dtype), trained, total)
+    return summed or None, *of_tokens, None
 
 
-_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward, symbolic_zeros=True)
 
 
 def _dense(

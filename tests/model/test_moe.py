@@ -11,6 +11,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from llama_jax.config import Compute
 from llama_jax.kernels import megablox
+from llama_jax.mesh.flops import count_flops
 from llama_jax.mesh.sharding import make_mesh
 from llama_jax.model import moe, transformer
 from tests.reference import reference_model
@@ -87,6 +88,27 @@ def test_tokens_go_through_in_chunks_with_the_same_result(chunk):
     ]
     for a, b in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [(0, 1), (0, 1, 2, 3, 4)], ids=["frozen", "trained"])
+def test_chunks_multiply_no_more_than_a_layer_that_is_recomputed(trained):
+    """Nor do frozen experts get a gradient that nobody asks for."""
+    arrays = inputs()
+
+    def count(chunk):
+        compute = Compute(remat="full", moe_chunk_tokens=chunk)
+
+        @jax.checkpoint
+        def layer(x, weights, w1, w2, w3):
+            return x + moe.mix(x, weights, arrays[2], w1, w2, w3, compute=compute)
+
+        def loss(*floats):
+            return layer(*floats).sum()
+
+        gradient = jax.jit(jax.grad(loss, argnums=trained))
+        return count_flops(gradient.trace(*arrays[:2], *arrays[3:]).jaxpr)
+
+    assert count(6) == count(24) > 0
 
 
 def test_gradients_of_chunks_are_summed_in_float32():
