@@ -128,7 +128,7 @@ def test_bad_values_are_named(tmp_path, override, message):
         ({"data__eval": ["e"], "data__eval_fraction": 0.1}, "keep one"),
         ({"model__overrides": {"vocab_size": 8}}, "init: random"),
         ({"output": ""}, "output is empty"),
-        ({"compute": {"rules": [["batch", "data"]]}}, "rules says nothing about embed, expert_embed, experts"),
+        ({"compute": {"rules": [["batch", "data"]]}}, "nothing about embed, expert_embed, experts"),
         ({"compute": {"rules": [["bach", "data"]]}}, "did you mean 'batch'"),
         ({"data__train": []}, "data.train is empty"),
         ({"mesh": {"data": -1}}, "only one may be"),
