@@ -54,7 +54,7 @@ share; the last column is the share of a chip's peak that the longest bound leav
 
 Over all chips of one v5p slice of 64 or more, the compiler fetches weights by all-reduce, which
 sends twice what an all-gather does; over a part of the chips, as on several slices, by all-gather.
-It does so for a single product as well, whatever the order of the chips.
+`llama-jax fit` says what is sent by kind.
 
 """
 LIMITS = ("compute", "memory", "ici", "dcn")
@@ -112,10 +112,7 @@ def line(model: str, report: dict[str, Any]) -> str:
             *cells,
             f"{sum(each['bytes_per_chip'] for each in sent.values()) / 1e9:.1f}",
             f"{sum(each['dcn_bytes_per_chip'] for each in sent.values()) / 1e9:.2f}",
-            *(
-                f"{bounds[k]:.2f}" if k in bounds else ""
-                for k in ("compute", "memory", "ici", "dcn")
-            ),
+            *(f"{bounds[k]:.2f}" if k in bounds else "" for k in LIMITS),
             report["bound_by"],
             f"{100 * report['bound_mfu']:.0f} %",
         ]

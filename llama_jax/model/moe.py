@@ -177,16 +177,11 @@ def _recomputed(
 def _recomputed_forward(run: Run, matrices: Any, x: Any, weights: Any, experts: Any) -> Any:
     """Of frozen matrices no gradient is asked for, and none is made; the structure of what is kept
     says which they are."""
+    tokens = (x.value, weights.value, experts.value)
+    values = tuple(matrix.value for matrix in matrices)
     is_trained = any(matrix.perturbed for matrix in matrices)
-    matrices, *tokens = jax.tree.map(
-        lambda primal: primal.value, (matrices, x, weights, experts), is_leaf=_is_primal
-    )
-    trained, frozen = (matrices, ()) if is_trained else ((), matrices)
-    return _recomputed(run, matrices, *tokens), (trained, frozen, *tokens)
-
-
-def _is_primal(value: Any) -> bool:
-    return hasattr(value, "perturbed")
+    trained, frozen = (values, ()) if is_trained else ((), values)
+    return _recomputed(run, values, *tokens), (trained, frozen, *tokens)
 
 
 def _recomputed_backward(run: Run, kept: Any, gradient: Any) -> Any:
