@@ -53,10 +53,8 @@ def write_run(folder: Path, **changes) -> Path:
 def start(config: Path, *arguments: str, cache: Path, count: int = 1) -> list[Process]:
     """`llama-jax train` in `count` processes that make up one program. cache: of compiled programs,
     which makes the second start a matter of seconds."""
-    # The devices of this test's own process are not those of the command's.
     environment = {
         **os.environ,
-        "XLA_FLAGS": "",
         "LLAMA_JAX_CACHE_DIR": str(cache),
         "PYTHONPATH": str(ROOT),
     }

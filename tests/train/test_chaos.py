@@ -41,7 +41,6 @@ class Forks:
     def __init__(self, cache: Path):
         environment = {
             **os.environ,
-            "XLA_FLAGS": "",
             "LLAMA_JAX_CACHE_DIR": str(cache),
             "PYTHONPATH": str(ROOT),
             "OPENBLAS_NUM_THREADS": "1",

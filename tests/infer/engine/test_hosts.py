@@ -59,7 +59,6 @@ class Group:
     def __init__(self, *flags, cache, others=None):
         environment = {
             **os.environ,
-            "XLA_FLAGS": "",
             "JAX_NUM_CPU_DEVICES": "2",
             "LLAMA_JAX_CACHE_DIR": str(cache),
             "LLAMA_JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
