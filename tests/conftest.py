@@ -26,6 +26,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+def pytest_collection_finish() -> None:
+    """What imports have made stays: the garbage collector, which tracing calls often, need not walk
+    through all of it each time."""
+    gc.freeze()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_module() -> Iterator[None]:
     """Compiled programs go with their module: each holds mappings of memory, of which a process may

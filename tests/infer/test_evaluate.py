@@ -11,6 +11,8 @@ from llama_jax.config import Compute
 from tests.reference import reference_model
 from tests.tiny import FAMILIES, tiny_params
 
+pytestmark = pytest.mark.compiled_quickly
+
 COMPUTE = Compute()
 
 

@@ -25,6 +25,8 @@ from infer.sampling import (
     token_logprobs,
 )
 
+pytestmark = pytest.mark.compiled_quickly
+
 NO_END = np.zeros(0, np.int32)
 
 # Compiled once per shape and variant; run eagerly, every branch would be compiled at each call.

@@ -12,6 +12,8 @@ from llama_jax.model import transformer
 from llama_jax.model.attention import causal_mask
 from tests.tiny import tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 def test_every_part_has_the_same_work():
     places = balanced_places(16, 4)

@@ -24,6 +24,8 @@ from train.optim import make_optimizer, make_schedule
 from train.state import init_state, state_shardings
 from train.step import make_eval_step, make_train_step
 
+pytestmark = pytest.mark.compiled_quickly
+
 STUDENT = FAMILIES["llama-tied"].replace(hidden_size=32, num_hidden_layers=1)
 TEACHER = FAMILIES["llama-gqa"].replace(vocab_size=136)  # padded further than the student
 NUM_IDS = 125
@@ -232,20 +234,6 @@ def alone():
     return Case().run({"data": 1})
 
 
-def test_the_pmap_step_is_the_sharded_step(alone):
-    """To 1e-6, on eight devices, over several AdamW steps."""
-    sharded, numbers = Case().run({"data": 8})
-    mapped, found = Case(axis=AXIS).run({"data": 8}, pmap=True)
-    for one, other in zip(found, numbers, strict=True):
-        assert one == pytest.approx(other, rel=1e-6, abs=1e-6)
-    assert int(mapped.step) == 3
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), mapped.params, sharded.params
-    )
-    for one, other in zip(numbers, alone[1], strict=True):
-        assert one == pytest.approx(other, rel=2e-5, abs=2e-5)
-
-
 @pytest.mark.parametrize(("sizes", "parts"), [({"data": 2, "fsdp": 2, "tensor": 2}, 2)])
 def test_meshes_and_micro_batches_give_the_single_device_result(alone, sizes, parts):
     state, found = Case(accumulation_steps=parts).run(sizes)
@@ -254,11 +242,6 @@ def test_meshes_and_micro_batches_give_the_single_device_result(alone, sizes, pa
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.params, alone[0].params
     )
-
-
-def test_pmap_takes_micro_batches_too(alone):
-    _, found = Case(axis=AXIS, accumulation_steps=2).run({"data": 2}, pmap=True, steps=1)
-    assert found[0] == pytest.approx(alone[1][0], rel=5e-5, abs=5e-5)
 
 
 def test_the_optimizer_knows_nothing_of_the_teacher():

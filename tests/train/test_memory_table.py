@@ -1,8 +1,11 @@
 """The memory of one model by method: parts that can be worked out, and the compiler's whole."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,18 +13,29 @@ from llama_jax.cli import main
 from llama_jax.mesh.slices import slice_named
 from llama_jax.weights.table import num_parameters, weight_table
 from tests.train.test_fit import run_config
-from train.memory_table import _inference, memory_table
+from train.memory_table import _inference
 from train.start import read_shape
 
 pytest.importorskip("libtpu", reason="the TPU compiler is on Linux x86-64 only")
 
 
-def test_parts_are_those_of_the_arrays_and_the_whole_is_the_compilers():
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """What the command prints: rows by method, and what it said meanwhile."""
+    path = tmp_path_factory.mktemp("fit") / "run.yaml"
+    path.write_text(json.dumps(run_config(mesh={"fsdp": 4}).to_dict()))
+    printed, said = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(said):
+        flags = ["fit", str(path), "--slice", "v5e-4", "--memory-table"]
+        assert main([*flags, "--search"]) == 2
+        assert main([*flags, "--json"]) == 0
+    return json.loads(printed.getvalue()), said.getvalue()
+
+
+def test_parts_are_those_of_the_arrays_and_the_whole_is_the_compilers(table):
     run = run_config(mesh={"fsdp": 4})
     config, _ = read_shape(run)
-    said = []
-    rows = {row.method: row for row in memory_table(run, slice_named("v5e-4"), said.append)}
-    assert list(rows) == ["full", "lora", "qlora", "inference"] and len(said) == 4
+    rows = {row["method"]: SimpleNamespace(**row) for row in table[0]}
     count = num_parameters(config)
     full, lora, qlora, inference = rows.values()
     norms = sum(math.prod(r.shape) for r in weight_table(config).values() if r.role == "norm")
@@ -41,13 +55,9 @@ def test_parts_are_those_of_the_arrays_and_the_whole_is_the_compilers():
         assert parts < row.total
 
 
-def test_the_command_prints_the_table(tmp_path, capsys):
-    path = tmp_path / "run.yaml"
-    path.write_text(json.dumps(run_config(mesh={"fsdp": 4}).to_dict()))
-    flags = ["fit", str(path), "--slice", "v5e-4", "--memory-table"]
-    assert main([*flags, "--search"]) == 2
-    assert "keep one" in capsys.readouterr().err
-    assert main([*flags, "--json"]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert [row["method"] for row in report] == ["full", "lora", "qlora", "inference"]
-    assert {"slice", "weights", "gradients", "optimizer", "activations"} <= set(report[0])
+def test_the_command_prints_the_table(table):
+    rows, said = table
+    assert "keep one" in said
+    assert [row["method"] for row in rows] == ["full", "lora", "qlora", "inference"]
+    assert all(f"{row['method']}: " in said for row in rows)
+    assert {"slice", "weights", "gradients", "optimizer", "activations"} <= set(rows[0])

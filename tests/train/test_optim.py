@@ -14,6 +14,8 @@ from tests.tiny import FAMILIES, tiny_config, tiny_params
 from train.config import OPTIMIZER_DEFAULTS, OptimizerSection, RunConfig, ScheduleSection
 from train.optim import Optimizer, make_optimizer, make_schedule, stochastically_rounded
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = FAMILIES["llama-biases"]
 
 
