@@ -139,20 +139,26 @@ def merge_models(
     recipe: Recipe,
     out: str | Path,
     *,
-    max_shard_size: int | str = "5GB",
+    max_shard_size: int | str | None = None,
     overwrite: bool = False,
     progress: Any = None,
 ) -> Merged:
     """Writes the model that a recipe describes as a Hugging Face folder, or the adapter as a PEFT
     folder, which appears whole.
 
-    progress: told(tensors done, tensors in all, name).
+    max_shard_size: of one file of a model, 5GB unless said; an adapter is one file whatever its
+    size. progress: told(tensors done, tensors in all, name).
 
     Raises ValueError, before anything is written, for inputs that do not fit each other, naming
     the inputs and the sizes.
     """
     check_target(out, overwrite=overwrite)
-    max_bytes = parse_bytes(max_shard_size)
+    if recipe.output == "adapter" and max_shard_size is not None:
+        raise ValueError(
+            f"max_shard_size is {max_shard_size}, but the recipe's output is adapter, which is "
+            "written as one file; leave max_shard_size (--max-shard-size) out"
+        )
+    max_bytes = parse_bytes("5GB" if max_shard_size is None else max_shard_size)
     sources = _open(recipe)
     if recipe.output == "adapter":
         return _merge_adapters(recipe, sources, Path(out), overwrite=overwrite)

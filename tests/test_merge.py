@@ -403,6 +403,8 @@ def test_adapters_add_up_to_an_adapter(tmp_path, family):
     folders = [adapter(tmp_path / f"a{n}", n, config, **kind)[0] for n, kind in enumerate(kinds)]
     models = [{"model": each, "weight": w} for each, w in zip(folders, (0.5, -0.25), strict=True)]
     recipe = {**ADAPTER, "base": base, "models": models, "scale": 1.5, "normalize": True}
+    with pytest.raises(ValueError, match="one file; leave max_shard_size"):
+        merge_models(read_recipe(recipe, "recipe"), tmp_path / "sum", max_shard_size="1GB")
     merged = merge_models(read_recipe(recipe, "recipe"), tmp_path / "sum")
     assert {path.name for path in merged.files} == {
         "adapter_config.json",

@@ -21,9 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", metavar="OUT", help="the Hugging Face folder to write")
     parser.add_argument(
         "--max-shard-size",
-        default="5GB",
         metavar="SIZE",
-        help="of one file, such as 2GB (default: %(default)s)",
+        help="of one file of a model, such as 2GB (default: 5GB); an adapter is one file",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that OUT holds")
 
