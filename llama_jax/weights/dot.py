@@ -29,6 +29,7 @@ _FEW_ROWS = 48
 # XLA's kernels take columns by the eight, and how they add may differ between an odd and an even
 # number of eights: with AVX2 for each even one, with AVX-512 for 25 to 32 columns.
 _EIGHT = 8
+_TAKEN_WHOLE = 2**15  # numbers, rows times `in`
 
 
 def dot(
@@ -160,12 +161,31 @@ def _few_rows(x: jax.Array, weight: DecodingTensor, compute: Compute) -> jax.Arr
     rows, array = x.shape[0], weight.array.astype(x.dtype)
     if not 1 < rows <= _FEW_ROWS:
         return _plain(x, array, compute)
-    if weight.sums_alike and -(-rows // _EIGHT) % 2 == 0:
-        odd = (rows - 1) // _EIGHT * _EIGHT
-        last = jnp.pad(x[odd:], ((0, int(rows - odd == 1)), (0, 0)))  # a single row adds otherwise
-        parts = [_weight_first(part, array, compute) for part in (x[:odd], last)]
-        return jnp.concatenate(parts)[:rows]
-    return _weight_first(x, array, compute)
+    if not weight.sums_alike:
+        return _weight_first(x, array, compute)
+    parts = [_weight_first(part, array, compute) for part in _alike(x)]
+    return jnp.concatenate(parts)[:rows]
+
+
+def _alike(x: jax.Array) -> list[jax.Array]:
+    """x [T, in], with rows of zeros after it, in parts of an odd number of eights: products of such
+    sum in one order, those of an even number in another, those of a single row in a third. Newer
+    versions of JAX want whole eights, and few enough for the product not to be cut along `in`."""
+    rows, width = x.shape
+    eights = -(-rows // _EIGHT)
+    if jax.__version_info__ < (0, 11):
+        most, padding = eights, int(rows % _EIGHT == 1 and eights % 2 == 0)
+    else:
+        most, padding = max(1, _TAKEN_WHOLE // (width * _EIGHT)), eights * _EIGHT - rows
+    padded = jnp.pad(x, ((0, padding), (0, 0)))
+    parts = []
+    while padded.shape[0]:
+        left = -(-padded.shape[0] // _EIGHT)
+        count = min(most, left)
+        count = _EIGHT * (count - 1 + count % 2)
+        parts.append(padded[:count])
+        padded = padded[count:]
+    return parts
 
 
 def _weight_first(x: jax.Array, array: jax.Array, compute: Compute) -> jax.Array:

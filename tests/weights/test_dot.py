@@ -12,7 +12,7 @@ from llama_jax.weights.dot import dot
 from llama_jax.weights.tensors import DecodingTensor, narrowed
 
 
-@pytest.mark.parametrize("size", [(96, 64), (64, 200)])
+@pytest.mark.parametrize("size", [(96, 64), (64, 200), (48, 1536)])
 def test_rows_of_a_decoding_matrix_have_the_same_bits_beside_any_others(size):
     weight = DecodingTensor(jax.random.normal(jax.random.key(0), size), sums_alike=True)
     rows = jax.random.normal(jax.random.key(1), (48, size[1]))
