@@ -42,8 +42,8 @@ def programs_of_one_module() -> Iterator[None]:
 
 
 _compile_options = compiler.get_compile_options
-# The newer of the two ways in which this compiler writes fused loops takes four times as long with
-# little programs. Later versions know that way alone, and not the flag.
+# The newer of the two ways in which this compiler writes fused loops takes far longer with little
+# programs. Later versions know that way alone, and not the flag.
 QUICK_FLAGS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 
 

@@ -11,8 +11,6 @@ from llama_jax.model.attention import attend, causal_mask
 from llama_jax.model.cache import NEVER
 from llama_jax.model.slot_cache import TILE, SlotRows, attend_slots
 
-pytestmark = pytest.mark.compiled_quickly
-
 HEADS, KV_HEADS, SIZE = 6, 2, 16
 CAPACITY = 3 * TILE
 NUM_SLOTS = 27
