@@ -252,20 +252,23 @@ class _Trial:
 
     def result(self) -> ServeFit:
         row = -(-self.context // self.options.block_size)
-        largest = self._largest(row)
+        given = self.options.num_blocks
+        first = self._compiled(given or row, AbstractEngine.all)
+        if not first.is_compiled:
+            first = self._compiled(row, AbstractEngine.all)
+        largest = self._largest(first, row)
         full = self.options.max_slots * row
-        num_blocks = self.options.num_blocks or max(row, min(full, largest))
+        num_blocks = given or max(row, min(full, largest))
         result = self._compiled(num_blocks, AbstractEngine.all)
         return dataclasses.replace(result, largest_blocks=largest)
 
-    def _largest(self, row: int) -> int:
+    def _largest(self, first: ServeFit, row: int) -> int:
         """The most blocks that fit, proven by compiling the largest steps with them; 0 when one
-        row does not fit."""
-        smallest = self._compiled(row, AbstractEngine.all)
-        few = self._compiled(row, AbstractEngine.largest)
+        row does not fit. first: all steps, compiled with any number of blocks."""
+        few = self._compiled(first.num_blocks, AbstractEngine.largest)
         # The programs of the other steps lie beside them.
-        limit = self.slice.generation.hbm_bytes - (smallest.device_bytes - few.device_bytes)
-        blocks = row + (limit - few.device_bytes) // self.page_bytes
+        limit = self.slice.generation.hbm_bytes - (first.device_bytes - few.device_bytes)
+        blocks = first.num_blocks + (limit - few.device_bytes) // self.page_bytes
         while blocks >= row:
             found = self._compiled(blocks, AbstractEngine.largest)
             if found.is_compiled and found.device_bytes <= limit:

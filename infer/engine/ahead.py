@@ -5,10 +5,10 @@ an engine the programs of all shapes are made side by side.
 """
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -18,7 +18,7 @@ class Call:
 
     step: Any
     arguments: tuple[Any, ...]
-    options: dict[str, Any]
+    options: dict[str, Any] = field(default_factory=dict)
 
     def run(self) -> Any:
         return self.step(*self.arguments, **self.options)
@@ -28,12 +28,31 @@ class Call:
         self.step.lower(*self.arguments, **self.options).compile()
 
 
-def compile_all(calls: Iterable[Call], context: Callable[[], AbstractContextManager[Any]]) -> None:
-    """context: of a mesh; such belong to one thread."""
+class Compiler(AbstractContextManager["Compiler"]):
+    """Compiles calls in threads of its own while the caller goes on; at its end all are done.
 
-    def compile_one(call: Call) -> None:
-        with context():
+    context: of a mesh; such belong to one thread.
+    """
+
+    def __init__(self, context: Callable[[], AbstractContextManager[Any]]):
+        self._context = context
+        self._pool = ThreadPoolExecutor(os.cpu_count() or 1)
+
+    def begin(self, calls: Iterable[Call]) -> Iterator[Call]:
+        """The calls in their order, each as soon as it is compiled. They may run then, also those
+        whose arguments were given away in the meantime: only their shapes are looked at here."""
+        begun = [(call, self._pool.submit(self._compile, call)) for call in calls]
+
+        def finished() -> Iterator[Call]:
+            for call, compiled in begun:
+                compiled.result()
+                yield call
+
+        return finished()
+
+    def _compile(self, call: Call) -> None:
+        with self._context():
             call.compile()
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        list(pool.map(compile_one, calls))
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)

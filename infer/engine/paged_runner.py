@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from infer.batch import Runnable
-from infer.engine import paged_steps, placement, steps
+from infer.engine import paged_steps, placement
 from infer.engine.ahead import Call
 from infer.engine.options import EngineOptions
 from infer.engine.runner import Placed, Runner
@@ -60,6 +60,9 @@ class PagedRunner(Runner):
             "parts": self._parts,
             **self._shared,
         }
+
+    def _store_calls(self) -> list[Call]:
+        return self._memory_calls()
 
     def _warm_up_store(self) -> None:
         self.keep(0, self.scratch_blocks[:1])
@@ -127,8 +130,7 @@ class PagedRunner(Runner):
 
     def move_slot(self, source: int, target: int, with_memory: bool) -> None:
         if with_memory:
-            pair = np.int32(source), np.int32(target)
-            self._memory = steps.copy_memory(self._memory, *pair)
+            self._memory = self._copy_memory_call(source, target).run()
 
     def read_out(self, choice: Choice) -> int:
         """The number under which `keep` keeps it."""

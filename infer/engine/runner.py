@@ -6,9 +6,11 @@ few rows are filled up to eight tokens: they cost little, because a small step t
 reading the weights.
 """
 
+import collections
 import dataclasses
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ import numpy as np
 from infer.batch import Runnable
 from infer.engine import steps
 from infer.engine.adapters import AdapterStack
-from infer.engine.ahead import Call, compile_all
+from infer.engine.ahead import Call, Compiler
 from infer.engine.options import EngineOptions
 from infer.engine.scheduler import Choice
 from infer.engine.step import Step
@@ -151,43 +153,62 @@ class Runner:
         self._columns = {}
 
     def _allocate(self, num_slots: int) -> None:
-        """Room for keys and values."""
+        """Room for keys and values. Most of the time goes into memory that is touched first."""
         config = self.model.config
-        self._cache = steps.new_cache(
-            config, num_slots=num_slots, capacity=self.capacity, dtype=self._dtype
-        )
-        self._blocks = steps.new_blocks(
-            config,
-            num_blocks=self._num_blocks,
-            block_size=self.options.block_size,
-            dtype=self._dtype,
-        )
+        with ThreadPoolExecutor(2) as pool:
+            cache = pool.submit(
+                steps.new_cache,
+                config,
+                num_slots=num_slots,
+                capacity=self.capacity,
+                dtype=self._dtype,
+            )
+            self._blocks = steps.new_blocks(
+                config,
+                num_blocks=self._num_blocks,
+                block_size=self.options.block_size,
+                dtype=self._dtype,
+            )
+            self._cache = cache.result()
 
     def warm_up(self) -> None:
-        """Compiles every step in every shape, and runs it once, on nothing that matters."""
-        slot = self.scratch_slot
-        pieces = [
-            self._piece_call(slot, self.scratch_blocks, *_piece([0] * shape, 0, shape))
-            for shape in self.piece_shapes
-        ]
-        shapes = [(rows, length) for rows in self.row_shapes for length in self.lengths(rows)]
-        self._compile(pieces + [self._tokens_call(*shape, {}, [-1] * shape[0]) for shape in shapes])
-        calls = []
-        for piece in self.piece_shapes:
-            self.read(slot, self.scratch_blocks, [0] * piece, 0, piece)
-            calls += [self._score_call([0] * piece), self._logits_at_call(0)]
-        self._compile(calls)
-        first = [call.run() for call in calls][-1]
-        all_logits = [first, *(self._logits(*shape, {}, [-1] * shape[0]) for shape in shapes)]
-        choosing = [self._filler(logits, needs) for logits in all_logits for needs in _VARIANTS]
-        self._compile(self._take_call(*each) for each in choosing)
-        for each in choosing:
-            self._take(*each)
+        """Compiles every step in every shape, and runs it once, on nothing that matters.
+
+        Nothing here waits for a result: steps run while others are compiled.
+        """
+        slot, shapes = self.scratch_slot, self.step_shapes()
+        with Compiler(self.model.context) as compiler:
+            steps_made = compiler.begin(
+                [
+                    *(
+                        self._piece_call(slot, self.scratch_blocks, *_piece([0] * piece, 0, piece))
+                        for piece in self.piece_shapes
+                    ),
+                    *(self._tokens_call(*shape, {}, [-1] * shape[0]) for shape in shapes),
+                    *self._store_calls(),
+                ]
+            )
+            calls = []
+            for piece, _ in zip(self.piece_shapes, steps_made, strict=False):
+                self._read(slot, self.scratch_blocks, [0] * piece, 0, piece)
+                calls += [self._score_call([0] * piece), self._logits_at_call(0)]
+            after_pieces = compiler.begin(calls)
+            all_logits = [
+                self._logits(*shape, {}, [-1] * shape[0])
+                for shape, _ in zip(shapes, steps_made, strict=False)
+            ]
+            all_logits.append([call.run() for call in after_pieces][-1])
+            choosing = [self._filler(logits, needs) for logits in all_logits for needs in _VARIANTS]
+            chosen = compiler.begin([self._take_call(*each) for each in choosing])
+            for each, _ in zip(choosing, chosen, strict=True):
+                self._take(*each)
+            collections.deque(steps_made, maxlen=0)
         self._warm_up_store()
         self.remember_tokens(slot, [0], 1, {})
 
-    def _compile(self, calls: Iterable[Call]) -> None:
-        compile_all(calls, self.model.context)
+    def step_shapes(self) -> list[tuple[int, int]]:
+        """Rows, and tokens a row, of the steps in which rows take a token."""
+        return [(rows, length) for rows in self.row_shapes for length in self.lengths(rows)]
 
     def _filler(self, logits: jax.Array, needs: Needs) -> tuple[Any, ...]:
         """What `_take` needs for choices that are nobody's."""
@@ -195,6 +216,24 @@ class Runner:
         zeros = [0] * count
         columns = _columns([_FILLER] * count, zeros, zeros, self.model.config.vocab_size)
         return logits, [self._nowhere] * count, None, columns, zeros, needs
+
+    def _store_calls(self) -> list[Call]:
+        """What moves keys, values and memory."""
+        slot = self.scratch_slot
+        content = jax.eval_shape(slot_cache.read_slot, self._cache, np.int32(slot))
+        return [
+            self._save_call(slot, [0], 0, 1),
+            self._load_call(slot, [0]),
+            self._clear_call(slot),
+            self._copy_call(slot, slot),
+            self._read_out_call(slot),
+            self._write_call(slot, content),
+            *self._memory_calls(),
+        ]
+
+    def _memory_calls(self) -> list[Call]:
+        slot = self.scratch_slot
+        return [self._copy_memory_call(slot, slot), self._remember_call(slot, [0], 1, {})]
 
     def _warm_up_store(self) -> None:
         slot = self.scratch_slot
@@ -214,8 +253,10 @@ class Runner:
             return
         tokens = [(7 * n + 3) % self.model.config.vocab_size for n in range(self.piece_shapes[0])]
         self.read(self.scratch_slot, self.scratch_blocks, tokens, 0, self.piece_shapes[0])
+        blocks = range(min(-(-len(tokens) // self.options.block_size), self._num_blocks))
+        self.save_blocks(self.scratch_slot, blocks, 0, len(blocks))
         for slot in range(self.row_shapes[-1]):
-            self.move_slot(self.scratch_slot, slot, False)
+            self.load_blocks(slot, blocks)
         results = {
             rows: [self._trial(rows, n, len(tokens)) for n in self.lengths(rows)]
             for rows in self.row_shapes
@@ -261,9 +302,21 @@ class Runner:
     ) -> np.ndarray:
         """Runs tokens of a slot, whose blocks are `blocks`, from position `begin` on; the sum of
         their states [D]. `score` and `first_token` are about the piece that was read last."""
+        return np.asarray(jax.device_get(self._read(slot, blocks, tokens, begin, shape, adapter)))
+
+    def _read(
+        self,
+        slot: int,
+        blocks: Sequence[int],
+        tokens: Sequence[int],
+        begin: int,
+        shape: int,
+        adapter: int = -1,
+    ) -> jax.Array:
+        """`read` that does not wait."""
         piece = _piece(tokens, begin, shape, adapter)
         self._cache, self.hidden, total = self._piece_call(slot, blocks, *piece).run()
-        return np.asarray(jax.device_get(total))
+        return total
 
     def _piece_call(
         self, slot: int, blocks: Sequence[int], tokens: np.ndarray, *numbers: np.int32
@@ -482,19 +535,19 @@ class Runner:
 
     def load_blocks(self, slot: int, ids: Sequence[int]) -> None:
         """Fills the beginning of a slot."""
-        padded, count = self._padded(ids), np.int32(len(ids))
-        self._cache = steps.load_blocks(self._cache, self._blocks, np.int32(slot), padded, count)
+        self._cache = self._load_call(slot, ids).run()
+
+    def _load_call(self, slot: int, ids: Sequence[int]) -> Call:
+        where = np.int32(slot), self._padded(ids), np.int32(len(ids))
+        return Call(steps.load_blocks, (self._cache, self._blocks, *where))
 
     def save_blocks(self, slot: int, ids: Sequence[int], begin: int, end: int) -> None:
         """Keeps blocks number begin to end - 1 of a slot, whose blocks are `ids`."""
-        self._blocks = steps.save_blocks(
-            self._blocks,
-            self._cache,
-            np.int32(slot),
-            self._padded(ids),
-            np.int32(begin),
-            np.int32(end),
-        )
+        self._blocks = self._save_call(slot, ids, begin, end).run()
+
+    def _save_call(self, slot: int, ids: Sequence[int], begin: int, end: int) -> Call:
+        where = np.int32(slot), self._padded(ids), np.int32(begin), np.int32(end)
+        return Call(steps.save_blocks, (self._blocks, self._cache, *where))
 
     def _padded(self, ids: Sequence[int]) -> np.ndarray:
         padded = np.zeros(-(-self.capacity // self.options.block_size), np.int32)
@@ -508,10 +561,15 @@ class Runner:
 
     def move_slot(self, source: int, target: int, with_memory: bool) -> None:
         """with_memory: what it remembers of its tokens, too."""
-        pair = np.int32(source), np.int32(target)
-        self._cache = steps.copy_slot(self._cache, *pair)
+        self._cache = self._copy_call(source, target).run()
         if with_memory:
-            self._memory = steps.copy_memory(self._memory, *pair)
+            self._memory = self._copy_memory_call(source, target).run()
+
+    def _copy_call(self, source: int, target: int) -> Call:
+        return Call(steps.copy_slot, (self._cache, np.int32(source), np.int32(target)))
+
+    def _copy_memory_call(self, source: int, target: int) -> Call:
+        return Call(steps.copy_memory, (self._memory, np.int32(source), np.int32(target)))
 
     def read_out(self, choice: Choice) -> Any:
         """What a choice has computed, on the host, for `put_back`."""
@@ -520,8 +578,11 @@ class Runner:
 
     def _read_out(self, slot: int, num_tokens: int) -> list[tuple[Any, Any]]:
         """Keys and values of a slot's first positions, on the host."""
-        content = jax.device_get(steps.read_slot(self._cache, np.int32(slot)))
+        content = jax.device_get(self._read_out_call(slot).run())
         return slot_cache.cut_content(content, num_tokens)
+
+    def _read_out_call(self, slot: int) -> Call:
+        return Call(steps.read_slot, (self._cache, np.int32(slot)))
 
     def put_back(self, choice: Choice) -> None:
         """What a preempted choice had goes into its new slot."""
@@ -536,12 +597,18 @@ class Runner:
 
     def _write(self, slot: int, content: list[tuple[Any, Any]]) -> None:
         whole = slot_cache.fill_content(content, self._cache.capacity)
-        self._cache = steps.write_slot(self._cache, np.int32(slot), whole)
+        self._cache = self._write_call(slot, whole).run()
+
+    def _write_call(self, slot: int, whole: Any) -> Call:
+        return Call(steps.write_slot, (self._cache, np.int32(slot), whole))
 
     def clear(self, slot: int) -> None:
         """Zeros, after numbers that are not finite: those would reach whoever comes next, because
         0 times NaN is NaN."""
-        self._cache = steps.clear_slot(self._cache, np.int32(slot))
+        self._cache = self._clear_call(slot).run()
+
+    def _clear_call(self, slot: int) -> Call:
+        return Call(steps.clear_slot, (self._cache, np.int32(slot)))
 
     def remember(self, choice: Choice) -> None:
         """Begins or renews what a slot remembers of its tokens, where that matters."""
@@ -554,19 +621,18 @@ class Runner:
         self, slot: int, tokens: Sequence[int], num_prompt: int, biases: Mapping[int, float]
     ) -> None:
         """Begins a slot's memory with a prompt's tokens and those of its answer so far."""
+        self._memory = self._remember_call(slot, tokens, num_prompt, biases).run()
+
+    def _remember_call(
+        self, slot: int, tokens: Sequence[int], num_prompt: int, biases: Mapping[int, float]
+    ) -> Call:
         padded = np.zeros(self.capacity, np.int32)
         padded[: len(tokens)] = tokens
         bias = np.zeros(self.model.config.vocab_size, np.float32)
         for token, value in biases.items():
             bias[token] = -np.inf if value <= -100 else value
-        self._memory = steps.remember(
-            self._memory,
-            np.int32(slot),
-            padded,
-            np.int32(num_prompt),
-            np.int32(len(tokens)),
-            bias,
-        )
+        counts = np.int32(num_prompt), np.int32(len(tokens))
+        return Call(steps.remember, (self._memory, np.int32(slot), padded, *counts, bias))
 
     @property
     def _nowhere(self) -> int:

@@ -1,5 +1,5 @@
 """Groups of arrays in folders, written while the program goes on. The only file that knows orbax
-and the store beneath it.
+and the store beneath it. Orbax is imported where it is used: it takes as long as reading a model.
 
 Every process writes the parts of arrays that lie on its devices, once each; process 0 joins them.
 """
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 from etils import epath  # the kind of path that orbax wants
 
@@ -28,6 +27,8 @@ class ArrayWriter:
     """
 
     def __init__(self, folder: Path, arrays: Mapping[str, Any]):
+        import orbax.checkpoint as ocp
+
         self._folder = epath.Path(folder.absolute())
         self._handler = ocp.PyTreeCheckpointHandler()
         args = ocp.args.PyTreeSave(dict(arrays))
@@ -121,6 +122,8 @@ def read_group(
 ) -> dict[str, Any]:
     """The `wanted` arrays of a group, each straight to the place its shape struct names; a process
     reads what its devices hold."""
+    import orbax.checkpoint as ocp
+
     if not wanted:
         return {}
     for path, struct in wanted.items():

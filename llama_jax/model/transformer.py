@@ -242,10 +242,11 @@ class Llama(nnx.Module):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nnx.Param(params["lm_head"]["weight"])
         layers = params["layers"]
-        self.layers: DecoderLayer | nnx.List[DecoderLayer] = (
+        # Modules of unrolled layers are made where they run, one for all layers of one form.
+        self.layers: DecoderLayer | tuple[Params, ...] = (
             DecoderLayer(config, compute, layers)
             if isinstance(layers, dict)
-            else nnx.List([DecoderLayer(config, compute, layer) for layer in layers])
+            else nnx.data(tuple(layers))
         )
 
     def __call__(self, tokens: Int[Array, "B T"], **kwargs: Any) -> Float[Array, "B T V"]:
@@ -277,14 +278,14 @@ class Llama(nnx.Module):
         if cache is None:
             context = _context(self.config, tokens, positions, segment_ids, rules)
         elif isinstance(cache, SlotCache):
-            if not isinstance(self.layers, nnx.List):
+            if not isinstance(self.layers, tuple):
                 raise ValueError("a cache of slots wants unrolled layers; call unstack_layers")
             context = _slot_context(self.config, tokens, cache)
         elif positions is None:
             context, cache = _cached_context(self.config, tokens, segment_ids, cache, visible)
         else:
             raise ValueError("positions follow from the cache; pass only one of the two")
-        if isinstance(self.layers, nnx.List):
+        if isinstance(self.layers, tuple):
             x, layers, stats = self._unrolled(x, context, cache)
         elif cache is None:
             first = x
@@ -302,19 +303,16 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         weight = self.embed_tokens if self.lm_head is None else self.lm_head
-        wide = dot(hidden, weight.get_value(), compute=self.compute, keep_accumulator=True)
-        axes = ("batch", "length", "vocab") if wide.ndim == 3 else ("batch", "vocab")
-        return constrain(wide.astype(jnp.float32), axes, self.compute.rules)
+        return _logits(weight.get_value(), hidden, self.compute)
 
     def _unrolled(
         self, x: jax.Array, context: Context, cache: kv.KVCache | SlotCache | None
     ) -> Any:
-        assert isinstance(self.layers, nnx.List)
+        assert isinstance(self.layers, tuple)
         keys, values, total = [], [], None
         for index, layer in enumerate(self.layers):
-            graph, state = nnx.split(layer)
             held = None if cache is None else (cache.keys[index], cache.values[index])
-            x, held, stats = _run_layer(graph, self.compute, state, x, context, held)
+            x, held, stats = _run_layer(self.config, self.compute, layer, x, context, held)
             if held is not None:
                 keys.append(held[0])
                 values.append(held[1])
@@ -326,9 +324,9 @@ class Llama(nnx.Module):
         self, x: jax.Array, context: Context, cache: PagedCache
     ) -> tuple[jax.Array, PagedCache]:
         """The layers hand the pages on from one to the next, so that they are updated in place."""
-        if isinstance(self.layers, nnx.List):
+        if isinstance(self.layers, tuple):
             for layer in self.layers:
-                x, cache, _ = layer(x, context, cache)
+                x, cache, _ = _run_layer(self.config, self.compute, layer, x, context, cache)
             return x, dataclasses.replace(cache, layer=jnp.int32(0))
         graph, stacked = nnx.split(self.layers)
 
@@ -341,6 +339,7 @@ class Llama(nnx.Module):
 
     def _scanned(self, x: jax.Array, context: Context, keep_layers: bool) -> Any:
         config, compute = self.config, self.compute
+        assert isinstance(self.layers, DecoderLayer)
         graph, stacked = nnx.split(self.layers)
 
         def layer(state: Any, x: jax.Array, context: Context) -> Any:
@@ -356,6 +355,7 @@ class Llama(nnx.Module):
         return x, layers, jax.tree.map(lambda each: each.sum(axis=0), stats)
 
     def _scanned_cached(self, x: jax.Array, context: Context, cache: kv.KVCache) -> Any:
+        assert isinstance(self.layers, DecoderLayer)
         graph, stacked = nnx.split(self.layers)
 
         # The cache is carried, not scanned over, so that it is updated in place.
@@ -378,12 +378,23 @@ class Llama(nnx.Module):
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _run_layer(
-    graph: Any, compute: Compute, state: Any, x: jax.Array, context: Context, held: Any
+    config: ModelConfig,
+    compute: Compute,
+    params: Params,
+    x: jax.Array,
+    context: Context,
+    held: LayerCache,
 ) -> Any:
     """One of unrolled layers. Jitted for itself so that layers of one form are traced and lowered
     once, which is most of the time of a start; XLA puts them in line again."""
-    run = _rematerialized(lambda s, x, c, h: nnx.merge(graph, s)(x, c, h), compute)
-    return run(state, x, context, held)
+    run = _rematerialized(lambda p, *rest: DecoderLayer(config, compute, p)(*rest), compute)
+    return run(params, x, context, held)
+
+
+def _logits(weight: Leaf, hidden: jax.Array, compute: Compute) -> jax.Array:
+    wide = dot(hidden, weight, compute=compute, keep_accumulator=True)
+    axes = ("batch", "length", "vocab") if wide.ndim == 3 else ("batch", "vocab")
+    return constrain(wide.astype(jnp.float32), axes, compute.rules)
 
 
 def _gathered(config: ModelConfig, compute: Compute, layer: Any) -> Any:
@@ -583,7 +594,7 @@ def logits(
 ) -> Float[Array, "*B V"]:
     """Float32 logits of normed hidden states."""
     compute = _fitting(compute, hidden.shape[-2] if hidden.ndim > 2 else 1)
-    return Llama(config, params, compute=compute).logits(hidden)
+    return _logits(head_weight(config, params), hidden, compute)
 
 
 def forward(

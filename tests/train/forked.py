@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 
+import orbax.checkpoint  # is imported only where it is used
 import train.loop
 from llama_jax.cli import main
 

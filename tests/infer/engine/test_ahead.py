@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from infer.engine.ahead import Call, compile_all
+from infer.engine.ahead import Call, Compiler
 
 
 def test_what_was_compiled_ahead_is_not_compiled_again():
     compiled = []
     step = jax.jit(lambda x, y: x * 2 + y)
-    calls = [Call(step, (jnp.zeros(size), np.float32(0)), {}) for size in (3, 5, 7)]
-    compile_all(calls, contextlib.nullcontext)
+    calls = [Call(step, (jnp.zeros(size), np.float32(0))) for size in (3, 5, 7)]
+    with Compiler(contextlib.nullcontext) as compiler:
+        assert list(compiler.begin(calls)) == calls
 
     def listen(event, seconds, **_):
         if event.endswith("backend_compile_duration"):
@@ -47,11 +48,23 @@ def test_every_thread_has_the_context():
         def compile(self):
             assert here.inside
 
-    compile_all([Call(Step(), (), {})] * 4, context)
+    with Compiler(context) as compiler:
+        assert len(list(compiler.begin([Call(Step(), ())] * 4))) == 4
+
+
+def test_a_call_is_compiled_whose_argument_was_given_away():
+    give = jax.jit(lambda x: x + 1, donate_argnums=0)
+    twice = jax.jit(lambda x: x * 2)
+    x = jnp.arange(3.0)
+    call = Call(twice, (x,))
+    y = give(x)
+    assert x.is_deleted()
+    with Compiler(contextlib.nullcontext) as compiler:
+        assert list(compiler.begin([call])) == [call]
+    np.testing.assert_array_equal(twice(y), [2, 4, 6])
 
 
 def test_an_error_reaches_the_caller():
-    with pytest.raises(TypeError, match="shapes"):
-        compile_all(
-            [Call(jax.jit(jnp.add), (jnp.zeros(2), jnp.zeros(3)), {})], contextlib.nullcontext
-        )
+    call = Call(jax.jit(jnp.add), (jnp.zeros(2), jnp.zeros(3)))
+    with Compiler(contextlib.nullcontext) as compiler, pytest.raises(TypeError, match="shapes"):
+        list(compiler.begin([call]))
