@@ -1,5 +1,6 @@
 """What a run ran on, for its report: devices, processes, versions."""
 
+import functools
 import platform
 from collections import Counter
 from importlib import metadata
@@ -23,9 +24,16 @@ def describe(mesh: Mesh) -> dict[str, str]:
         "llama-jax": __version__,
         "Python": platform.python_version(),
     }
+    return {**facts, **_versions()}
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    """Looked up once: a report is written with every checkpoint, and its files are many."""
+    found = {}
     for name in _PACKAGES:
         try:
-            facts[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return facts
+    return found

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +23,8 @@ from llama_jax.weights.quantize import quantize
 from llama_jax.weights.select import trainable_mask
 from tests.tiny import FAMILIES, tiny_params
 from tests.train.tiny_data import byte_tokenizer
+
+pytestmark = pytest.mark.compiled_quickly
 
 CONFIG = FAMILIES["llama-gqa"]
 
@@ -414,25 +415,6 @@ def test_set_aside_finds_a_free_name(root, training):
     training.save(root, 3)
     assert checkpoint.set_aside(root, 3).name == "step_00000003.damaged-1"
     assert checkpoint.list_steps(root) == []
-
-
-def test_r62_a_checkpoint_of_the_first_release_is_read():
-    """`data/checkpoint_v1` was written before saves went to the background, through another API
-    of orbax; it holds what this says."""
-    folder = Path(__file__).parent / "data" / "checkpoint_v1" / "step_00000003"
-    config, params = checkpoint.load_model(folder)
-    assert config.hidden_size == 8 and checkpoint.read_abstract(folder)[0] == config
-    plain = tiny_params(config)
-    lora = add_lora(config, plain, LoraConfig(r=2), jax.random.key(0))
-    same(params, lora)
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    optimizer = {"moments": {"a": jnp.arange(6.0)}, "step": jnp.int32(3)}
-    wanted = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), (params, optimizer)
-    )
-    restored = checkpoint.restore_train_state(folder, params=wanted[0], optimizer=wanted[1])
-    same(restored[:2], (params, optimizer))
-    assert restored[2] == {"data": {"next_index": 3}, "counters": {}, "step": 3}
 
 
 KILLED = """

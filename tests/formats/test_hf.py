@@ -27,6 +27,8 @@ from llama_jax.weights.tensors import LoraTensor, SavedTensor, to_array
 from tests.reference import reference_logits, reference_model
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

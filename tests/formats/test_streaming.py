@@ -19,6 +19,8 @@ from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import is_quantized
 from tests.tiny import FAMILIES, tiny_params
 
+pytestmark = pytest.mark.compiled_quickly
+
 HOW = Quantization("nf4", tile=16, double=True)
 
 

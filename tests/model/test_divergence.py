@@ -13,6 +13,8 @@ from llama_jax.model.divergence import (
     top_log_probs,
 )
 
+pytestmark = pytest.mark.compiled_quickly
+
 KINDS = ("forward_kl", "reverse_kl", "jensen_shannon")
 
 

@@ -11,6 +11,8 @@ from llama_jax.model.cache import init_cache
 from llama_jax.model.rounded import as_held, empty, token_bytes
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 def test_no_number_is_further_than_a_254th_of_its_heads_largest():
     rng = np.random.default_rng(0)

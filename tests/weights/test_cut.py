@@ -18,6 +18,8 @@ from llama_jax.weights.quantize import quantize
 from llama_jax.weights.table import abstract_params
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 FOUR = tiny_config(num_hidden_layers=4, attention_bias=True, mlp_bias=True)
 
 

@@ -15,6 +15,8 @@ from llama_jax.weights.tensors import to_array
 from tests.adapters import trained
 from tests.tiny import tiny_config, tiny_params, tiny_tokens
 
+pytestmark = pytest.mark.compiled_quickly
+
 CONFIG = tiny_config()
 PARAMS = tiny_params(CONFIG)
 UP = "layers.mlp.up_proj.weight"

@@ -31,6 +31,8 @@ from tests.infer.server.running import byte_tokenizer
 from tests.tiny import FAMILIES, tiny_params
 from tests.train.command import free_port
 
+pytestmark = pytest.mark.compiled_quickly
+
 ROOT = Path(__file__).parents[3]
 SECONDS = 240
 # Small enough that two long answers do not fit together.

@@ -19,6 +19,8 @@ from llama_jax.load import load
 from tests.infer.server.running import byte_tokenizer, running, until
 from tests.tiny import FAMILIES, tiny_params
 
+pytestmark = pytest.mark.compiled_quickly
+
 NPM = Path(__file__).parent / "npm"
 KEY = "a-key-for-npm"
 

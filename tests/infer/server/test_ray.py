@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.compiled_quickly
+
 SCRIPT = Path(__file__).parent / "ray_kill.py"
 ROOT = SCRIPT.parents[3]
 
