@@ -13,6 +13,12 @@ WHERE = ["--project", "my-project", "--zone", "us-west4-a"]
 CONFIG = ["tiny-lora-cpu.yaml", "output=gs://bucket/runs/a"]
 
 
+@pytest.fixture(autouse=True)
+def no_long_pauses(monkeypatch):
+    """Between two looks at a cloud that answers at once."""
+    monkeypatch.setattr("train.launch.tpu_vm._POLL_SECONDS", 0.1)
+
+
 def launch(capsys, *words, code=0):
     assert cli.main(["launch", *words]) == code
     return capsys.readouterr()
