@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import LogicalRules
+from llama_jax.kernels.few_rows import FEW_TOKENS, few_rows_product, many_rows_product
 from llama_jax.mesh.sharding import mesh_axes, partition_spec
 
 # A page that belongs to nobody: what is written there is dropped, what is read is never looked at.
@@ -192,9 +193,13 @@ def _reference(
     held = jnp.where(seen[:, -1, :, None, None, None], held, 0)
     if sliding_window is not None:
         seen &= places > positions[:, :, None] - sliding_window
-    query = query.reshape(batch, length, kv_heads, heads // kv_heads, size).astype(pages.dtype)
-    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = product("btkgh,bskh->bkgts", query, held[:, :, :, 0]) * size**-0.5
-    weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, _MASKED), axis=-1)
-    mixed = product("bkgts,bskh->btkgh", weights.astype(pages.dtype), held[:, :, :, 1])
-    return mixed.reshape(batch, length, heads, size).astype(query.dtype)
+    keys, values = held[:, :, :, 0].transpose(0, 2, 3, 1), held[:, :, :, 1].transpose(0, 2, 1, 3)
+    groups = heads // kv_heads
+    folded = query.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
+    folded = folded.reshape(batch, kv_heads, groups * length, size).astype(pages.dtype)
+    multiply = few_rows_product if length <= FEW_TOKENS else many_rows_product
+    seen = jnp.tile(seen, (1, groups, 1))[:, None]  # of the folded queries
+    scores = jnp.where(seen, multiply(folded, keys) * size**-0.5, _MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(pages.dtype)
+    mixed = multiply(weights, values).reshape(batch, kv_heads, groups, length, size)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from llama_jax.kernels.few_rows import few_rows_product, many_rows_product
 from llama_jax.model.rounded import Held, Rounded, scaled, unscaled
 
 # Finite, so that a row with nothing to see stays finite; added nowhere, only selected, because two
@@ -94,17 +95,3 @@ def _attend(query: jax.Array, key: Held, value: Held, mask: jax.Array) -> jax.Ar
     mixed = multiply(weights, unscaled(value, dtype))
     mixed = mixed.astype(dtype).reshape(batch, kv_heads, groups, length, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, size)
-
-
-def many_rows_product(left: Float[Array, "B K m c"], right: Float[Array, "B K c n"]) -> jax.Array:
-    return jnp.einsum("bkmc,bkcn->bkmn", left, right, preferred_element_type=jnp.float32)
-
-
-def few_rows_product(left: Float[Array, "B K m c"], right: Float[Array, "B K c n"]) -> jax.Array:
-    """The same for a decoding step's one query per head: bound by reading `right` once.
-
-    XLA's CPU backend runs many tiny products slowly; multiply-and-sum over the second-to-last
-    dimension becomes one vectorized pass (2.7 times faster at batch 32).
-    """
-    wide = left.astype(jnp.float32)[..., None] * right.astype(jnp.float32)[:, :, None]
-    return wide.sum(axis=3)

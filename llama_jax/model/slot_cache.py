@@ -18,13 +18,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import ModelConfig
-from llama_jax.model.attention import MASKED, few_rows_product, many_rows_product
+from llama_jax.kernels.few_rows import FEW_TOKENS, few_rows_product, many_rows_product
+from llama_jax.model.attention import MASKED
 from llama_jax.model.rounded import Held, as_held, empty, scaled, unscaled
 
 TILE = 256
-
-# Up to this many tokens a row, a step's products are bound by reading the cache.
-FEW_TOKENS = 8
 
 # Rows whose tiles are read together. On a CPU a tile is copied before it is used: those of eight
 # rows stay in its caches, those of 32 take twice the time.
