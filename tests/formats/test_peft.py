@@ -125,8 +125,15 @@ def test_both_ways_with_peft(case, tmp_path):
         assert not report.unexpected_keys
         assert not [key for key in report.missing_keys if "again" in key]
     assert settings(tmp_path / "ours")["use_rslora"] == bool(options.get("use_rslora"))
-    again = forward(config, load_adapter(tmp_path / "ours", config, params))
-    np.testing.assert_array_equal(again, got)
+    again = load_adapter(tmp_path / "ours", config, params)
+    for before, after in zip(jax.tree.leaves(loaded), jax.tree.leaves(again), strict=True):
+        # Experts and their router are written with one rank: the smaller are filled up with zeros.
+        more = [(0, b - a) for a, b in zip(before.shape, after.shape, strict=True)]
+        assert case == "experts" or before.shape == after.shape
+        np.testing.assert_array_equal(after, np.pad(before, more) if more else before)
+    # A sum over more zeros may be taken in another order.
+    tolerance = 2e-6 if case == "experts" else 0
+    np.testing.assert_allclose(forward(config, again), got, rtol=0, atol=tolerance)
 
 
 def test_names_shapes_and_settings_of_an_export(tmp_path):

@@ -10,13 +10,15 @@ import os
 import sys
 import threading
 
-import orbax.checkpoint  # is imported only where it is used
+import orbax.checkpoint
+
 import train.loop
 from llama_jax.cli import main
 
 
 def serve() -> None:
-    assert train.loop.jax and threading.active_count() == 1
+    assert train.loop.jax and orbax.checkpoint  # imported before the forks, which all need them
+    assert threading.active_count() == 1
     assert len(os.listdir("/proc/self/task")) == 1, "a thread runs already; a fork would lose it"
     for line in sys.stdin:
         process = os.fork()
