@@ -29,7 +29,8 @@ class Call:
 
 
 class Compiler(AbstractContextManager["Compiler"]):
-    """Compiles calls in threads of its own while the caller goes on; at its end all are done.
+    """Compiles calls in threads of its own while the caller goes on. At its end what has not begun
+    is dropped: wait for what `begin` gives.
 
     context: of a mesh; such belong to one thread.
     """

@@ -76,11 +76,7 @@ class AbstractEngine:
 
     def all(self) -> list[StepShape]:
         pieces = [StepShape("prefill", 1, shape) for shape in self.runner.piece_shapes]
-        decoding = [
-            StepShape("decode", rows, length)
-            for rows in self.runner.row_shapes
-            for length in self.runner.lengths(rows)
-        ]
+        decoding = [StepShape("decode", *shape) for shape in self.runner.step_shapes()]
         return [*pieces, *decoding, self.largest()[-1]]
 
     def trace(self, shape: StepShape) -> TracedStep:
