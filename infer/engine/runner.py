@@ -49,6 +49,8 @@ _FILLER = SamplingParams(temperature=0)
 
 # Of a row: the position of its first token in the step, its tokens there, and its blocks.
 Placed = tuple[int, Sequence[int], Sequence[int]]
+# What `_piece` makes of a piece of a prompt.
+Piece = tuple[np.ndarray, np.int32, np.int32, np.int32]
 
 
 @dataclass(frozen=True)
@@ -176,22 +178,20 @@ class Runner:
 
         Nothing here waits for a result: steps run while others are compiled.
         """
-        slot, shapes = self.scratch_slot, self.step_shapes()
+        slot, blocks, shapes = self.scratch_slot, self.scratch_blocks, self.step_shapes()
+        pieces = [_piece([0] * shape, 0, shape) for shape in self.piece_shapes]
         with Compiler(self.model.context) as compiler:
             steps_made = compiler.begin(
                 [
-                    *(
-                        self._piece_call(slot, self.scratch_blocks, *_piece([0] * piece, 0, piece))
-                        for piece in self.piece_shapes
-                    ),
+                    *(self._piece_call(slot, blocks, *piece) for piece in pieces),
                     *(self._tokens_call(*shape, {}, [-1] * shape[0]) for shape in shapes),
                     *self._store_calls(),
                 ]
             )
             calls = []
-            for piece, _ in zip(self.piece_shapes, steps_made, strict=False):
-                self._read(slot, self.scratch_blocks, [0] * piece, 0, piece)
-                calls += [self._score_call([0] * piece), self._logits_at_call(0)]
+            for piece, _ in zip(pieces, steps_made, strict=False):
+                self._run_piece(slot, blocks, piece)
+                calls += [self._score_call(piece[0]), self._logits_at_call(0)]
             after_pieces = compiler.begin(calls)
             all_logits = [
                 self._logits(*shape, {}, [-1] * shape[0])
@@ -302,19 +302,11 @@ class Runner:
     ) -> np.ndarray:
         """Runs tokens of a slot, whose blocks are `blocks`, from position `begin` on; the sum of
         their states [D]. `score` and `first_token` are about the piece that was read last."""
-        return np.asarray(jax.device_get(self._read(slot, blocks, tokens, begin, shape, adapter)))
-
-    def _read(
-        self,
-        slot: int,
-        blocks: Sequence[int],
-        tokens: Sequence[int],
-        begin: int,
-        shape: int,
-        adapter: int = -1,
-    ) -> jax.Array:
-        """`read` that does not wait."""
         piece = _piece(tokens, begin, shape, adapter)
+        return np.asarray(jax.device_get(self._run_piece(slot, blocks, piece)))
+
+    def _run_piece(self, slot: int, blocks: Sequence[int], piece: Piece) -> jax.Array:
+        """`read` that does not wait."""
         self._cache, self.hidden, total = self._piece_call(slot, blocks, *piece).run()
         return total
 
@@ -335,7 +327,7 @@ class Runner:
         scored = self._score_call(following).run()
         return [np.asarray(each) for each in jax.device_get(scored)]
 
-    def _score_call(self, following: Sequence[int]) -> Call:
+    def _score_call(self, following: Sequence[int] | np.ndarray) -> Call:
         targets = np.zeros(self.hidden.shape[0], np.int32)
         targets[: len(following)] = following
         return Call(
@@ -645,9 +637,7 @@ class Runner:
         return choice.slot if choice.row.params.edits_logits else self._nowhere
 
 
-def _piece(
-    tokens: Sequence[int], begin: int, shape: int, adapter: int = -1
-) -> tuple[np.ndarray, np.int32, np.int32, np.int32]:
+def _piece(tokens: Sequence[int], begin: int, shape: int, adapter: int = -1) -> Piece:
     """Tokens filled up to `shape`, where they begin, how many are real, and their adapter."""
     padded = np.zeros(shape, np.int32)
     padded[: len(tokens)] = tokens

@@ -131,8 +131,8 @@ def test_both_ways_with_peft(case, tmp_path):
         more = [(0, b - a) for a, b in zip(before.shape, after.shape, strict=True)]
         assert case == "experts" or before.shape == after.shape
         np.testing.assert_array_equal(after, np.pad(before, more) if more else before)
-    # A sum over more zeros may be taken in another order.
-    tolerance = 2e-6 if case == "experts" else 0
+    # Newer XLA takes a sum over more zeros in another order.
+    tolerance = 2e-6 if case == "experts" and jax.__version_info__ >= (0, 11) else 0
     np.testing.assert_allclose(forward(config, again), got, rtol=0, atol=tolerance)
 
 
