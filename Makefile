@@ -20,7 +20,7 @@ demo: $(VENV)/.demo-installed
 test: lint
 	cache=$$(mktemp -d) && trap 'rm -rf "$$cache"' EXIT INT TERM && \
 	JAX_COMPILATION_CACHE_DIR="$$cache" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.05 \
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .

@@ -555,6 +555,7 @@ def test_generated_files_give_transformers_the_same_ids(tmp_path: Path, kind: st
 # GGUF
 
 
+@pytest.mark.slow
 def test_smollm2_gguf_ids_equal_transformers(
     smollm2_file: Path, smollm2_fields: dict, tmp_path: Path
 ) -> None:

@@ -46,6 +46,7 @@ def small():
     return fitted()
 
 
+@pytest.mark.slow
 def test_every_step_is_compiled_and_what_stays_is_counted(small):
     report = small.to_dict()
     assert report["fits"] and report["missing_bytes_per_chip"] == 0 and report["advice"] == []
@@ -93,6 +94,7 @@ def test_work_and_bounds_of_a_step_of_all_rows(small):
     assert report["bound_tokens_per_second"] == pytest.approx(8 / seconds)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_by_how_much_and_what_would_help():
     changes = {"models": ("llama3.1-8b",), "architecture": "llama3.1-8b", "max_context": 8192}
     report = fitted(**changes, max_slots=2).to_dict()
@@ -131,6 +133,7 @@ def test_heads_that_do_not_divide_are_refused():
         fit(Settings(**{**SMALL, "mesh": "tensor=4"}), slice_named("v5e-4"), print)
 
 
+@pytest.mark.slow
 def test_the_command_reports_each_slice(tmp_path, capsys):
     path = tmp_path / "serve.yaml"
     path.write_text(

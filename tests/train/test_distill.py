@@ -187,9 +187,9 @@ class Case:
         self.teacher = teacher or self.teacher
         self.mask = trainable_mask(STUDENT, self.student, None, method="full")
         schedule = make_schedule(ScheduleSection(name="constant"), peak=1e-2, total_steps=10)
-        self.optimizer = make_optimizer(
-            STUDENT, self.student, self.mask, OptimizerSection(), schedule
-        )
+        # With a small epsilon AdamW moves weights of all but zero gradient by the noise in it.
+        adamw = OptimizerSection(epsilon=1e-4)
+        self.optimizer = make_optimizer(STUDENT, self.student, self.mask, adamw, schedule)
         self.step = make_train_step(
             STUDENT,
             COMPUTE,

@@ -146,6 +146,7 @@ def test_other_methods_refuse_preferences_and_the_section(tmp_path):
         config(tmp_path, dpo={})
 
 
+@pytest.mark.slow
 def test_the_shipped_config_learns_the_preference(tmp_path):
     run = load_run_config(CONFIGS / "tiny-dpo-cpu.yaml", [f"output={tmp_path / 'run'}"])
     run = dataclasses.replace(run, mesh=run.mesh.replace(cpu_devices=1))

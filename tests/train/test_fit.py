@@ -75,6 +75,7 @@ def test_moments_stay_where_they_are(small):
     assert small.compiled.collectives["all-to-all"].bytes < 16 * share
 
 
+@pytest.mark.slow
 def test_gradients_in_bfloat16_take_half_the_memory():
     wide = {**SHAPE, "hidden_size": 1024, "intermediate_size": 8192, "num_hidden_layers": 8}
     taken = {}
@@ -140,6 +141,7 @@ def test_advice_names_what_is_not_used_yet():
         assert word in lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "qlora", "qat", "pretrain", "dpo"])
 def test_every_method_compiles(method):
     sections = {"lora": {"r": 4, "lora_alpha": 8}} if method in ("lora", "qlora", "dpo") else {}
@@ -151,6 +153,7 @@ def test_every_method_compiles(method):
         assert result.flops == pytest.approx(result.closed_form_flops, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_smallest_slice_is_found():
     said = []
     results = list(smallest_slices(run_config(batch=8), GENERATIONS["v5e"], said.append))

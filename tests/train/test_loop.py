@@ -317,6 +317,7 @@ def test_r62_a_run_does_not_start_over_beside_a_checkpoint_without_its_marker(tm
     assert train(run).steps == STEPS
 
 
+@pytest.mark.slow
 def test_the_time_of_a_run_goes_into_its_steps(tmp_path):
     """Reading numbers, writing them, and fetching rows happen while the devices work."""
     run = config(

@@ -32,6 +32,7 @@ def table(tmp_path_factory):
     return json.loads(printed.getvalue()), said.getvalue()
 
 
+@pytest.mark.slow
 def test_parts_are_those_of_the_arrays_and_the_whole_is_the_compilers(table):
     run = run_config(mesh={"fsdp": 4})
     config, _ = read_shape(run)

@@ -14,6 +14,7 @@ def kinds(tree):
     return {array.sharding.memory_kind for array in jax.tree.leaves(tree) if array.ndim}
 
 
+@pytest.mark.slow
 def test_a_run_with_moments_on_the_host_equals_one_without(tmp_path, monkeypatch):
     for name in ("plain", "host"):
         (tmp_path / name).mkdir()

@@ -48,7 +48,9 @@ def one(config, folder, cache):
 
 def same_training(run: Path, expected: Path, *, exact: bool = False) -> None:
     """Losses to 1e-6, weights to 1e-5, samples and checkpoints exactly. Sums over processes are
-    made in another order than within one, hence not bit for bit."""
+    made in another order than within one, hence not bit for bit; an evaluation's, over some 500
+    tokens in float32, have units of the last place of 5e-7 at a loss of 5, so theirs is relative.
+    """
     a, b = read_metrics(run / "metrics.jsonl"), read_metrics(expected / "metrics.jsonl")
     assert [entry["step"] for entry in a] == [entry["step"] for entry in b]
     for one, other in zip(a, b, strict=True):
@@ -56,7 +58,7 @@ def same_training(run: Path, expected: Path, *, exact: bool = False) -> None:
         assert one["loss"] == pytest.approx(other["loss"], abs=0 if exact else 1e-6)
         assert ("eval_loss" in one) == ("eval_loss" in other)
         if "eval_loss" in one:
-            assert one["eval_loss"] == pytest.approx(other["eval_loss"], abs=1e-6)
+            assert one["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-6)
     assert read_samples(run / "samples.jsonl") == read_samples(expected / "samples.jsonl")
     roots = [folder / "checkpoints" for folder in (run, expected)]
     assert checkpoint.list_steps(roots[0]) == checkpoint.list_steps(roots[1])
@@ -66,6 +68,7 @@ def same_training(run: Path, expected: Path, *, exact: bool = False) -> None:
         np.testing.assert_allclose(array, final[1][path], atol=0 if exact else 1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_train_as_one_does(config, folder, cache, one, count):
     run = folder / f"of{count}"
@@ -82,6 +85,7 @@ def test_several_processes_train_as_one_does(config, folder, cache, one, count):
         assert len(list((found / "optimizer").glob("ocdbt.process_*"))) == count
 
 
+@pytest.mark.slow
 def test_r63_other_counts_of_processes_and_devices_go_on(config, folder, cache, one):
     """Two processes, stopped by a signal that only one of them gets, then four devices in one."""
     run = folder / "moved"
@@ -110,6 +114,7 @@ def test_r63_what_one_process_saved_several_read_bit_for_bit(config, folder, cac
     assert {path: path.stat().st_mtime_ns for path in (one / "checkpoints").rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_stored_weights_are_read_where_they_are_needed(tmp_path, cache):
     """Training from a Hugging Face folder: each process reads its slices."""
     shape = {**presets["smollm2-135m"].to_dict(), **TINY}

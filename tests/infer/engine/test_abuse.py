@@ -41,6 +41,7 @@ def wishes(rng):
     )
 
 
+@pytest.mark.slow
 def test_everything_is_free_after_a_storm(engine):
     rng = random.Random(1)
     prompts = prompts_of(*[rng.randint(1, 120) for _ in range(12)])

@@ -27,6 +27,7 @@ def served(request):
     engine.stop(0)
 
 
+@pytest.mark.slow
 def test_neighbours_preemption_and_the_cache_change_nothing(served):
     model, engine, compute = served
     prompts = prompts_of(30, 31, 45, 60, 20, 28)

@@ -57,6 +57,7 @@ WISHES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_full_batch_gives_what_the_offline_generator_gives(tiny, engine):
     prompts = prompts_of(3, 20, 40, 64, 70, 100)
     requests = [request(p, w) for p, w in zip(prompts, WISHES, strict=True)]

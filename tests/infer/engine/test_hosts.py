@@ -120,6 +120,7 @@ WISHES = [
 ]
 
 
+@pytest.mark.slow
 def test_two_processes_answer_as_one_does(folder, cache):
     group = Group(f"m={folder}", *SERVE, *ROOM, cache=cache)
     group.wait_ready()
