@@ -491,6 +491,7 @@ class BatchingEngine:
 
     def _read_a_piece(self, *, stalls_others: bool) -> None:
         began = time.perf_counter()
+        share = self._scheduler.reading_share(self.options.prefill_share)
         found = self._scheduler.next_piece()
         if found is not None:
             self._read(*found)
@@ -501,7 +502,6 @@ class BatchingEngine:
         elif not self._guesser.catch_up(self._scheduler.running):
             return
         if stalls_others:
-            share = self.options.prefill_share
             self._owed_seconds = (time.perf_counter() - began) * (1 - share) / share
 
     def _read(self, choice: Choice, piece: Piece) -> None:

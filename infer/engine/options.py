@@ -27,10 +27,11 @@ class EngineOptions:
     piece_tokens: prompt tokens read in one go, between two steps of the others. queue_limit:
       requests that may wait. prefix_cache: whether prompts that begin alike share work.
     exact: whether an answer's tokens never depend on who else is there. False lets one request
-      alone run in steps of one row, which on a CPU take less time and sum in another order, as do
-      those of 25 to 32 rows: where two tokens are all but equally likely, the answer may differ
-      from that in a batch.
-    prefill_share: of the time, how much at most goes to reading prompts while others generate.
+      alone run in steps of one row, and others in products of any number of rows, which on a CPU
+      take less time and sum in another order: where two tokens are all but equally likely, the
+      answer may differ from that in a batch.
+    prefill_share: of the time, how much at most goes to reading prompts while others generate;
+      where more prompts wait for their last piece than choices generate, their share of both.
     max_adapters, max_lora_rank: LoRA adapters that may be loaded at a time, and their largest
       rank. Their factors cost time and memory whether used or not.
     draft_tokens: tokens that are guessed, from what came before or by a draft model, and checked in

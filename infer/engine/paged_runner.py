@@ -26,6 +26,8 @@ _SWAPPED_PAGES = 8
 
 
 class PagedRunner(Runner):
+    least_tokens = 8  # a TPU multiplies as many in the time of one
+
     def __init__(self, model: Runnable, options: EngineOptions, *, capacity: int, num_blocks: int):
         super().__init__(model, options, capacity=capacity, num_blocks=num_blocks)
         self.pages_per_row = -(-self.capacity // options.block_size)

@@ -1,13 +1,13 @@
 """Runs what the scheduler decides: holds the arrays of an engine and calls its compiled steps.
 
 Steps come in few shapes: pieces of prompts of `piece_shapes` tokens, and `row_shapes` rows that
-take a token. On a CPU steps of fewer than eight tokens sum in another order than larger ones, so
-few rows are filled up to eight tokens: they cost little, because a small step takes the time of
-reading the weights.
+take a token. Where steps of fewer than eight tokens turn out to sum in another order than larger
+ones, few rows are filled up to eight tokens.
 """
 
 import collections
 import dataclasses
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -81,14 +81,12 @@ def piece_shapes(piece_tokens: int) -> list[int]:
 
 
 def row_shapes(max_slots: int, *, exact: bool) -> list[int]:
-    """1 or 2, then 8, 16, 32, …, max_slots; a step of 8 rows takes hardly longer than one of 4."""
+    """1 or 2, then 8, 24, 48, 96, …, max_slots: products of 8 and of 24 rows run in one part (see
+    `dot`), and a step of 8 rows takes hardly longer than one of 4."""
     fewest = _FEWEST_ROWS if exact else 1
-    shapes = []
-    size = fewest
-    while size < max_slots:
-        shapes.append(size)
-        size = max(2 * size, 8)
-    return [*shapes, max(max_slots, fewest)]
+    sizes = itertools.chain([fewest, _FEWEST_TOKENS], (24 * 2**n for n in itertools.count()))
+    smaller = itertools.takewhile(lambda size: size < max_slots, sizes)
+    return [*smaller, max(max_slots, fewest)]
 
 
 def most_demanding_columns(count: int, vocab_size: int) -> tuple[Rows, Needs]:
@@ -107,12 +105,16 @@ def _variant(params: Sequence[SamplingParams], *, structured: bool) -> Needs:
 class Runner:
     """The arrays and the steps. Only the engine's thread calls it."""
 
+    # That a step has, filled up or not.
+    least_tokens = 1
+
     def __init__(self, model: Runnable, options: EngineOptions, *, capacity: int, num_blocks: int):
         if options.exact:
             model = dataclasses.replace(model, params=summing_alike(model.params))
         self.model, self.options = model, options
         self.piece_shapes = piece_shapes(options.piece_tokens)
         self.row_shapes = row_shapes(options.max_slots, exact=options.exact)
+        self._filled: set[int] = set()  # numbers of rows whose steps are filled up with tokens
         # A padded piece may reach past the longest row.
         self.capacity = capacity + self.piece_shapes[-1]
         self._num_blocks = num_blocks
@@ -147,6 +149,7 @@ class Runner:
     def reset(self) -> None:
         """Allocates everything, empty."""
         self.row_shapes = row_shapes(self.options.max_slots, exact=self.options.exact)
+        self._filled.clear()
         slots = self.scratch_slot + 1
         self._allocate(slots)
         memory = steps.new_memory(num_slots=slots, vocab_size=self.model.config.vocab_size)
@@ -257,26 +260,47 @@ class Runner:
         self.save_blocks(self.scratch_slot, blocks, 0, len(blocks))
         for slot in range(self.row_shapes[-1]):
             self.load_blocks(slot, blocks)
-        results = {
-            rows: [self._trial(rows, n, len(tokens)) for n in self.lengths(rows)]
-            for rows in self.row_shapes
-        }
-        wanted = results[self.row_shapes[-1]][0]
-        kept = []
-        for rows, each in results.items():
-            if all(np.array_equal(one, wanted[:rows], equal_nan=True) for one in each):
-                kept.append(rows)
-            else:
-                log.warning(
-                    "steps of %d rows are left out: they sum in another order on this machine than "
-                    "those of %d",
-                    rows,
-                    self.row_shapes[-1],
-                )
-        if self.row_shapes[-1] not in kept:
-            # Only its guessed tokens sum differently.
-            raise RuntimeError("draft_tokens changes sums on this machine; set it to 0")
+        kept = self._alike_shapes(len(tokens))
+        for rows in set(self.row_shapes) - set(kept):
+            log.warning(
+                "steps of %d rows are left out: they sum in another order on this machine than "
+                "those of %d",
+                rows,
+                self.row_shapes[-1],
+            )
         self.row_shapes = kept
+
+    def _alike_shapes(self, begin: int) -> list[int]:
+        """Of `row_shapes`, those that sum as the largest does, filled up where that helps."""
+        largest = self.row_shapes[-1]
+        wanted, *drafted = self._trials(largest, begin)
+        if not _all_equal(drafted, wanted):
+            if self._fill(largest):
+                return self._alike_shapes(begin)
+            raise RuntimeError("draft_tokens changes sums on this machine; set it to 0")
+        kept = [rows for rows in self.row_shapes if self._sums_alike(rows, begin, wanted)]
+        if len(kept) < len(self.row_shapes) and self._fill(largest):
+            return self._alike_shapes(begin)
+        return kept
+
+    def _sums_alike(self, rows: int, begin: int, wanted: np.ndarray) -> bool:
+        if _all_equal(self._trials(rows, begin), wanted[:rows]):
+            return True
+        return self._fill(rows) and self._sums_alike(rows, begin, wanted)
+
+    def _fill(self, rows: int) -> bool:
+        """Gives steps of so many rows enough tokens, compiled; False where they have them."""
+        if rows * self.lengths(rows)[0] >= _FEWEST_TOKENS:
+            return False
+        self._filled.add(rows)
+        for length in self.lengths(rows):
+            logits = self._logits(rows, length, {}, [-1] * rows)
+            for needs in _VARIANTS:
+                self._take(*self._filler(logits, needs))
+        return True
+
+    def _trials(self, rows: int, begin: int) -> list[np.ndarray]:
+        return [self._trial(rows, length, begin) for length in self.lengths(rows)]
 
     def _trial(self, rows: int, length: int, begin: int) -> np.ndarray:
         """Logits after one token in each slot, [rows, V]."""
@@ -374,7 +398,8 @@ class Runner:
     def lengths(self, rows: int) -> list[int]:
         """Tokens a row that steps of so many rows come in: enough for all steps to sum alike, and
         for guessed ones."""
-        least = -(-_FEWEST_TOKENS // rows) if self.options.exact else 1
+        tokens = _FEWEST_TOKENS if rows in self._filled else self.least_tokens
+        least = -(-tokens // rows) if self.options.exact else 1
         guessed = 1 + self.options.draft_tokens
         if guessed <= least or rows > self.options.max_drafted_rows:
             return [least]
@@ -635,6 +660,10 @@ class Runner:
     def _memory_of(self, choice: Choice) -> int:
         assert choice.slot is not None
         return choice.slot if choice.row.params.edits_logits else self._nowhere
+
+
+def _all_equal(results: Sequence[np.ndarray], wanted: np.ndarray) -> bool:
+    return all(np.array_equal(one, wanted, equal_nan=True) for one in results)
 
 
 def _piece(tokens: Sequence[int], begin: int, shape: int, adapter: int = -1) -> Piece:

@@ -247,6 +247,18 @@ class Scheduler:
         piece = next(piece for piece in choice.pieces if piece.end > choice.computed)
         return choice, Piece(max(piece.begin, choice.computed), piece.end, piece.shape)
 
+    def reading_share(self, least: float) -> float:
+        """Of the time, how much goes to reading while others generate: `least`, and more where more
+        prompts are one piece from their first token than choices generate. A step of few rows takes
+        about as long as one of many, so they had better join first."""
+        ready = sum(choice.is_read for choice in self.running)
+        nearly = sum(
+            choice.pieces[-1].begin <= choice.computed
+            for choice in self.running
+            if not choice.is_read
+        )
+        return max(least, nearly / (nearly + ready)) if nearly else least
+
     def piece_done(self, choice: Choice, piece: Piece) -> tuple[int, int]:
         """Counts a piece as read. Gives the numbers, from and to, of the whole blocks that are now
         computed and known to nobody yet: their content is to be kept."""

@@ -44,6 +44,8 @@ Params = tree.Tree
 LayerCache = Any
 
 _INPUT = "layer_input"  # what `remat: offload` sends to the host
+# Numbers from which XLA's CPU backend sums rows in one order; those of smaller arrays in another.
+_SUMMED_ALIKE = 4096
 
 
 @jax.tree_util.register_dataclass
@@ -72,8 +74,18 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale = jax.lax.rsqrt(_mean_square(wide) + self.eps)
         return (wide * scale).astype(x.dtype) * self.weight.get_value().astype(x.dtype)
+
+
+def _mean_square(x: jax.Array) -> jax.Array:
+    """[..., D] -> [..., 1], of few rows with the bits that it has among many."""
+    if x.size < _SUMMED_ALIKE:
+        rows = x.reshape(-1, x.shape[-1])
+        more = -(-_SUMMED_ALIKE // x.shape[-1]) - len(rows)
+        filled = jnp.pad(rows, ((0, more), (0, 0)))
+        return _mean_square(filled)[: len(rows)].reshape(*x.shape[:-1], 1)
+    return jnp.mean(x * x, axis=-1, keepdims=True)
 
 
 class Linear(nnx.Module):

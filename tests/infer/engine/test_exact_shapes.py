@@ -27,8 +27,8 @@ def engine():
 
 def test_few_shapes():
     assert piece_shapes(128) == [32, 128] and piece_shapes(16) == [16]
-    assert [row_shapes(n, exact=True) for n in (1, 2, 5, 16, 24)] == [
-        [2], [2], [2, 5], [2, 8, 16], [2, 8, 16, 24],
+    assert [row_shapes(n, exact=True) for n in (1, 2, 5, 16, 24, 64)] == [
+        [2], [2], [2, 5], [2, 8, 16], [2, 8, 24], [2, 8, 24, 48, 64],
     ]  # fmt: skip
     assert row_shapes(16, exact=False) == [1, 8, 16]
     assert row_shapes(1, exact=False) == [1]
@@ -80,22 +80,61 @@ def test_nothing_is_compiled_after_the_start(engine):  # R104
     assert statistics["generated_tokens_total"] > 100
 
 
-def test_a_shape_that_sums_otherwise_is_left_out(engine, monkeypatch, caplog):
-    runner = engine._runner
-    trial = runner._trial
-    assert runner.row_shapes == [2, 8], caplog.text
-    monkeypatch.setattr(
-        runner, "_trial", lambda rows, *more: trial(rows, *more) * (1.5 if rows == 2 else 1)
-    )
+@pytest.fixture
+def restarted(engine, monkeypatch):
+    """The engine's runner after a start on a machine where `change(rows, length)` says by which
+    factor logits differ."""
+    trial = engine._runner._trial
+
+    def restart(change):
+        monkeypatch.setattr(
+            engine._runner,
+            "_trial",
+            lambda rows, length, begin: trial(rows, length, begin) * change(rows, length),
+        )
+        engine.stop(0)
+        engine.start()
+        return engine._runner
+
+    yield restart
+    monkeypatch.undo()
     engine.stop(0)
     engine.start()
+
+
+def test_a_shape_that_sums_otherwise_is_left_out(engine, restarted, caplog):
+    assert engine._runner.row_shapes == [2, 8], caplog.text
+    runner = restarted(lambda rows, length: 1.5 if rows == 2 else 1)
     assert runner.row_shapes == [8]
     assert "steps of 2 rows are left out" in caplog.text
-    monkeypatch.undo()
     ask(engine, Request("one", (5, 6), SamplingParams(seed=1, max_tokens=3)))
-    engine.stop(0)
+    assert engine.statistics()["compilations_total"] == 0
+
+
+def test_few_rows_are_filled_up_where_few_tokens_sum_otherwise(engine, restarted, caplog):
+    runner = restarted(lambda rows, length: 1 if rows * length >= 8 else 1.5)
+    assert runner.row_shapes == [2, 8] and runner.lengths(2) == [4] and runner.lengths(8) == [1]
+    assert not caplog.text
+    wishes = [SamplingParams(max_tokens=3), SamplingParams(seed=1, max_tokens=3, logprobs=2)]
+    for number, params in enumerate(wishes):
+        ask(engine, Request(f"r{number}", (5, 6), params))
+    assert engine.statistics()["compilations_total"] == 0
+
+
+def test_the_largest_shape_is_filled_up_too_where_all_are_small():
+    config = FAMILIES["llama-tied"].replace(eos_token_id=())
+    options = EngineOptions(max_slots=3, block_size=16, piece_tokens=64)
+    engine = BatchingEngine((config, tiny_params(config), None), options)
+    runner, trial = engine._runner, engine._runner._trial
+    runner._trial = lambda rows, length, begin: (
+        trial(rows, length, begin) * (1 if rows * length >= 8 else rows)
+    )
     engine.start()
-    assert runner.row_shapes == [2, 8], caplog.text
+    assert [(rows, runner.lengths(rows)) for rows in runner.row_shapes] == [(2, [4]), (3, [3])]
+    requests = [Request(f"r{n}", (5, 6), SamplingParams(seed=n, max_tokens=3)) for n in range(3)]
+    ask(engine, *requests)
+    assert engine.statistics()["compilations_total"] == 0
+    engine.stop(0)
 
 
 def test_the_context_fits_into_an_eighth_of_the_memory():

@@ -70,6 +70,25 @@ def test_prompts_take_turns_so_that_a_long_one_stalls_nobody():
     assert order == ["long", "short", "long", "long", "long"]
 
 
+def test_reading_gets_more_time_while_more_prompts_are_nearly_read_than_choices_generate():
+    scheduler = make_scheduler(max_slots=4)
+    for name, length in [("long", 24), ("a", 5), ("b", 6), ("c", 7)]:
+        add(scheduler, name, length, start=100 * length)
+    scheduler.admit()
+    shares = []
+    for _ in range(4):
+        shares.append(scheduler.reading_share(0.4))
+        choice, piece = scheduler.next_piece()
+        scheduler.piece_done(choice, piece)
+    # The long one takes a piece first; then a, b and c are read one after the other.
+    assert shares == [1, 1, 2 / 3, 0.4]
+    # Two pieces of the long one are left, then one, beside three that generate.
+    for _ in range(2):
+        assert scheduler.reading_share(0.4) == 0.4
+        scheduler.piece_done(*scheduler.next_piece())
+    assert scheduler.reading_share(0.1) == 0.1
+
+
 def test_tenants_take_turns_whatever_the_number_of_their_requests():
     scheduler = make_scheduler(num_blocks=100, max_slots=1)
     for number in range(4):
