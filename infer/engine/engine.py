@@ -466,10 +466,11 @@ class BatchingEngine:
             admitted = self._scheduler.admit()
         for choice in admitted:
             self._place(choice)
-        ready = [choice for choice in self._scheduler.running if choice.is_read]
+        ready = any(choice.is_read for choice in self._scheduler.running)
+        has_read = False
         if not ready or self._owed_seconds <= 0:
-            self._read_a_piece(stalls_others=bool(ready))
-        if any(choice.is_read for choice in self._scheduler.running):
+            has_read = self._read_a_piece(stalls_others=ready)
+        if not has_read or self._owed_seconds > 0:
             self._decode()
 
     def _place(self, choice: Choice) -> None:
@@ -489,7 +490,8 @@ class BatchingEngine:
         if choice.cached:
             self._runner.load_blocks(choice.slot, choice.blocks[: choice.cached // size])
 
-    def _read_a_piece(self, *, stalls_others: bool) -> None:
+    def _read_a_piece(self, *, stalls_others: bool) -> bool:
+        """Whether there was one. Those who wait for it meanwhile are owed time."""
         began = time.perf_counter()
         share = self._scheduler.reading_share(self.options.prefill_share)
         found = self._scheduler.next_piece()
@@ -500,9 +502,11 @@ class BatchingEngine:
             if next(job, self) is self:
                 self._jobs.popleft()
         elif not self._guesser.catch_up(self._scheduler.running):
-            return
+            self._owed_seconds = 0.0
+            return False
         if stalls_others:
-            self._owed_seconds = (time.perf_counter() - began) * (1 - share) / share
+            self._owed_seconds += (time.perf_counter() - began) * (1 - share) / share
+        return True
 
     def _read(self, choice: Choice, piece: Piece) -> None:
         assert choice.slot is not None

@@ -30,8 +30,8 @@ class EngineOptions:
       alone run in steps of one row, and others in products of any number of rows, which on a CPU
       take less time and sum in another order: where two tokens are all but equally likely, the
       answer may differ from that in a batch.
-    prefill_share: of the time, how much at most goes to reading prompts while others generate;
-      where more prompts wait for their last piece than choices generate, their share of both.
+    prefill_share: of the time, how much at most goes to reading prompts while others generate, but
+      where many prompts wait for their last piece only (see `Scheduler.reading_share`).
     max_adapters, max_lora_rank: LoRA adapters that may be loaded at a time, and their largest
       rank. Their factors cost time and memory whether used or not.
     draft_tokens: tokens that are guessed, from what came before or by a draft model, and checked in

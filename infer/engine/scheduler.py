@@ -248,16 +248,17 @@ class Scheduler:
         return choice, Piece(max(piece.begin, choice.computed), piece.end, piece.shape)
 
     def reading_share(self, least: float) -> float:
-        """Of the time, how much goes to reading while others generate: `least`, and more where more
-        prompts are one piece from their first token than choices generate. A step of few rows takes
-        about as long as one of many, so they had better join first."""
+        """Of the time, how much goes to reading while others generate: `least`, and more where many
+        prompts are one piece from their first token, in proportion to twice their number and that
+        of the choices that generate. A step of few rows takes about as long as one of many, so they
+        had better join soon."""
         ready = sum(choice.is_read for choice in self.running)
         nearly = sum(
             choice.pieces[-1].begin <= choice.computed
             for choice in self.running
             if not choice.is_read
         )
-        return max(least, nearly / (nearly + ready)) if nearly else least
+        return max(least, 2 * nearly / (2 * nearly + ready)) if nearly else least
 
     def piece_done(self, choice: Choice, piece: Piece) -> tuple[int, int]:
         """Counts a piece as read. Gives the numbers, from and to, of the whole blocks that are now

@@ -81,12 +81,12 @@ def test_reading_gets_more_time_while_more_prompts_are_nearly_read_than_choices_
         choice, piece = scheduler.next_piece()
         scheduler.piece_done(choice, piece)
     # The long one takes a piece first; then a, b and c are read one after the other.
-    assert shares == [1, 1, 2 / 3, 0.4]
+    assert shares == [1, 1, 4 / 5, 2 / 4]
     # Two pieces of the long one are left, then one, beside three that generate.
-    for _ in range(2):
-        assert scheduler.reading_share(0.4) == 0.4
+    for wanted in (0.3, 2 / 5):
+        assert scheduler.reading_share(0.3) == wanted
         scheduler.piece_done(*scheduler.next_piece())
-    assert scheduler.reading_share(0.1) == 0.1
+    assert scheduler.reading_share(0.3) == 0.3
 
 
 def test_tenants_take_turns_whatever_the_number_of_their_requests():
