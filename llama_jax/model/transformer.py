@@ -79,8 +79,11 @@ class RMSNorm(nnx.Module):
 
 
 def _mean_square(x: jax.Array) -> jax.Array:
-    """[..., D] -> [..., 1], of few rows with the bits that it has among many."""
-    if x.size < _SUMMED_ALIKE:
+    """[..., D] -> [..., 1], of few rows with the bits that it has among many.
+
+    In an exported program the number of rows is open.
+    """
+    if isinstance(x.size, int) and x.size < _SUMMED_ALIKE:
         rows = x.reshape(-1, x.shape[-1])
         more = -(-_SUMMED_ALIKE // x.shape[-1]) - len(rows)
         filled = jnp.pad(rows, ((0, more), (0, 0)))
