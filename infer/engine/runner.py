@@ -261,7 +261,7 @@ class Runner:
         for slot in range(self.row_shapes[-1]):
             self.load_blocks(slot, blocks)
         kept = self._alike_shapes(len(tokens))
-        for rows in set(self.row_shapes) - set(kept):
+        for rows in [each for each in self.row_shapes if each not in kept]:
             log.warning(
                 "steps of %d rows are left out: they sum in another order on this machine than "
                 "those of %d",
@@ -272,16 +272,16 @@ class Runner:
 
     def _alike_shapes(self, begin: int) -> list[int]:
         """Of `row_shapes`, those that sum as the largest does, filled up where that helps."""
-        largest = self.row_shapes[-1]
+        *smaller, largest = self.row_shapes
         wanted, *drafted = self._trials(largest, begin)
         if not _all_equal(drafted, wanted):
             if self._fill(largest):
                 return self._alike_shapes(begin)
             raise RuntimeError("draft_tokens changes sums on this machine; set it to 0")
-        kept = [rows for rows in self.row_shapes if self._sums_alike(rows, begin, wanted)]
-        if len(kept) < len(self.row_shapes) and self._fill(largest):
+        kept = [rows for rows in smaller if self._sums_alike(rows, begin, wanted)]
+        if kept != smaller and self._fill(largest):
             return self._alike_shapes(begin)
-        return kept
+        return [*kept, largest]
 
     def _sums_alike(self, rows: int, begin: int, wanted: np.ndarray) -> bool:
         if _all_equal(self._trials(rows, begin), wanted[:rows]):
