@@ -29,7 +29,7 @@ from infer.engine.blocks import BlockManager, OutOfBlocksError
 from infer.engine.compilations import compilations_here, count_compilations
 from infer.engine.draft_model import DraftModel
 from infer.engine.guesses import Guesser, small_model
-from infer.engine.hosts import Followers, Leader
+from infer.engine.hosts import LOST_SECONDS, Followers, Leader
 from infer.engine.leading import LeadingRunner, follow
 from infer.engine.memory import blocks_and_context, pages_and_context
 from infer.engine.options import EngineOptions
@@ -432,10 +432,13 @@ class BatchingEngine:
             with self._changed:
                 self._state = "broken"
                 self._is_alive = False
-            self._fail_all("engine", f"the engine broke: {error}")
+            reason = f"the engine broke: {error}"
+            if self._followers is not None:
+                reason = self._followers.lost(LOST_SECONDS) or reason
+            self._fail_all("engine", reason)
             if self._followers is not None:
                 # Which steps the others have begun is not known.
-                self._followers.give_up(f"the engine broke: {error}")
+                self._followers.give_up(reason)
         with self._changed:
             self._has_ended = True
             self._changed.notify_all()

@@ -13,6 +13,7 @@ import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,10 @@ from llama_jax.mesh.distributed import ProcessError, coordinator_host, exchange,
 
 CONNECT_SECONDS = 60.0
 _KEEP_ALIVE_SECONDS = 60
+
+# A step that needs a process which is gone may fail before the connection to that one does: how
+# long a failure waits for such a sign of its cause.
+LOST_SECONDS = 2.0
 
 # Dataclasses that arguments may be made of.
 _CLASSES: dict[str, type] = {each.__name__: each for each in (Plan, Rows, Needs)}
@@ -53,6 +58,8 @@ class Followers:
         self.give_up = give_up
         self._sockets: list[socket.socket] = []
         self._is_over = False
+        self._reason: str | None = None
+        self._is_lost = threading.Event()
         with socket.create_server(("", 0)) as server:
             port = server.getsockname()[1]
             others = len(exchange(f"{name}/address", f"{port} {secret.hex()}")) - 1
@@ -84,6 +91,11 @@ class Followers:
             except OSError as error:
                 raise HostLostError(self._lost(number)) from error
 
+    def lost(self, seconds: float) -> str | None:
+        """Who is gone, where that shows within so many seconds."""
+        self._is_lost.wait(seconds)
+        return self._reason
+
     def close(self) -> None:
         """Lets the others end, and waits for that."""
         if not self._is_over:
@@ -100,7 +112,9 @@ class Followers:
             connection.recv(1)
         if not self._is_over:
             self._is_over = True
-            self.give_up(self._lost(number))
+            self._reason = self._lost(number)
+            self._is_lost.set()
+            self.give_up(self._reason)
 
     def _lost(self, number: int) -> str:
         return f"one of the {len(self._sockets)} other processes of this server is gone ({number})"
@@ -122,6 +136,21 @@ class Leader:
         self._socket.settimeout(None)
         _keep_alive(self._socket)
         self._socket.sendall(bytes.fromhex(secret))
+
+    def is_gone(self, seconds: float) -> bool:
+        """Whether it goes within so many seconds, for a step that failed: that may be the cause.
+        What it still orders is passed over."""
+        end = time.monotonic() + seconds
+        try:
+            while (left := end - time.monotonic()) > 0:
+                self._socket.settimeout(left)
+                if not self._socket.recv(2**16):
+                    return True
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+        return False
 
     def orders(self) -> Iterator[tuple[str, list[Any]]]:
         """Until the leader says goodbye. Raises HostLostError when it ends without."""

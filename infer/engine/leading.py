@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from infer.batch import Runnable
-from infer.engine.hosts import Followers, HostLostError, Leader
+from infer.engine.hosts import LOST_SECONDS, Followers, HostLostError, Leader
 from infer.engine.options import EngineOptions
 from infer.engine.paged_runner import PagedRunner
 from infer.engine.runner import Plan
@@ -127,4 +127,10 @@ def follow(runner: PagedRunner, leader: Leader) -> None:
     }
     with runner.model.context():
         for order, arguments in leader.orders():
-            orders[order](*arguments)
+            try:
+                orders[order](*arguments)
+            except Exception as error:
+                # JAX has an error for each kind of connection; without process 0 none is the cause.
+                if leader.is_gone(LOST_SECONDS):
+                    raise HostLostError(f"process 0 of this server is gone: {error}") from error
+                raise

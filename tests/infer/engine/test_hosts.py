@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -19,14 +20,20 @@ import numpy as np
 import pytest
 
 import infer.engine.hosts
+from infer.engine.engine import BatchingEngine
 from infer.engine.hosts import Followers, HostLostError, Leader, encode, read_order
+from infer.engine.leading import follow
 from infer.engine.options import EngineOptions
+from infer.engine.paged_runner import PagedRunner
 from infer.engine.placement import check_processes
+from infer.engine.request import Request
 from infer.engine.runner import Plan, most_demanding_columns
 from infer.generate import generate
+from infer.params import SamplingParams
 from infer.sampling import Needs
 from llama_jax.formats import hf
 from llama_jax.load import load
+from tests.infer.engine.client import ask
 from tests.infer.server.running import byte_tokenizer
 from tests.tiny import FAMILIES, tiny_params
 from tests.train.command import free_port
@@ -103,12 +110,24 @@ class Group:
 
     def ended(self):
         """(exit code, standard error) of each."""
-        try:
-            errors = [each.communicate(timeout=SECONDS)[1] for each in self.processes]
-        finally:
-            for each in self.processes:
-                each.kill()
+        errors = [each.communicate(timeout=SECONDS)[1] for each in self.processes]
         return [(each.returncode, e) for each, e in zip(self.processes, errors, strict=True)]
+
+
+@pytest.fixture
+def start():
+    """Makes groups; whatever still runs at the end of a test is ended."""
+    groups = []
+
+    def started(*flags, **others):
+        groups.append(Group(*flags, **others))
+        return groups[-1]
+
+    yield started
+    for process in (each for group in groups for each in group.processes):
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 WISHES = [
@@ -121,8 +140,8 @@ WISHES = [
 
 
 @pytest.mark.slow
-def test_two_processes_answer_as_one_does(folder, cache):
-    group = Group(f"m={folder}", *SERVE, *ROOM, cache=cache)
+def test_two_processes_answer_as_one_does(start, folder, cache):
+    group = start(f"m={folder}", *SERVE, *ROOM, cache=cache)
     group.wait_ready()
     model = load(folder)
 
@@ -172,8 +191,8 @@ def test_two_processes_answer_as_one_does(folder, cache):
     assert [code for code, _ in group.ended()] == [0, 0]
 
 
-def test_a_lost_host_ends_the_server_and_its_clients_hear_of_it(folder, cache):
-    group = Group(f"m={folder}", *SERVE, *ROOM, cache=cache)
+def test_a_lost_host_ends_the_server_and_its_clients_hear_of_it(start, folder, cache):
+    group = start(f"m={folder}", *SERVE, *ROOM, cache=cache)
     group.wait_ready()
     wish = {"model": "m", "prompt": "tell", "max_tokens": 120, "ignore_eos": True, "stream": True}
     with group.open("/v1/completions", wish) as stream:
@@ -186,8 +205,8 @@ def test_a_lost_host_ends_the_server_and_its_clients_hear_of_it(folder, cache):
     assert "given up" in errors
 
 
-def test_others_end_when_process_0_is_gone(folder, cache):
-    group = Group(f"m={folder}", *SERVE, *ROOM, cache=cache)
+def test_others_end_when_process_0_is_gone(start, folder, cache):
+    group = start(f"m={folder}", *SERVE, *ROOM, cache=cache)
     group.wait_ready()
     group.processes[0].kill()
     (_, _), (code, errors) = group.ended()
@@ -202,10 +221,10 @@ def test_others_end_when_process_0_is_gone(folder, cache):
         (("--models-dir", "models"), "leave models_dir and further models out"),
     ],
 )
-def test_what_several_processes_cannot_serve(folder, cache, more, message):
+def test_what_several_processes_cannot_serve(start, folder, cache, more, message):
     flags = (f"m={folder}", *SERVE)
     own = (*flags, *more) if "--models-dir" in more else flags
-    for code, errors in Group(*own, cache=cache, others=(*flags, *more)).ended():
+    for code, errors in start(*own, cache=cache, others=(*flags, *more)).ended():
         assert code == 2 and message in errors
 
 
@@ -229,6 +248,65 @@ def test_meshes_of_several_processes(monkeypatch, sizes, cache, message):
     )
     with refused:
         check_processes(sizes, EngineOptions(cache=cache))
+
+
+class Lost:
+    """Followers of which one is gone."""
+
+    def __init__(self):
+        self.reasons = []
+
+    def tell(self, order, arguments):
+        pass
+
+    def lost(self, seconds):
+        return "one of the others is gone"
+
+    def give_up(self, reason):
+        self.reasons.append(reason)
+
+
+def test_a_step_that_fails_because_another_is_gone_says_that(monkeypatch):
+    """Whichever the engine notices first, the failure or its cause."""
+    config = FAMILIES["llama-gqa"]
+    lost = Lost()
+    options = EngineOptions(max_slots=2, max_context=64, cache="pages", block_size=16)
+    engine = BatchingEngine((config, tiny_params(config), None), options, followers=lost)
+    engine.start()
+
+    def fail(*_):
+        raise RuntimeError("connection reset")
+
+    monkeypatch.setattr(engine._runner, "begin_step", fail)
+    (answer,) = ask(engine, Request("r", (5, 6), SamplingParams(max_tokens=4)))
+    assert answer.last.reason == "engine" and answer.last.message == "one of the others is gone"
+    engine._thread.join(60)
+    assert lost.reasons == ["one of the others is gone"]
+
+
+class Failing(PagedRunner):
+    def drop(self, number):
+        self.fail()
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_an_order_that_fails_because_process_0_is_gone_says_that(is_gone):
+    ours, theirs = socket.socketpair()
+    leader = object.__new__(Leader)
+    leader._socket = ours
+
+    def fail():
+        if is_gone:
+            theirs.close()
+        raise RuntimeError("connection reset")
+
+    runner = object.__new__(Failing)
+    runner.model = types.SimpleNamespace(context=contextlib.nullcontext)
+    runner.fail = fail
+    theirs.sendall(encode("drop", [1]) + encode("drop", [2]))
+    wanted = (HostLostError, "is gone: conn") if is_gone else (RuntimeError, "^connection reset")
+    with theirs, pytest.raises(wanted[0], match=wanted[1]):
+        follow(runner, leader)
 
 
 def test_orders_arrive_as_they_were():
@@ -304,8 +382,10 @@ def test_who_does_not_know_the_secret_is_no_follower(monkeypatch):
     made[0].tell("score", [[1, 2]])
     orders = leader.orders()
     assert next(orders) == ("score", [[1, 2]])
+    assert not leader.is_gone(0.01) and made[0].lost(0.01) is None
     orders.close()
     assert given_up.wait(10) and "is gone" in reasons[0]
+    assert made[0].lost(10) == reasons[0]
     with pytest.raises(HostLostError, match="is gone"):
         for _ in range(100):  # the first may still go into the kernel's buffer
             made[0].tell("score", [[0] * 10000])
