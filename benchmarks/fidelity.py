@@ -1,5 +1,7 @@
 """SmolLM2-135M in float32 beside transformers: logits over 512 tokens, greedy texts of 20 prompts.
 
+Where two texts part, transformers in float64 says how far apart their two tokens were.
+
 usage: python benchmarks/fidelity.py FOLDER
 """
 
@@ -37,16 +39,31 @@ def main() -> None:
     outputs = Generator(config, model.params).generate(
         texts, SamplingParams(temperature=0, max_tokens=NEW)
     )
-    same = 0
+    same, gaps = 0, []
     for output, prompt in zip(outputs, texts, strict=True):
         with torch.inference_mode():
             whole = reference.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=NEW)
-        same += whole[0, len(prompt) :].tolist() == list(output.token_ids)
+        wanted, found = whole[0, len(prompt) :].tolist(), list(output.token_ids)
+        if wanted == found:
+            same += 1
+        else:
+            gaps.append(_gap(folder, prompt, wanted, found))
     emit(
         largest_logit_difference=float(np.abs(got - expected).max()),
         tokens=512,
         identical_greedy_texts=f"{same}/20 of {NEW} tokens",
+        gaps_where_texts_part=gaps,
     )
+
+
+def _gap(folder: Path, prompt: list[int], wanted: list[int], found: list[int]) -> float:
+    """How much more likely (in logits, in float64) the first token that differs should have been
+    than the one in its place."""
+    place = next(i for i, pair in enumerate(zip(wanted, found, strict=True)) if len(set(pair)) > 1)
+    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    with torch.inference_mode():
+        logits = exact(torch.tensor([[*prompt, *wanted[:place]]])).logits[0, -1]
+    return float(logits[wanted[place]] - logits[found[place]])
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def middle(rows: list[dict[str, Any]], key: str) -> float:
 def once(folder: Path) -> str:
     exact = measure(["fidelity.py", str(folder)])
     start = measure(["cold_start.py", str(folder)])
+    gaps = ", ".join(f"{gap:.1e}" for gap in exact["gaps_where_texts_part"])
     return "\n".join(
         [
             "| what | measured |",
@@ -83,6 +84,7 @@ def once(folder: Path) -> str:
             f"| largest logit difference to transformers, {exact['tokens']} tokens, float32 "
             f"| {exact['largest_logit_difference']:.1e} |",
             f"| greedy texts identical to transformers | {exact['identical_greedy_texts']} |",
+            f"| logits that decide where others part, apart by (in float64) | {gaps or 'none'} |",
             f"| new process to first token, first start | {start['first_start_seconds']} s |",
             f"| later starts | {start['later_starts_seconds']} s |",
             f"| `import llama_jax` | {start['import_seconds']} s |",
