@@ -87,6 +87,7 @@ def once(folder: Path) -> str:
             f"| logits that decide where others part, apart by (in float64) | {gaps or 'none'} |",
             f"| new process to first token, first start | {start['first_start_seconds']} s |",
             f"| later starts | {start['later_starts_seconds']} s |",
+            f"| transformers, new process to first token | {start['transformers_seconds']} s |",
             f"| `import llama_jax` | {start['import_seconds']} s |",
             f"| `llama-jax --help` | {start['help_seconds']} s |",
             "",

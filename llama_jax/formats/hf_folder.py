@@ -6,6 +6,7 @@ unpickling runs whatever code the file holds.
 
 import math
 import re
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ _PICKLED = ("*.bin", "*.pth", "*.pt", "*.pkl", "*.ckpt")
 # float64 loads when the caller asks for a narrower type; integers and float8 are quantized weights.
 _READABLE = (*FLOAT_DTYPES, "float64")
 _COMPARE_BYTES = 16 << 20
+# One does not use the bandwidth of a memory.
+_COPYING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,21 @@ class HFFolder:
         return next(iter(kinds))
 
     def copy_to(self, row: Weight, out: np.ndarray, index: tuple[slice, ...]) -> None:
-        """Copies `weight[index]` into `out`, tensor by tensor, straight from the mapped files."""
+        """Copies `weight[index]` into `out` from the mapped files, tensors side by side."""
         ranges = [range(*part.indices(size)) for part, size in zip(index, row.shape, strict=True)]
-        for name, at in row.hf_names():
-            if all(i in steps for i, steps in zip(at, ranges, strict=False)):
-                position = tuple(i - steps.start for i, steps in zip(at, ranges, strict=False))
-                self.tensors[name].copy_to(out[position], name, index[len(at) :])
+
+        def copy(wanted: tuple[str, tuple[int, ...]]) -> None:
+            name, at = wanted
+            position = tuple(i - steps.start for i, steps in zip(at, ranges, strict=False))
+            self.tensors[name].copy_to(out[position], name, index[len(at) :])
+
+        wanted = [
+            (name, at)
+            for name, at in row.hf_names()
+            if all(i in steps for i, steps in zip(at, ranges, strict=False))
+        ]
+        with ThreadPoolExecutor(_COPYING_THREADS) as pool:
+            list(pool.map(copy, wanted))
 
 
 def open_folder(folder: str | Path) -> HFFolder:

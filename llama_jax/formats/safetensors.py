@@ -47,7 +47,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER_BYTES = 100_000_000
 _MAX_RANK = 32
 # How much of a mapped file a copy touches before it hands the pages back.
-_CHUNK_BYTES = 16 << 20
+_CHUNK_BYTES = 4 << 20
 
 
 class SafetensorsError(ValueError):
