@@ -5,9 +5,11 @@ Where two texts part, transformers in float64 says how far apart their two token
 usage: python benchmarks/fidelity.py FOLDER
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -56,13 +58,17 @@ def main() -> None:
     )
 
 
+@functools.cache
+def _exact(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+
+
 def _gap(folder: Path, prompt: list[int], wanted: list[int], found: list[int]) -> float:
     """How much more likely (in logits, in float64) the first token that differs should have been
     than the one in its place."""
-    place = next(i for i, pair in enumerate(zip(wanted, found, strict=True)) if len(set(pair)) > 1)
-    exact = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    place = next(i for i, (a, b) in enumerate(zip(wanted, found, strict=True)) if a != b)
     with torch.inference_mode():
-        logits = exact(torch.tensor([[*prompt, *wanted[:place]]])).logits[0, -1]
+        logits = _exact(folder)(torch.tensor([[*prompt, *wanted[:place]]])).logits[0, -1]
     return float(logits[wanted[place]] - logits[found[place]])
 
 

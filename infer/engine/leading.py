@@ -130,7 +130,7 @@ def follow(runner: PagedRunner, leader: Leader) -> None:
             try:
                 orders[order](*arguments)
             except Exception as error:
-                # JAX has an error for each kind of connection; without process 0 none is the cause.
+                # Any error may come of the loss of process 0: JAX has one for each way to notice.
                 if leader.is_gone(LOST_SECONDS):
                     raise HostLostError(f"process 0 of this server is gone: {error}") from error
                 raise
