@@ -18,15 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-from distillation import CONFIG, write_rows
+from distillation import write_rows
 
 MODEL = "smollm2-135m"
+CONFIG = Path(__file__).parent.parent / "configs" / "smollm2-135m-recover-distill-cpu.yaml"
 WAYS: dict[str, tuple[list[str], list[str]]] = {
     "half of every matrix zero (wanda)": (
         ["--sparsity", "0.5", "--method", "wanda"],
-        ["model.keep_zeros=true"],
+        [],
     ),
-    "24 of 30 layers": (["--layers", "24"], []),
+    "24 of 30 layers": (["--layers", "24"], ["model.keep_zeros=false"]),
 }
 
 
@@ -67,9 +68,8 @@ def main() -> None:
         command("prune", MODEL, pruned, *flags, *calibration, "--overwrite")
         before = perplexity(pruned, args.folder)
         begin = time.monotonic()
-        own = ["model.init=weights", "model.overrides={}", f"model.name={pruned}", *overrides]
-        data = [f"data.train={rows}", "data.eval=[]", f"output={run}"]
-        command("train", str(CONFIG), *own, *data, f"train.steps={args.steps}")
+        own = [f"model.name={pruned}", f"data.train={rows}", f"output={run}", *overrides]
+        command("train", str(CONFIG), *own, f"train.steps={args.steps}")
         minutes = (time.monotonic() - begin) / 60
         command("export", run, out, "--format", "hf", "--overwrite")
         after = perplexity(out, args.folder)

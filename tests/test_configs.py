@@ -3,16 +3,19 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from infer.engine.options import parse_mesh
 from infer.server.build import engine_options
 from infer.server.settings import read_settings
 from llama_jax.mesh.slices import slice_named
+from llama_jax.weights.merge_recipe import read_recipe
 from train.config import load_run_config
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SERVED = sorted((ROOT / "configs" / "serve").glob("*.yaml"))
+RECIPES = sorted((ROOT / "configs" / "merge").glob("*.yaml"))
 PAGE = (ROOT / "docs" / "proven-configs.md").read_text()
 
 
@@ -42,6 +45,14 @@ def test_the_page_of_proofs_tells_of_this_very_config(path):
     ]
     together, limit = float(cells[6]), float(cells[7])
     assert together <= limit == round(slice_named(run.mesh.slice).hbm_bytes_per_chip / 2**30, 2)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_complete_and_its_header_has_the_command(path):
+    text = path.read_text()
+    recipe = read_recipe(yaml.safe_load(text), path.name)
+    assert path.stem.endswith(recipe.method.replace("_", "-"))
+    assert f"llama-jax merge {path.name} OUT" in text
 
 
 @pytest.mark.slow

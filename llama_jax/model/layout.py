@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import tree
-from llama_jax.weights.tensors import DecodingTensor
+from llama_jax.weights.tensors import DecodingTensor, LoraTensor, is_quantized
 
 _JOINED = {
     "qkv_proj": ("self_attn", ("q_proj", "k_proj", "v_proj")),
@@ -27,8 +27,8 @@ def unstack_layers(params: tree.Tree) -> tree.Tree:
 
 
 def for_decoding(params: tree.Tree) -> tree.Tree:
-    """`unstack_layers` with matrices joined, and made, with the head, for few rows; leaves that are
-    no plain arrays stay.
+    """`unstack_layers` with matrices joined, and made, with the head, for few rows, also what lies
+    under adapters; experts stay.
 
     The result runs in `hidden_states` and `decode` like any parameters, but no longer follows the
     weight table. It is a copy of all layers: drop the stacked ones if memory is short.
@@ -39,10 +39,7 @@ def for_decoding(params: tree.Tree) -> tree.Tree:
 def head_for_decoding(params: tree.Tree) -> tree.Tree:
     """The parameters with the head, or the embedding that serves as one, made for few rows."""
     name = "lm_head" if "lm_head" in params else "embed_tokens"
-    weight = params[name]["weight"]
-    if not isinstance(weight, jax.Array):
-        return params
-    return {**params, name: {"weight": DecodingTensor(weight)}}
+    return {**params, name: {"weight": _for_few_rows(name, params[name]["weight"])}}
 
 
 def summing_alike(params: tree.Tree) -> tree.Tree:
@@ -74,17 +71,29 @@ def _joined(layer: tree.Tree) -> tree.Tree:
     layer = {name: dict(part) for name, part in layer.items()}
     for joined, (block, names) in _JOINED.items():
         parts = [layer[block][name] for name in names] if block in layer else []
-        if parts and all(isinstance(part["weight"], jax.Array) for part in parts):
+        if parts and _are_of_one_kind([part["weight"] for part in parts]):
             for name in names:
                 del layer[block][name]
-            layer[block][joined] = {
-                field: jnp.concatenate([part[field] for part in parts]) for field in parts[0]
-            }
+            layer[block][joined] = jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
     return tree.map_with_path(_for_few_rows, layer)
+
+
+def _are_of_one_kind(weights: list[Any]) -> bool:
+    """Whether these are matrices of which every array has a row for each output: not so adapters,
+    and quantized ones with one scale for all activations."""
+    kinds = {jax.tree.structure(weight) for weight in weights}
+    return len(kinds) == 1 and all(
+        (isinstance(weight, jax.Array) or is_quantized(weight))
+        and all(array.shape[:1] == weight.shape[:1] for array in jax.tree.leaves(weight))
+        for weight in weights
+    )
 
 
 def _for_few_rows(path: str, leaf: Any) -> Any:
     """Matrices of linear layers; experts go through another product and stay."""
-    if isinstance(leaf, jax.Array) and leaf.ndim == 2 and "block_sparse_moe" not in path:
+    if isinstance(leaf, LoraTensor):
+        return dataclasses.replace(leaf, base=_for_few_rows(path, leaf.base))
+    is_matrix = isinstance(leaf, jax.Array) or is_quantized(leaf)
+    if is_matrix and leaf.ndim == 2 and "block_sparse_moe" not in path:
         return DecodingTensor(leaf)
     return leaf

@@ -9,6 +9,7 @@ import pytest
 
 from llama_jax.config import Compute
 from llama_jax.weights.dot import dot
+from llama_jax.weights.quantize import quantize_array
 from llama_jax.weights.tensors import DecodingTensor, narrowed
 
 
@@ -20,6 +21,17 @@ def test_rows_of_a_decoding_matrix_have_the_same_bits_beside_any_others(size):
     wanted = np.asarray(product(rows, weight))
     np.testing.assert_allclose(wanted, rows @ weight.array.T, atol=2e-4)
     for count in (2, 7, 8, 9, 16, 17, 24, 25, 32, 33, 40, 41):
+        np.testing.assert_array_equal(product(rows[:count], weight), wanted[:count], str(count))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "nf4", "int8-dynamic", "int4-dynamic"])
+def test_rows_of_a_quantized_decoding_matrix_do_too(scheme):
+    matrix = jax.random.normal(jax.random.key(0), (1200, 256))
+    weight = DecodingTensor(quantize_array(matrix, scheme=scheme), sums_alike=True)
+    rows = jax.random.normal(jax.random.key(1), (48, 256))
+    product = jax.jit(partial(dot, compute=Compute()))
+    wanted = np.asarray(product(rows, weight))
+    for count in (2, 7, 8, 9, 17, 25, 33, 41):
         np.testing.assert_array_equal(product(rows[:count], weight), wanted[:count], str(count))
 
 

@@ -1,0 +1,162 @@
+"""Products with matrices made for decoding: few rows of activations at a time, on a CPU.
+
+A plain matrix comes first in its product, which is faster. A quantized one is made plain piece by
+piece, each while it is in the core's cache: the whole would be written to memory and read again,
+in one place for each matrix of the model, so that it took more memory than no quantization and five
+times as long.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from qwix import QArray
+
+from llama_jax.config import Compute
+from llama_jax.weights.integers import in_tiles, integer_sums, rescaled, rounded
+from llama_jax.weights.tensors import (
+    DecodingTensor,
+    IntegerTensor,
+    Leaf,
+    PackedTensor,
+    is_quantized,
+    to_array,
+)
+
+_FEW_ROWS = 48
+# XLA's kernels take columns by the eight, and how they add may differ between an odd and an even
+# number of eights: with AVX2 for each even one, with AVX-512 for 25 to 32 columns.
+_EIGHT = 8
+_TAKEN_WHOLE = 2**15  # numbers, rows times `in`
+_PIECE = 2**18  # numbers of a matrix, a mebibyte in float32
+
+
+def decoding_product(x: jax.Array, weight: DecodingTensor, compute: Compute) -> jax.Array:
+    """x [T, in] times weight [out, in] -> [T, out] in the accumulation dtype."""
+    leaf = weight.array
+    if not is_quantized(leaf):
+        return _rows(x, leaf.astype(x.dtype), weight, compute)
+    if not isinstance(leaf, IntegerTensor):
+        return _dequantized_product(x, leaf, weight, compute)
+    wide = x.astype(jnp.float32)
+    if leaf.is_tiled:
+        # As the floats that the integers stand for: on a CPU faster than sums of short tiles.
+        values, own = rounded(in_tiles(wide, leaf))
+        inputs = (values.astype(jnp.float32) * own).reshape(len(x), -1)[:, : x.shape[-1]]
+        return _dequantized_product(inputs, leaf.base, weight, compute)
+    values, own = rounded(wide, leaf.activation_scale)
+    total = rescaled(_integer_total(values, leaf.base), own, leaf.base)
+    return total.astype(compute.accumulation_dtype)
+
+
+def _dequantized_product(
+    x: jax.Array, leaf: Leaf, weight: DecodingTensor, compute: Compute
+) -> jax.Array:
+    def part(piece: Leaf) -> jax.Array:
+        if not isinstance(piece, PackedTensor):
+            return _rows(x, to_array(piece, dtype=x.dtype), weight, compute)
+        # Two products, so that neighbouring nibbles need not be brought next to each other.
+        even, odd = (half.astype(x.dtype) for half in piece.halves())
+        evens = _rows(x[:, 0::2], even, weight, compute)
+        return evens + _rows(x[:, 1::2], odd, weight, compute)
+
+    return _in_pieces(leaf, len(x), part, compute.accumulation_dtype)
+
+
+def _integer_total(values: jax.Array, base: QArray | PackedTensor) -> jax.Array:
+    """int8 [T, in] times the codes of base [out, in] -> int32 [T, out]."""
+    if isinstance(base, QArray):
+        return integer_sums(values, base.qvalue)
+
+    def part(piece: PackedTensor) -> jax.Array:
+        even, odd = piece.half_codes()
+        return integer_sums(values[:, 0::2], even) + integer_sums(values[:, 1::2], odd)
+
+    return _in_pieces(base, len(values), part, jnp.int32)
+
+
+def _in_pieces(
+    leaf: Leaf, rows: int, part: Callable[[Leaf], jax.Array], dtype: str | type
+) -> jax.Array:
+    """[rows, out] of what `part` makes [rows, n] of n outputs of a leaf."""
+    out, inner = leaf.shape
+    height = -(-out // -(-out * inner // _PIECE))
+    if height == out:
+        return part(leaf)
+
+    # XLA's CPU backend widens floats of eight bits to move them, but not bytes.
+    held = jax.tree.map(lambda array: _as(array, jnp.uint8), leaf)
+
+    def add(i: jax.Array, result: jax.Array) -> jax.Array:
+        begin = jnp.minimum(i * height, out - height)  # the last takes some outputs once more
+        piece = jax.tree.map(
+            lambda array, whole: _as(
+                jax.lax.dynamic_slice_in_dim(array, begin, height), whole.dtype
+            ),
+            held,
+            leaf,
+        )
+        return jax.lax.dynamic_update_slice_in_dim(result, part(piece), begin, axis=1)
+
+    return jax.lax.fori_loop(0, -(-out // height), add, jnp.zeros((rows, out), dtype))
+
+
+def _as(array: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Its bits, if these are numbers of one byte."""
+    return jax.lax.bitcast_convert_type(array, dtype) if array.dtype.itemsize == 1 else array
+
+
+def _rows(x: jax.Array, array: jax.Array, weight: DecodingTensor, compute: Compute) -> jax.Array:
+    """The weight first: with 2 to 48 rows XLA's CPU backend, which copies its first operand into
+    tiles, takes a fifth to a third less time."""
+    rows = len(x)
+    if not 1 < rows <= _FEW_ROWS:
+        return plain_product(x, array, compute)
+    if not weight.sums_alike:
+        return _weight_first(x, array, compute)
+    parts = [_weight_first(part, array, compute) for part in _alike(x)]
+    return jnp.concatenate(parts)[:rows]
+
+
+def _alike(x: jax.Array) -> list[jax.Array]:
+    """x [T, in], with rows of zeros after it, in parts of one or three eights: products of such sum
+    in one order, those of an even number in another, those of a single row in a third. Newer
+    versions of JAX want whole eights, and few enough for the product not to be cut along `in`."""
+    rows, width = x.shape
+    if jax.__version_info__ < (0, 11):
+        most, padding = 3, 0
+        last = rows % (most * _EIGHT)
+        if last == 1:
+            padding = 1
+        elif _EIGHT < last <= 2 * _EIGHT:
+            # A part of three eights takes less time than two of one.
+            padding = most * _EIGHT - last
+    else:
+        most, padding = max(1, _TAKEN_WHOLE // (width * _EIGHT)), -rows % _EIGHT
+    padded = jnp.pad(x, ((0, padding), (0, 0)))
+    parts = []
+    while padded.shape[0]:
+        left = -(-padded.shape[0] // _EIGHT)
+        count = min(most, left)
+        count = _EIGHT * (count - 1 + count % 2)
+        parts.append(padded[:count])
+        padded = padded[count:]
+    return parts
+
+
+def _weight_first(x: jax.Array, array: jax.Array, compute: Compute) -> jax.Array:
+    # The barrier keeps XLA from turning the product back.
+    return jax.lax.optimization_barrier(plain_product(array, x, compute)).T
+
+
+def plain_product(
+    x: jax.Array, weight: jax.Array, compute: Compute, *, contracted: int = 1
+) -> jax.Array:
+    """x [T, in] times weight [out, in], or [in, out] with `contracted` 0, in the accumulation
+    dtype."""
+    return jax.lax.dot_general(
+        x,
+        weight,
+        (((1,), (contracted,)), ((), ())),
+        preferred_element_type=jnp.dtype(compute.accumulation_dtype),
+    )
