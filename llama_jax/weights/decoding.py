@@ -83,27 +83,25 @@ def _in_pieces(
     height = -(-out // -(-out * inner // _PIECE))
     if height == out:
         return part(leaf)
-
-    # XLA's CPU backend widens floats of eight bits to move them, but not bytes.
-    held = jax.tree.map(lambda array: _as(array, jnp.uint8), leaf)
+    takers = jax.tree.map(_taker, leaf)
 
     def add(i: jax.Array, result: jax.Array) -> jax.Array:
         begin = jnp.minimum(i * height, out - height)  # the last takes some outputs once more
-        piece = jax.tree.map(
-            lambda array, whole: _as(
-                jax.lax.dynamic_slice_in_dim(array, begin, height), whole.dtype
-            ),
-            held,
-            leaf,
-        )
+        piece = jax.tree.map(lambda take: take(begin, height), takers)
         return jax.lax.dynamic_update_slice_in_dim(result, part(piece), begin, axis=1)
 
     return jax.lax.fori_loop(0, -(-out // height), add, jnp.zeros((rows, out), dtype))
 
 
-def _as(array: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Its bits, if these are numbers of one byte."""
-    return jax.lax.bitcast_convert_type(array, dtype) if array.dtype.itemsize == 1 else array
+def _taker(array: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
+    """What takes so many rows from a begin on."""
+    if array.dtype.itemsize > 1 or not jnp.issubdtype(array.dtype, jnp.floating):
+        return lambda begin, height: jax.lax.dynamic_slice_in_dim(array, begin, height)
+    # XLA's CPU backend widens floats of eight bits to move them, but not bytes.
+    held = jax.lax.bitcast_convert_type(array, jnp.uint8)
+    return lambda begin, height: jax.lax.bitcast_convert_type(
+        jax.lax.dynamic_slice_in_dim(held, begin, height), array.dtype
+    )
 
 
 def _rows(x: jax.Array, array: jax.Array, weight: DecodingTensor, compute: Compute) -> jax.Array:
