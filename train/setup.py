@@ -33,7 +33,7 @@ from train.distill_on_policy import OnPolicy
 from train.distill_pmap import AXIS, make_pmap_step
 from train.dpo import make_dpo_loss
 from train.optim import Optimizer, make_optimizer, make_schedule
-from train.state import TrainState, from_host, init_state, on_host, state_shardings
+from train.state import Offload, TrainState, init_state, on_host, state_shardings
 from train.step import Loss, make_eval_step, make_train_step
 
 # What each use of the run's seed folds into its key.
@@ -181,6 +181,10 @@ def make_setup(
         kept = run.distill is not None and run.distill.top_k is not None
         beside = ({} if kept else _placed_teacher(teacher, mesh, rules),)
     by_pmap = run.distill is not None and run.distill.step == "pmap"
+    offload = None
+    if run.optimizer.offload:
+        working, places = places, on_host(state, places)
+        offload = Offload(working.opt_state, places.opt_state)
     step = make_train_step(
         config,
         compute,
@@ -192,11 +196,8 @@ def make_setup(
         axis=AXIS if by_pmap else None,
         held=zeros_mask(config, params) if run.model.keep_zeros else None,
         prepare=_make_prepare(run, teacher),
+        offload=offload,
     )
-    if run.optimizer.offload:
-        resting = on_host(state, places)
-        step = from_host(step, places.opt_state, resting.opt_state)
-        places = resting
     beside_places = jax.tree.map(lambda struct: struct.sharding, beside)
     return Setup(
         run=run,

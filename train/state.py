@@ -1,9 +1,8 @@
 """What a training step turns into its successor, and where it lies on the mesh."""
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -87,13 +86,17 @@ def on_host(state: TrainState, places: TrainState) -> TrainState:
     return dataclasses.replace(places, opt_state=moments)
 
 
-def from_host(step: Callable[..., Any], working: Any, resting: Any) -> Callable[..., Any]:
-    """A step whose moments lie at `resting` before and after it, and at `working` in it."""
+class Offload(NamedTuple):
+    """Where moments lie between steps (`resting`) and while they are updated (`working`)."""
 
-    def moving(state: TrainState, *rest: Any) -> tuple[TrainState, Any]:
-        here = dataclasses.replace(state, opt_state=jax.device_put(state.opt_state, working))
-        after, metrics = step(here, *rest)
-        moments = jax.device_put(after.opt_state, resting)
-        return dataclasses.replace(after, opt_state=moments), metrics
+    working: Any
+    resting: Any
 
-    return moving
+    def fetch(self, moments: Any, gradients: Any) -> tuple[Any, Any]:
+        """(moments at `working`, gradients), the first not before the second are there: until then
+        their room is needed for what the backward pass reads."""
+        moments, gradients = jax.lax.optimization_barrier((moments, gradients))
+        return jax.device_put(moments, self.working), gradients
+
+    def put_back(self, moments: Any) -> Any:
+        return jax.device_put(moments, self.resting)

@@ -16,7 +16,7 @@ from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import TappedTensor
 from train.auxiliary import filled, joined, parted
 from train.optim import Optimizer
-from train.state import TrainState
+from train.state import Offload, TrainState
 
 Metrics = dict[str, jax.Array]
 Step = Callable[..., tuple[TrainState, Metrics]]
@@ -55,6 +55,7 @@ def make_train_step(
     axis: str | None = None,
     held: tree.Tree | None = None,
     prepare: Prepare | None = None,
+    offload: Offload | None = None,
 ) -> Step:
     """`step(state, batch, *beside) -> (state, metrics)` over arrays [B, T].
 
@@ -68,6 +69,8 @@ def make_train_step(
 
     held: true for the arrays whose zeros, left by pruning, stay exactly zero: they get no gradient,
     so that neither the norm nor a moment knows them, and no update. None: no array's.
+
+    offload: None where moments stay on the devices.
 
     Only what `mask` selects is differentiated. With `accumulation_steps` the batch is taken in that
     many parts, whose sums of loss and gradient are added before the one division by the number of
@@ -111,9 +114,10 @@ def make_train_step(
         if held is not None:
             kept = filled(tree.partition(held, mask)[0], state.auxiliary, False)
         gradients = _with_zeros(gradients, trained, kept)
-        updated, opt_state, metrics = optimizer.update(
-            gradients, state.opt_state, trained, state.rng
-        )
+        moments = state.opt_state
+        if offload is not None:
+            moments, gradients = offload.fetch(moments, gradients)
+        updated, opt_state, metrics = optimizer.update(gradients, moments, trained, state.rng)
         updated = _with_zeros(updated, trained, kept)
         healthy = jnp.isfinite(sums["loss"]) & jnp.isfinite(metrics["grad_norm"])
         apply = (sums["weight"] > 0) & healthy
@@ -122,10 +126,11 @@ def make_train_step(
             return jnp.where(apply, new, old)
 
         params, auxiliary = parted(tree.combine(jax.tree.map(chosen, updated, trained), frozen))
+        opt_state = jax.tree.map(chosen, opt_state, moments)
         after = TrainState(
             step=state.step + 1,
             params=params,
-            opt_state=jax.tree.map(chosen, opt_state, state.opt_state),
+            opt_state=opt_state if offload is None else offload.put_back(opt_state),
             rng=state.rng,
             auxiliary=auxiliary,
         )
