@@ -159,7 +159,9 @@ class Settings:
     piece_tokens: int = _setting(128, "of a prompt, read between two steps of others", low=1)
     cache: str | None = _setting(None, "slots or pages; None is pages on TPUs and on a mesh")
     mesh: str | None = _setting(None, "devices that share the model, such as tensor=4")
-    quantization: str | None = _setting(None, "int8, int4, nf4 or fp8 weights, made while loading")
+    quantization: str | None = _setting(
+        None, "int8, int4, nf4, fp8, int8-dynamic or int4-dynamic, made while loading"
+    )
     exact: bool = _setting(True, "no answer depends on who else asks; without, one alone is faster")
     dtype: str | None = _setting(None, "of computation; None is the rule of generate")
     cache_dtype: str | None = _setting(
