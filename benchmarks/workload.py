@@ -14,7 +14,11 @@ TEXT = (
     "grew rich and which were passed over, when the winters were hard, and how news travelled "
     "along the coast. Some pages are missing, some were used to light a stove, and one was folded "
     "into a paper boat. In what follows I read three of these ledgers side by side and ask what "
-    "each of them leaves out. "
+    "each of them leaves out. The first was kept by a man who had been a fisherman and trusted "
+    "nobody from inland; he gives the weather before anything else. The second belonged to the "
+    "customs house, where salt, iron and cloth had columns of their own and people had none. The "
+    "third is the diary of a girl of eleven, who counted sails from her window every evening until "
+    "the lamps were lit, and who was, as far as anyone can check today, seldom wrong. "
 )
 
 
