@@ -2,8 +2,7 @@
 
 A plain matrix comes first in its product, which is faster. A quantized one is made plain piece by
 piece, each while it is in the core's cache: the whole would be written to memory and read again,
-in one place for each matrix of the model, so that it took more memory than no quantization and five
-times as long.
+in one place for each matrix of the model, which takes more memory and time than no quantization.
 """
 
 from collections.abc import Callable

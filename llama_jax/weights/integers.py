@@ -33,8 +33,7 @@ def integer_sums(left: jax.Array, right: jax.Array) -> jax.Array:
     """int8 [T, in] times int8 [out, in], exact: int32 [T, out]."""
     rows = len(left)
     if rows == 1:
-        # XLA's CPU backend has its fast product of integers for two rows and more, and takes
-        # twenty times as long for one.
+        # XLA's CPU backend has its fast product of integers for two rows and more only.
         left = jnp.pad(left, ((0, 1), (0, 0)))
     return jax.lax.dot_general(
         left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
