@@ -81,8 +81,8 @@ def piece_shapes(piece_tokens: int) -> list[int]:
 
 
 def row_shapes(max_slots: int, *, exact: bool) -> list[int]:
-    """1 or 2, then 8, 24, 48, 96, …, max_slots: products of 8 and of 24 rows run in one part (see
-    `dot`), and a step of 8 rows takes hardly longer than one of 4."""
+    """1 or 2, then 8, 24, 48, 96, …, max_slots: a step of 8 rows takes hardly longer than one of 4,
+    and products of 9 to 16 rows as long as those of 24 where they are to sum alike."""
     fewest = _FEWEST_ROWS if exact else 1
     sizes = itertools.chain([fewest, _FEWEST_TOKENS], (24 * 2**n for n in itertools.count()))
     smaller = itertools.takewhile(lambda size: size < max_slots, sizes)
@@ -109,11 +109,13 @@ class Runner:
     least_tokens = 1
 
     def __init__(self, model: Runnable, options: EngineOptions, *, capacity: int, num_blocks: int):
-        if options.exact:
-            model = dataclasses.replace(model, params=summing_alike(model.params))
-        self.model, self.options = model, options
         self.piece_shapes = piece_shapes(options.piece_tokens)
         self.row_shapes = row_shapes(options.max_slots, exact=options.exact)
+        if options.exact:
+            drafted = options.max_drafted_rows * (1 + options.draft_tokens)
+            most = max(self.row_shapes[-1], drafted, 2 * _FEWEST_TOKENS)  # tokens of a step
+            model = dataclasses.replace(model, params=summing_alike(model.params, rows=most))
+        self.model, self.options = model, options
         self._filled: set[int] = set()  # numbers of rows whose steps are filled up with tokens
         # A padded piece may reach past the longest row.
         self.capacity = capacity + self.piece_shapes[-1]

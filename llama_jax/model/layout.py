@@ -42,12 +42,13 @@ def head_for_decoding(params: tree.Tree) -> tree.Tree:
     return {**params, name: {"weight": _for_few_rows(name, params[name]["weight"])}}
 
 
-def summing_alike(params: tree.Tree) -> tree.Tree:
-    """The same with the bits of products independent of the number of rows: `DecodingTensor`."""
+def summing_alike(params: tree.Tree, *, rows: int) -> tree.Tree:
+    """The same with the bits of products independent of the number of rows up to `rows`:
+    `DecodingTensor`."""
 
     def alike(leaf: Any) -> Any:
         if isinstance(leaf, DecodingTensor):
-            return dataclasses.replace(leaf, sums_alike=True)
+            return dataclasses.replace(leaf, alike_rows=rows)
         return leaf
 
     return jax.tree.map(alike, params, is_leaf=lambda leaf: isinstance(leaf, DecodingTensor))

@@ -23,10 +23,9 @@ from llama_jax.weights.tensors import (
 )
 
 _FEW_ROWS = 48
-# XLA's kernels take columns by the eight, and how they add may differ between an odd and an even
-# number of eights: with AVX2 for each even one, with AVX-512 for 25 to 32 columns.
-_EIGHT = 8
-_TAKEN_WHOLE = 2**15  # numbers, rows times `in`
+# Before JAX 0.11, products with the weight first of 2 to 8 and of 17 to 24 rows sum in one order if
+# there are up to so many inputs. All others sum in other orders.
+_ALIKE_ROWS, _ALIKE_INPUTS = (8, 24), 4096
 _PIECE = 2**18  # numbers of a matrix, a mebibyte in float32
 
 
@@ -104,41 +103,20 @@ def _taker(array: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
 
 
 def _rows(x: jax.Array, array: jax.Array, weight: DecodingTensor, compute: Compute) -> jax.Array:
-    """The weight first: with 2 to 48 rows XLA's CPU backend, which copies its first operand into
-    tiles, takes a fifth to a third less time."""
-    rows = len(x)
+    """With the weight first XLA's CPU backend, which copies one operand into tiles, takes up to a
+    quarter less time for 2 to 8 rows, and no more for up to 48. But how it sums then follows from
+    the number of rows, with the weight last from the matrix alone, for two rows or more."""
+    rows, width = x.shape
     if not 1 < rows <= _FEW_ROWS:
         return plain_product(x, array, compute)
-    if not weight.sums_alike:
+    if not weight.alike_rows:
         return _weight_first(x, array, compute)
-    parts = [_weight_first(part, array, compute) for part in _alike(x)]
-    return jnp.concatenate(parts)[:rows]
-
-
-def _alike(x: jax.Array) -> list[jax.Array]:
-    """x [T, in], with rows of zeros after it, in parts of one or three eights: products of such sum
-    in one order, those of an even number in another, those of a single row in a third. Newer
-    versions of JAX want whole eights, and few enough for the product not to be cut along `in`."""
-    rows, width = x.shape
-    if jax.__version_info__ < (0, 11):
-        most, padding = 3, 0
-        last = rows % (most * _EIGHT)
-        if last == 1:
-            padding = 1
-        elif _EIGHT < last <= 2 * _EIGHT:
-            # A part of three eights takes less time than two of one.
-            padding = most * _EIGHT - last
-    else:
-        most, padding = max(1, _TAKEN_WHOLE // (width * _EIGHT)), -rows % _EIGHT
-    padded = jnp.pad(x, ((0, padding), (0, 0)))
-    parts = []
-    while padded.shape[0]:
-        left = -(-padded.shape[0] // _EIGHT)
-        count = min(most, left)
-        count = _EIGHT * (count - 1 + count % 2)
-        parts.append(padded[:count])
-        padded = padded[count:]
-    return parts
+    few, most = _ALIKE_ROWS
+    are_alike = jax.__version_info__ < (0, 11) and width <= _ALIKE_INPUTS
+    if not are_alike or max(rows, weight.alike_rows) > most:
+        return plain_product(x, array, compute)
+    padding = max(0, 2 * few + 1 - rows) if rows > few else 0
+    return _weight_first(jnp.pad(x, ((0, padding), (0, 0))), array, compute)[:rows]
 
 
 def _weight_first(x: jax.Array, array: jax.Array, compute: Compute) -> jax.Array:

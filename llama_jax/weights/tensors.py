@@ -268,11 +268,12 @@ def signed_nibbles(codes: jax.Array) -> jax.Array:
 class DecodingTensor:
     """A matrix [out, in], an array or a quantized leaf, that meets few rows at a time on a CPU.
 
-    sums_alike: whether a row's result has the same bits beside any number of others up to 48.
+    alike_rows: where it is not 0, a row's result has the same bits in products of two rows as in
+    those of so many, and of any number between.
     """
 
     array: Array
-    sums_alike: bool = field(default=False, metadata={"static": True})
+    alike_rows: int = field(default=0, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
