@@ -1,8 +1,10 @@
 """The server beside llama.cpp's, in turn in one run: streaming clients on loopback.
 
-usage: python benchmarks/serving.py [FOLDER] [--clients 1 8 32] [--rounds 2] [--serve "--no-exact"]
+usage: python benchmarks/serving.py [FOLDER] [--clients 1 8 32] [--rounds 2] [--eight-bits]
+    [--serve "--no-exact"]
 LLAMACPP_BIN names the folder of llama-server; without it ours runs alone. FOLDER is what
-`workload.py FOLDER` makes (made when missing): SmolLM2-135M in float32.
+`workload.py FOLDER` makes (made when missing): SmolLM2-135M in float32. With --eight-bits both
+multiply integers: ours serves int8-dynamic, llama.cpp q8_0.
 
 Every client asks, one request after the other, for exactly --new tokens after a prompt of --length
 token ids of its own; no prefix is shared. Reported for each number of clients: output tokens a
@@ -127,16 +129,23 @@ def distinct(rows: list[list[int]]) -> list[list[int]]:
     return [[1000 + number, *row[1:]] for number, row in enumerate(rows)]
 
 
+def gguf_type(args: argparse.Namespace) -> str:
+    return "q8_0" if args.eight_bits else "f32"
+
+
 def command_of(engine: str, args: argparse.Namespace, port: int) -> tuple[list[str], str]:
     slots = max(args.clients)
     if engine == "llama.cpp":
         binary = str(Path(os.environ["LLAMACPP_BIN"]) / "llama-server")
         context = slots * (args.length + args.new + 64)
-        command = [binary, "-m", str(args.folder / "model-f32.gguf"), "-c", str(context)]
+        file = args.folder / f"model-{gguf_type(args)}.gguf"
+        command = [binary, "-m", str(file), "-c", str(context)]
         command += ["-np", str(slots), "-t", str(os.cpu_count()), "--host", "127.0.0.1"]
         return [*command, "--port", str(port)], "/health"
     command = [sys.executable, "-m", "llama_jax.cli", "serve", str(args.folder / "hf")]
     command += ["--port", str(port), "--max-slots", str(slots), "--max-context", "1024"]
+    if args.eight_bits:
+        command += ["--quantization", "int8-dynamic"]
     return [*command, *args.serve.split()], "/readyz"
 
 
@@ -185,9 +194,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--eight-bits", action="store_true", help="weights and products of int8")
     parser.add_argument("--serve", default="", help="more flags of our server")
     args = parser.parse_args()
-    prepare(args.folder)
+    prepare(args.folder, gguf_type(args))
     engines = ["llama-jax", *(["llama.cpp"] if "LLAMACPP_BIN" in os.environ else [])]
     # Fills the compilation cache: what follows are second starts.
     port = free_port()
@@ -199,9 +209,10 @@ def main() -> None:
         for engine in engines:
             results[engine].append(measure(engine, args))
     starts = [round(each["ready_seconds"], 1) for each in results["llama-jax"]]
+    numbers = "int8-dynamic, q8_0 of llama.cpp" if args.eight_bits else "float32"
     print(
         f"{datetime.date.today().isoformat()}: {platform.machine()}, {os.cpu_count()} cores, "
-        f"llama-jax {llama_jax.__version__} {args.serve}; SmolLM2-135M, float32, {args.length} + "
+        f"llama-jax {llama_jax.__version__} {args.serve}; SmolLM2-135M, {numbers}, {args.length} + "
         f"{args.new} tokens, greedy; medians of {args.rounds} rounds; ready on a second start "
         f"after {starts} s\n"
     )

@@ -41,20 +41,19 @@ def median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def prepare(folder: Path) -> None:
-    """SmolLM2-135M in float32 as a Hugging Face folder and as a GGUF file."""
+def prepare(folder: Path, gguf: str = "f32") -> None:
+    """SmolLM2-135M as a Hugging Face folder in float32, and as a GGUF file of type `gguf`."""
     import llama_jax as lj
     from llama_jax.formats.gguf import save_gguf
 
-    if (folder / "hf").is_dir() and (folder / "model-f32.gguf").is_file():
+    file = folder / f"model-{gguf}.gguf"
+    if (folder / "hf").is_dir() and file.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     model = lj.load("smollm2-135m", dtype="float32")
     if not (folder / "hf").is_dir():
         lj.save_hf(model, folder / "hf")
-    save_gguf(
-        folder / "model-f32.gguf", model.config, model.params, model.tokenizer, overwrite=True
-    )
+    save_gguf(file, model.config, model.params, model.tokenizer, dtype=gguf, overwrite=True)
 
 
 if __name__ == "__main__":
