@@ -113,7 +113,8 @@ class Runner:
         self.row_shapes = row_shapes(options.max_slots, exact=options.exact)
         if options.exact:
             drafted = options.max_drafted_rows * (1 + options.draft_tokens)
-            most = max(self.row_shapes[-1], drafted, 2 * _FEWEST_TOKENS)  # tokens of a step
+            # Tokens of a step; the last is more than any that is filled up to `_FEWEST_TOKENS` has.
+            most = max(self.row_shapes[-1], drafted, 2 * _FEWEST_TOKENS)
             model = dataclasses.replace(model, params=summing_alike(model.params, rows=most))
         self.model, self.options = model, options
         self._filled: set[int] = set()  # numbers of rows whose steps are filled up with tokens

@@ -103,9 +103,9 @@ def _taker(array: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
 
 
 def _rows(x: jax.Array, array: jax.Array, weight: DecodingTensor, compute: Compute) -> jax.Array:
-    """With the weight first XLA's CPU backend, which copies one operand into tiles, takes up to a
-    quarter less time for 2 to 8 rows, and no more for up to 48. But how it sums then follows from
-    the number of rows, with the weight last from the matrix alone, for two rows or more."""
+    """The weight first is faster for a few rows: XLA's CPU backend copies one operand into tiles.
+    But how it sums then follows from the number of rows; with the weight last it follows from the
+    matrix alone, for two rows or more."""
     rows, width = x.shape
     if not 1 < rows <= _FEW_ROWS:
         return plain_product(x, array, compute)
