@@ -267,8 +267,9 @@ class Compute:
       and loss are float32 whatever this says.
     param_dtype: of the trained parameters; None keeps the dtype they were loaded in.
     accumulation_dtype: of the sums inside products.
-    gradient_dtype: of the gradients of the matrices of the layers, when those are float32 and
-      multiplied in bfloat16. bfloat16 rounds each once more, and takes half the memory.
+    gradient_dtype: of the gradients of the matrices of the layers and of a head that is not the
+      embedding, when those are float32 and multiplied in bfloat16. bfloat16 rounds each once
+      more, and takes half the memory.
     cache_dtype: of the keys and values kept while text is generated; None is `dtype`. int8 rounds
       each head of each token with a scale of its own.
     remat: what the backward pass recomputes: `none` keeps every activation, `full` keeps only the

@@ -212,7 +212,7 @@ def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
         # A matrix whose gradient is kept in bfloat16 takes part beside the zeros that receive it.
         tapped = {}
         if compute.gradient_dtype == "bfloat16":
-            tapped = _matrices_of_layers(config, trained)
+            tapped = _narrowed_matrices(config, trained)
         given = tree.map_arrays_with_path(
             lambda path, array: jnp.zeros_like(array, jnp.bfloat16) if path in tapped else array,
             trained,
@@ -224,11 +224,12 @@ def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
     return gradient
 
 
-def _matrices_of_layers(config: ModelConfig, params: tree.Tree) -> dict[str, jax.Array]:
-    """Those that are multiplied in the compute dtype, which the router is not."""
+def _narrowed_matrices(config: ModelConfig, params: tree.Tree) -> dict[str, jax.Array]:
+    """Those that are multiplied in the compute dtype, which the router is not, and whose gradient
+    is that of the product alone: a tied embedding's has the rows that were looked up, too."""
     table = weight_table(config)
     arrays = tree.flatten_arrays(params)
-    return {p: arrays[p] for p in arrays if p in table and table[p].role == "matrix"}
+    return {p: arrays[p] for p in arrays if p in table and table[p].role in ("matrix", "head")}
 
 
 def _named_sums(parts: LossSums, batch: Batch) -> Metrics:

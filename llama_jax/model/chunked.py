@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.weights.tensors import Leaf
+from llama_jax.weights.tensors import Leaf, TappedTensor
 
 # chunk(hidden [B, t, D], head, part, constants) -> (loss, tree of further sums)
 Chunk = Callable[..., tuple[jax.Array, Any]]
@@ -50,10 +50,16 @@ def _is_primal(x: Any) -> bool:
 
 
 def _forward(chunk: Chunk, hidden: Any, head: Any, parts: Any, constants: Any) -> Any:
-    """Sums and gradients together; leaves of the head that are frozen get none."""
-    leaves, structure = jax.tree.flatten(head, is_leaf=_is_primal)
-    frozen = [None if leaf.perturbed else leaf.value for leaf in leaves]
-    trained = [leaf.value if leaf.perturbed else None for leaf in leaves]
+    """Sums and gradients together; leaves of the head that are frozen get none. A tapped one's is
+    rounded once, when all chunks are added up."""
+    leaves, structure = jax.tree.flatten(
+        head, is_leaf=lambda x: _is_primal(x) or isinstance(x, TappedTensor)
+    )
+    values = [leaf.array.value if isinstance(leaf, TappedTensor) else leaf.value for leaf in leaves]
+    receive = [leaf.tap if isinstance(leaf, TappedTensor) else leaf for leaf in leaves]
+    pairs = list(zip(values, receive, strict=True))
+    frozen = [None if leaf.perturbed else value for value, leaf in pairs]
+    trained = [value if leaf.perturbed else None for value, leaf in pairs]
     hidden, parts, constants = _values((hidden, parts, constants))
 
     def of_chunk(h: jax.Array, trained: list[Any], part: Any) -> tuple[jax.Array, Any]:
@@ -72,15 +78,27 @@ def _forward(chunk: Chunk, hidden: Any, head: Any, parts: Any, constants: Any) -
     shapes = jax.eval_shape(of_chunk, first[0], trained, first[1])
     start = (_zeros(shapes), _zeros(trained))
     (totals, sums), dhidden = jax.lax.scan(body, start, (hidden, parts))
-    sums = jax.tree.map(lambda s, v: s.astype(v.dtype), sums, trained)
-    # None stands for a zero cotangent.
-    return totals, (dhidden, jax.tree.unflatten(structure, sums))
+    dhead = [
+        # None stands for a zero cotangent.
+        None if s is None else _received(leaf, s)
+        for leaf, s in zip(leaves, sums, strict=True)
+    ]
+    return totals, (dhidden, jax.tree.unflatten(structure, dhead))
+
+
+def _received(leaf: Any, gradient: jax.Array) -> Any:
+    if isinstance(leaf, TappedTensor):
+        return TappedTensor(None, gradient.astype(leaf.tap.value.dtype))
+    return gradient.astype(leaf.value.dtype)
 
 
 def _backward(chunk: Chunk, saved: Any, gradients: Any) -> Any:
     del chunk
     gradient = gradients[0]
-    dhidden, dhead = jax.tree.map(lambda d: d * gradient.astype(d.dtype), saved)
+    gradients = jax.tree.map(lambda d: d * gradient.astype(d.dtype), saved)
+    # Together: the head's gradient would else be rounded at the end of the step, and lie in float32
+    # beside the whole backward pass.
+    dhidden, dhead = jax.lax.optimization_barrier(gradients)
     return dhidden, dhead, None, None
 
 

@@ -22,7 +22,7 @@ from llama_jax.model import transformer
 from llama_jax.model.chunked import chunked_sums
 from llama_jax.model.moe import RouterStats
 from llama_jax.weights.dot import dot
-from llama_jax.weights.tensors import Leaf, LoraTensor, SavedTensor, is_quantized
+from llama_jax.weights.tensors import Leaf, LoraTensor, SavedTensor, TappedTensor, is_quantized
 
 
 @jax.tree_util.register_dataclass
@@ -124,6 +124,9 @@ def dealt_head(head: Leaf, rules: LogicalRules) -> Leaf:
         )
     if isinstance(head, SavedTensor):
         return dataclasses.replace(head, saved=dealt_head(head.saved, rules))
+    if isinstance(head, TappedTensor):
+        parts = (_dealt(part, ("vocab", "embed"), rules) for part in (head.array, head.tap))
+        return TappedTensor(*parts)
     return head if is_quantized(head) else _dealt(head, ("vocab", "embed"), rules)
 
 

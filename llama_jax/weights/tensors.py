@@ -399,6 +399,10 @@ class TappedTensor:
     array: Array
     tap: Array
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.array.shape
+
     def astype(self, dtype: Any) -> jax.Array:
         return _tapped(narrowed(self.array, dtype), self.tap)
 

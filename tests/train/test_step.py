@@ -256,8 +256,8 @@ def test_moments_lie_where_their_parameters_do():
     [("llama-gqa", {"fsdp": 4, "tensor": 2}, 1), ("mixtral", {"data": 1}, 2)],
 )
 def test_gradients_kept_in_bfloat16_are_the_others_rounded(family, sizes, parts):
-    """Matrices of layers move as far, up to the rounding of partial sums; all else moves the
-    same."""
+    """Matrices of layers move as far, up to the rounding of partial sums, and the head up to one
+    rounding of the whole; all else moves the same."""
     moved = {}
     for dtype in ("float32", "bfloat16"):
         compute = dataclasses.replace(COMPUTE, dtype="bfloat16", gradient_dtype=dtype)
@@ -272,5 +272,5 @@ def test_gradients_kept_in_bfloat16_are_the_others_rounded(family, sizes, parts)
         found, scale = moved["bfloat16"][path], np.abs(wanted).max()
         assert found.dtype == np.float32
         assert scale > 0
-        close = 2**-6 if table[path].role == "matrix" else 1e-4
+        close = {"matrix": 2**-6, "head": 2**-8}.get(table[path].role, 1e-4)
         np.testing.assert_allclose(found, wanted, rtol=close, atol=close * scale, err_msg=path)
