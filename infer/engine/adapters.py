@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
-from llama_jax.config import ModelConfig
+from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
 from llama_jax.formats.peft import load_adapter
+from llama_jax.mesh.sharding import partition_spec
 from llama_jax.weights.lora import adapters
-from llama_jax.weights.table import abstract_params
+from llama_jax.weights.table import abstract_params, weight_table
 from llama_jax.weights.tensors import LoraTensor, StackedLora
 
 # The matrices of a layer, by the name they have in it: (block, names whose outputs are joined).
@@ -35,40 +37,65 @@ Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 class AdapterStack:
-    """Room for `count` adapters of up to `rank`, beside the layers of `params` (unrolled)."""
+    """Room for `count` adapters of up to `rank`, beside the layers of `params`, which are unrolled,
+    or stacked, then also on a mesh by `rules`: each device has of a factor what it has of its
+    matrix's inputs or outputs."""
 
-    def __init__(self, config: ModelConfig, params: Any, *, count: int, rank: int, dtype: str):
-        self._config, self.count, self.rank, self._dtype = config, count, rank, dtype
-        self._base = params
-        # Host copies, by (layer, block, name): A [in, parts * count * rank], B transposed alike.
-        self._factors: dict[tuple[int, str, str], tuple[np.ndarray, np.ndarray]] = {}
-        for index, layer in enumerate(params["layers"]):
-            for block, name, parts in _PLACES:
-                if name in layer.get(block, {}):
-                    out, inner = layer[block][name]["weight"].shape
-                    width = len(parts) * count * rank
-                    self._factors[index, block, name] = (
-                        np.zeros((inner, width), dtype),
-                        np.zeros((width, out), dtype),
-                    )
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Any,
+        *,
+        count: int,
+        rank: int,
+        dtype: str,
+        mesh: Mesh | None = None,
+        rules: LogicalRules = DEFAULT_RULES,
+    ):
+        self._config, self.count, self.rank = config, count, rank
+        self._base, self._mesh, self._rules = params, mesh, rules
+        layers, num_layers = params["layers"], config.num_hidden_layers
+        layer = layers if isinstance(layers, dict) else layers[0]
+        # Host copies, by (block, name): A [L, in, parts * count * rank], B transposed alike.
+        self._factors: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
+        for block, name, parts in _PLACES:
+            if name in layer.get(block, {}):
+                *_, out, inner = layer[block][name]["weight"].shape
+                width = len(parts) * count * rank
+                self._factors[block, name] = (
+                    np.zeros((num_layers, inner, width), dtype),
+                    np.zeros((num_layers, width, out), dtype),
+                )
 
     def params(self) -> Any:
         """The parameters with the adapters as they are now."""
-        layers = []
-        for index, layer in enumerate(self._base["layers"]):
-            layer = {name: dict(part) for name, part in layer.items()}
-            for block, name, _ in _PLACES:
-                if (index, block, name) in self._factors:
-                    lora_a, lora_b = jax.device_put(self._factors[index, block, name])
-                    base = layer[block][name]["weight"]
-                    layer[block][name] = {
-                        **layer[block][name],
-                        "weight": StackedLora(
-                            base, lora_a, lora_b, np.zeros(0, np.int32), self.count, self.rank
-                        ),
-                    }
-            layers.append(layer)
-        return {**self._base, "layers": tuple(layers)}
+        layers = self._base["layers"]
+        if isinstance(layers, dict):
+            return {**self._base, "layers": self._beside(layers, slice(None))}
+        beside = tuple(self._beside(layer, index) for index, layer in enumerate(layers))
+        return {**self._base, "layers": beside}
+
+    def _beside(self, layer: Any, index: int | slice) -> Any:
+        """One of unrolled layers, or all stacked ones, with the factors beside the matrices."""
+        layer = {name: dict(part) for name, part in layer.items()}
+        for (block, name), factors in self._factors.items():
+            lora_a, lora_b = jax.device_put(
+                [each[index] for each in factors], self._places(block, name)
+            )
+            base = layer[block][name]["weight"]
+            # Of a step; `with_chosen` says it.
+            nobody = np.zeros((*lora_a.shape[:-2], 0), np.int32)
+            leaf = StackedLora(base, lora_a, lora_b, nobody, self.count, self.rank)
+            layer[block][name] = {**layer[block][name], "weight": leaf}
+        return layer
+
+    def _places(self, block: str, name: str) -> list[NamedSharding] | None:
+        """Where both factors of stacked layers lie."""
+        if self._mesh is None:
+            return None
+        stack, out, inner = weight_table(self._config)[f"layers.{block}.{name}.weight"].axes
+        axes = (stack, inner, "rank"), (stack, "rank", out)
+        return [NamedSharding(self._mesh, partition_spec(each, self._rules)) for each in axes]
 
     def read(self, folder: str) -> Factors:
         """The adapter of a PEFT folder, checked, on the host. Raises ValueError."""
@@ -98,18 +125,19 @@ class AdapterStack:
 
     def put(self, place: int, adapter: Factors) -> None:
         """Makes adapter number `place` the given one; an empty one changes nothing."""
-        for (index, block, name), (lora_a, lora_b) in self._factors.items():
+        for (block, name), (lora_a, lora_b) in self._factors.items():
             parts = next(names for b, n, names in _PLACES if (b, n) == (block, name))
             begin_out = 0
             for number, part in enumerate(parts):
                 begin = (number * self.count + place) * self.rank
-                lora_a[:, begin : begin + self.rank] = 0
-                lora_b[begin : begin + self.rank] = 0
+                lora_a[:, :, begin : begin + self.rank] = 0
+                lora_b[:, begin : begin + self.rank] = 0
                 width = self._width(block, part)
                 if f"layers.{block}.{part}.weight" in adapter:
-                    a, b = (each[index] for each in adapter[f"layers.{block}.{part}.weight"])
-                    lora_a[:, begin : begin + len(b)] = a
-                    lora_b[begin : begin + len(b), begin_out : begin_out + width] = b
+                    a, b = adapter[f"layers.{block}.{part}.weight"]
+                    end = begin + b.shape[1]
+                    lora_a[:, :, begin:end] = a
+                    lora_b[:, begin:end, begin_out : begin_out + width] = b
                 begin_out += width
 
     def _width(self, block: str, name: str) -> int:
@@ -130,6 +158,7 @@ def with_chosen(params: Any, chosen: jax.Array, *, length: int) -> Any:
     def choose(leaf: Any) -> Any:
         if not isinstance(leaf, StackedLora):
             return leaf
-        return dataclasses.replace(leaf, chosen=per_token)
+        shape = (*leaf.chosen.shape[:-1], *per_token.shape)
+        return dataclasses.replace(leaf, chosen=jnp.broadcast_to(per_token, shape))
 
     return jax.tree.map(choose, params, is_leaf=lambda leaf: isinstance(leaf, StackedLora))

@@ -21,6 +21,7 @@ from infer.engine.scheduler import Choice
 from infer.sampling import Needs, Rows
 from infer.steps import Rules
 from llama_jax.config import ModelConfig
+from llama_jax.mesh.sharding import replicated
 from llama_jax.model.cache import NEVER
 
 _SHOWN = 3
@@ -91,12 +92,14 @@ class DraftModel:
 
     def reset(self, rules: Rules) -> None:
         """Allocates everything, empty. rules: of the large model."""
-        self._cache = steps.new_cache(
+        cache = steps.new_cache(
             self.model.config,
             num_slots=self._num_slots,
             capacity=self._capacity,
             dtype=self.model.compute.held_dtype,
         )
+        mesh = self.model.mesh
+        self._cache = cache if mesh is None else jax.device_put(cache, replicated(mesh))
         self._rules = rules
         # By slot: whose tokens are in it, by arrival, and how many.
         self._read: dict[int, tuple[int, int]] = {}

@@ -115,17 +115,20 @@ class BatchingEngine:
         uses_pages = placement.uses_pages(self.options, mesh)
         small = None
         if draft is not None:
-            if mesh is not None:
-                raise ValueError("a draft model runs on one device; leave it or the mesh out")
             small = small_model(
-                draft, self.options, config=config, tokenizer=tokenizer, compute=compute
+                draft, self.options, config=config, tokenizer=tokenizer, compute=compute, mesh=mesh
             )
+        small_config = None if small is None else small.config
         if uses_pages:
             self._num_blocks, context = pages_and_context(
-                config, self.options, longest, dtype=compute.held_dtype, mesh=mesh
+                config,
+                self.options,
+                longest,
+                dtype=compute.held_dtype,
+                mesh=mesh,
+                draft=small_config,
             )
         else:
-            small_config = None if small is None else small.config
             self._num_blocks, context = blocks_and_context(
                 config, self.options, longest, dtype=compute.held_dtype, draft=small_config
             )
@@ -133,8 +136,7 @@ class BatchingEngine:
         layers: Layers = "auto"
         if is_stacked:
             # Pages are handed on through a scan as well, which needs no copy of the weights.
-            scans = uses_pages and not self.options.max_adapters
-            layers = "scanned" if scans else "unrolled"
+            layers = "scanned" if uses_pages else "unrolled"
         self._generator = generate.Generator(
             config,
             params,

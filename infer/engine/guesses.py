@@ -2,7 +2,11 @@
 before a step, and says afterwards what became of each row."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+
+import jax
+from jax.sharding import Mesh
 
 from infer.batch import Runnable
 from infer.engine.draft_model import DraftModel, check_draft
@@ -13,6 +17,7 @@ from infer.engine.scheduler import Choice, Scheduler
 from infer.generate import Generator, parts_of
 from infer.layers import Layers
 from llama_jax.config import Compute, ModelConfig
+from llama_jax.mesh.sharding import replicated
 
 
 def small_model(
@@ -21,10 +26,11 @@ def small_model(
     *,
     config: ModelConfig,
     tokenizer: Any,
-    compute: Compute | None,
+    compute: Compute,
+    mesh: Mesh | None,
 ) -> Runnable:
-    """A draft model made ready. Raises ValueError for one that cannot guess for a model of this
-    config and tokenizer."""
+    """A draft model made ready, whole on every device of a mesh. Raises ValueError for one that
+    cannot guess for a model of this config and tokenizer."""
     if not options.draft_tokens:
         raise ValueError(
             "a draft model is given and draft_tokens is 0; say how many tokens it guesses at a "
@@ -33,8 +39,12 @@ def small_model(
     small_config, small_params, small_tokenizer = parts_of(draft)
     check_draft(config, tokenizer, small_config, small_tokenizer)
     layers: Layers = "unrolled" if isinstance(small_params["layers"], dict) else "auto"
+    if mesh is not None:
+        # Dividing it would cost more messages than it saves: it is small, and its steps are short.
+        small_params = jax.device_put(small_params, replicated(mesh))
+        compute = replace(compute, rules=tuple((name, None) for name, _ in compute.rules))
     return Generator(
-        small_config, small_params, small_tokenizer, compute=compute, layers=layers
+        small_config, small_params, small_tokenizer, compute=compute, mesh=mesh, layers=layers
     ).model
 
 

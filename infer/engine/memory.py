@@ -42,15 +42,34 @@ def pages_and_context(
     *,
     dtype: str,
     mesh: jax.sharding.Mesh | None,
+    draft: ModelConfig | None = None,
 ) -> tuple[int, int]:
-    """The same where they lie in pages: as many as all choices can hold, or there is room for."""
+    """The same where they lie in pages: as many as all choices can hold, or there is room for. A
+    draft model has slots on every device, which take up to half of the room, unless
+    `max_context` says how long they are.
+
+    Raises ValueError where those leave no room for pages.
+    """
     parts = 1 if mesh is None else placement.check(config, mesh)
     kernel = placement.has_kernel(mesh)
     size = page_bytes(config, options, dtype, parts=parts, kernel=kernel)
     wanted = min(longest, options.max_context or longest)
+    room = room_bytes(placement.first_device(mesh))
+    if draft is not None:
+        per_token = token_bytes(draft, dtype) * (options.max_slots + 1)
+        if options.max_context is None:
+            tokens = least("tokens of a slot", room // 2 // per_token)
+            wanted = min(wanted, max(tokens // options.block_size, 1) * options.block_size)
+        room -= per_token * wanted
+        if room < 2 * size:
+            raise ValueError(
+                f"the draft model's keys and values of {options.max_slots} texts of {wanted} "
+                f"tokens take {per_token * wanted} bytes, and leave {max(room, 0)} for pages of "
+                f"{size}; give a smaller max_context or max_slots"
+            )
     num = options.num_blocks or min(
         options.max_slots * -(-wanted // options.block_size),
-        least("blocks of the cache", fitting_blocks(placement.first_device(mesh), size)),
+        least("blocks of the cache", max(2, room // size)),
     )
     return num, min(wanted, num * options.block_size)
 
@@ -89,14 +108,13 @@ def page_bytes(
     return positions * heads // parts * size * numpy_dtype.itemsize
 
 
-def fitting_blocks(device: jax.Device, page_bytes: int) -> int:
-    """Pages for which there is room on a device that holds the weights: of a CPU an eighth of its
-    memory, of others most of what is free. At least two."""
+def room_bytes(device: jax.Device) -> int:
+    """For keys and values on a device that holds the weights: of a CPU an eighth of its memory, of
+    others most of what is free."""
     if device.platform == "cpu":
-        return max(2, int(memory_bytes() * _SHARE) // page_bytes)
+        return int(memory_bytes() * _SHARE)
     stats = device.memory_stats()
-    free = stats["bytes_limit"] - stats["bytes_in_use"]
-    return max(2, int(free * _FREE_SHARE) // page_bytes)
+    return int((stats["bytes_limit"] - stats["bytes_in_use"]) * _FREE_SHARE)
 
 
 def memory_bytes() -> int:

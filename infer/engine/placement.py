@@ -79,8 +79,6 @@ def uses_pages(options: EngineOptions, mesh: Mesh | None) -> bool:
     """Raises ValueError for options that a mesh cannot have."""
     if mesh is not None and options.cache == "slots":
         raise ValueError("cache is slots, which lie on one device; leave cache or mesh out")
-    if mesh is not None and options.max_adapters:
-        raise ValueError("adapters beside a model are served on one device; leave mesh out")
     if options.cache is not None:
         return options.cache == "pages"
     return mesh is not None or has_kernel(None)
@@ -104,8 +102,11 @@ def check_slice(name: str) -> None:
         )
 
 
-def check_processes(sizes: Mapping[str, int] | None, options: EngineOptions) -> None:
-    """Raises ValueError for what an engine of several processes cannot have."""
+def check_processes(
+    sizes: Mapping[str, int] | None, options: EngineOptions, *, draft: bool = False
+) -> None:
+    """Raises ValueError for what an engine of several processes cannot have. draft: whether it has
+    a draft model."""
     count = jax.process_count()
     if count == 1:
         return
@@ -126,3 +127,13 @@ def check_processes(sizes: Mapping[str, int] | None, options: EngineOptions) -> 
         )
     if options.cache == "slots":
         raise ValueError("cache is slots, which lie on one device; leave it out")
+    if options.max_adapters:
+        raise ValueError(
+            f"max_adapters is {options.max_adapters}, but {count} processes serve one model "
+            f"together, and none of the others would have its adapters; leave it out"
+        )
+    if draft:
+        raise ValueError(
+            f"{count} processes serve one model together, and a draft model runs in one; leave "
+            f"draft_model out (draft_tokens alone guesses from the text)"
+        )

@@ -137,6 +137,8 @@ class Runner:
                 count=options.max_adapters,
                 rank=options.max_lora_rank,
                 dtype=model.compute.dtype,
+                mesh=model.mesh,
+                rules=model.compute.rules,
             )
         self.use_adapters()
 
@@ -280,7 +282,10 @@ class Runner:
         if not _all_equal(drafted, wanted):
             if self._fill(largest):
                 return self._alike_shapes(begin)
-            raise RuntimeError("draft_tokens changes sums on this machine; set it to 0")
+            raise RuntimeError(
+                "draft_tokens changes sums on this machine, so an answer could depend on what was "
+                "guessed; set it to 0, or exact to false"
+            )
         kept = [rows for rows in smaller if self._sums_alike(rows, begin, wanted)]
         if kept != smaller and self._fill(largest):
             return self._alike_shapes(begin)

@@ -148,7 +148,8 @@ class _EngineMaker:
 
         if self.settings.slice is not None:
             placement.check_slice(self.settings.slice)
-        placement.check_processes(self.sizes, self.options)
+        has_draft = self.settings.draft_model is not None
+        placement.check_processes(self.sizes, self.options, draft=has_draft)
 
     def agree(self) -> None:
         """Raises ValueError where other processes were told something else."""

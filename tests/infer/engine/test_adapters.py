@@ -17,6 +17,7 @@ from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.tensors import LoraTensor
 from tests.infer.engine.client import ask, submit
 from tests.infer.engine.test_engine import prompts_of
+from tests.infer.engine.test_pages import on_mesh
 from tests.tiny import FAMILIES, tiny_params
 
 pytestmark = pytest.mark.compiled_quickly
@@ -94,6 +95,32 @@ def test_pages_serve_them_too(engine, folders):
     assert wanted == [answer.token_ids() for answer in ask(pages, *requests)]
     assert wanted[0] != wanted[1]
     pages.stop(0)
+
+
+def test_a_mesh_serves_them_too(engine, folders):
+    """Each device has a part of every matrix, and the same part of what lies beside it."""
+    model, mesh = on_mesh((CONFIG, tiny_params(CONFIG), None), tensor=2, fsdp=2)
+    options = dataclasses.replace(OPTIONS, piece_tokens=16)
+    divided = BatchingEngine(model, options, mesh=mesh)
+    divided.start()
+    divided.add_adapter("a", folders["a"])
+    divided.add_adapter("b", folders["b"])
+    beside = divided._runner._params["layers"]["self_attn"]
+    shapes = [beside[name]["weight"].lora_b.shape for name in ("q_proj", "o_proj")]
+    shards = [beside[name]["weight"].lora_b.addressable_shards for name in ("q_proj", "o_proj")]
+    assert {shard.data.shape[2] for shard in shards[0]} == {shapes[0][2] // 4}
+    assert {shard.data.shape[2] for shard in shards[1]} == {shapes[1][2]}
+    (prompt,) = prompts_of(60)
+    requests = [request(f"{name}", prompt, name) for name in (None, "a", "b")]
+    wanted = [answer.token_ids() for answer in ask(engine, *requests)]
+    assert wanted == [answer.token_ids() for answer in ask(divided, *requests)]
+    assert len(set(map(tuple, wanted))) == 3
+    divided.remove_adapter("a")
+    divided.add_adapter("other", folders["b"])
+    (answer,) = ask(divided, request("other", prompt, "other"))
+    assert answer.token_ids() == wanted[2]
+    assert divided.statistics()["compilations_total"] == 0
+    divided.stop(0)
 
 
 def test_adapters_come_and_go_while_others_run(engine, folders):

@@ -250,6 +250,14 @@ def test_meshes_of_several_processes(monkeypatch, sizes, cache, message):
         check_processes(sizes, EngineOptions(cache=cache))
 
 
+def test_what_only_one_process_can_have(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ValueError, match="none of the others would have its adapters"):
+        check_processes({"tensor": 8}, EngineOptions(max_adapters=1))
+    with pytest.raises(ValueError, match="a draft model runs in one; leave draft_model out"):
+        check_processes({"tensor": 8}, EngineOptions(), draft=True)
+
+
 class Lost:
     """Followers of which one is gone."""
 
