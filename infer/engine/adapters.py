@@ -39,7 +39,7 @@ Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 class AdapterStack:
     """Room for `count` adapters of up to `rank`, beside the layers of `params`, which are unrolled,
     or stacked, then also on a mesh by `rules`: each device has of a factor what it has of its
-    matrix's inputs or outputs."""
+    matrix's inputs or outputs. Raises ValueError for unrolled layers on a mesh."""
 
     def __init__(
         self,
@@ -55,6 +55,11 @@ class AdapterStack:
         self._config, self.count, self.rank = config, count, rank
         self._base, self._mesh, self._rules = params, mesh, rules
         layers, num_layers = params["layers"], config.num_hidden_layers
+        if mesh is not None and not isinstance(layers, dict):
+            raise ValueError(
+                "the layers of these parameters are split, and on a mesh adapters lie beside "
+                "stacked ones; give the parameters as they were loaded"
+            )
         layer = layers if isinstance(layers, dict) else layers[0]
         # Host copies, by (block, name): A [L, in, parts * count * rank], B transposed alike.
         self._factors: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}

@@ -48,7 +48,7 @@ def pages_and_context(
     draft model has slots on every device, which take up to half of the room, unless
     `max_context` says how long they are.
 
-    Raises ValueError where those leave no room for pages.
+    Raises ValueError where those leave no room for pages and nobody said how many there are.
     """
     parts = 1 if mesh is None else placement.check(config, mesh)
     kernel = placement.has_kernel(mesh)
@@ -61,11 +61,11 @@ def pages_and_context(
             tokens = least("tokens of a slot", room // 2 // per_token)
             wanted = min(wanted, max(tokens // options.block_size, 1) * options.block_size)
         room -= per_token * wanted
-        if room < 2 * size:
+        if room < 2 * size and options.num_blocks is None:
             raise ValueError(
                 f"the draft model's keys and values of {options.max_slots} texts of {wanted} "
                 f"tokens take {per_token * wanted} bytes, and leave {max(room, 0)} for pages of "
-                f"{size}; give a smaller max_context or max_slots"
+                f"{size}; give a smaller max_context or max_slots, or say how many pages"
             )
     num = options.num_blocks or min(
         options.max_slots * -(-wanted // options.block_size),

@@ -12,6 +12,7 @@ from infer.generate import generate
 from infer.params import SamplingParams
 from llama_jax import tree
 from llama_jax.formats.peft import load_adapter, save_adapter
+from llama_jax.model.layout import unstack_layers
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.tensors import LoraTensor
@@ -121,6 +122,13 @@ def test_a_mesh_serves_them_too(engine, folders):
     assert answer.token_ids() == wanted[2]
     assert divided.statistics()["compilations_total"] == 0
     divided.stop(0)
+
+
+def test_split_layers_on_a_mesh_are_refused():
+    (config, params, _), mesh = on_mesh((CONFIG, tiny_params(CONFIG), None), tensor=2)
+    split = unstack_layers(params)
+    with pytest.raises(ValueError, match="on a mesh adapters lie beside stacked ones"):
+        BatchingEngine((config, split, None), OPTIONS, mesh=mesh)
 
 
 def test_adapters_come_and_go_while_others_run(engine, folders):

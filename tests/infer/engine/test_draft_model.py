@@ -9,13 +9,14 @@ import pytest
 
 from infer.engine.draft_model import check_draft
 from infer.engine.engine import BatchingEngine
-from infer.engine.memory import fitting_context
+from infer.engine.memory import fitting_context, page_bytes, pages_and_context, room_bytes
 from infer.engine.options import EngineOptions
 from infer.engine.request import Request
 from infer.generate import generate
 from infer.params import SamplingParams
 from llama_jax.demo.make_tokenizer import FOLDER
 from llama_jax.formats.tokenizer import load_tokenizer
+from llama_jax.model.rounded import token_bytes
 from llama_jax.model.transformer import forward
 from tests.infer.engine.client import ask
 from tests.infer.engine.test_engine import WISHES, prompts_of
@@ -207,3 +208,22 @@ def test_its_slots_count_as_memory():
     alone = fitting_context(config, OPTIONS, "float32")
     beside = fitting_context(config, OPTIONS, "float32", draft=config)
     assert beside / alone == pytest.approx(9 / 14, rel=0.01)
+
+
+def test_its_slots_count_as_memory_beside_pages():
+    """Up to half of the room; more where the length of texts was said, and no pages then."""
+    config = tiny_config(max_position_embeddings=2**24)
+    options = dataclasses.replace(OPTIONS, cache="pages", num_blocks=None)
+    room = room_bytes(jax.devices()[0])
+    slots = token_bytes(config, "float32") * (options.max_slots + 1)
+    places = {"dtype": "float32", "mesh": None, "draft": config}
+    num_pages, longest = pages_and_context(config, options, 2**24, **places)
+    page = page_bytes(config, options, "float32", parts=1, kernel=False)
+    assert slots * longest == pytest.approx(room / 2, rel=0.01)
+    assert num_pages * page + slots * longest == pytest.approx(room, rel=0.2)
+    assert num_pages * page + slots * longest <= room
+    asked = dataclasses.replace(options, max_context=2**24)
+    with pytest.raises(ValueError, match="keys and values of 4 texts of 16777216 tokens take"):
+        pages_and_context(config, asked, 2**24, **places)
+    told = dataclasses.replace(asked, num_blocks=12)
+    assert pages_and_context(config, told, 2**24, **places) == (12, 12 * 16)
