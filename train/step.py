@@ -1,6 +1,6 @@
 """The training step: one pure function, made once from a loss, that knows no files or clocks."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -94,7 +94,8 @@ def make_train_step(
         # The sharded step sums a tied matrix's two gradients over devices before it adds them.
         is_parted = axis is not None and config.tie_word_embeddings
         taken = config.replace(tie_word_embeddings=False) if is_parted else config
-        gradient = _make_gradient(taken, compute, _bound(loss, state.step, beside))
+        narrowed = _narrowed_matrices(config) if compute.gradient_dtype == "bfloat16" else set()
+        gradient = _make_gradient(taken, compute, _bound(loss, state.step, beside), narrowed)
         trained, frozen = tree.partition(state.params, mask)
         trained = joined(trained, state.auxiliary)
         frozen = filled(frozen, state.auxiliary, None)
@@ -186,8 +187,9 @@ def _over_devices(values: Any, axis: str | None) -> Any:
     return values if axis is None else jax.lax.psum(values, axis)
 
 
-def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
-    """(trained, frozen, batch) -> (sums, gradient of the sums) of one micro-batch."""
+def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss, narrowed: Set[str]) -> Any:
+    """(trained, frozen, batch) -> (sums, gradient of the sums) of one micro-batch. narrowed: the
+    arrays whose gradient is kept in bfloat16."""
 
     def total(
         trained: tree.Tree, frozen: tree.Tree, batch: Batch, tapped: Mapping[str, jax.Array]
@@ -210,9 +212,8 @@ def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
 
     def gradient(trained: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[Metrics, tree.Tree]:
         # A matrix whose gradient is kept in bfloat16 takes part beside the zeros that receive it.
-        tapped = {}
-        if compute.gradient_dtype == "bfloat16":
-            tapped = _narrowed_matrices(config, trained)
+        arrays = tree.flatten_arrays(trained)
+        tapped = {path: arrays[path] for path in arrays if path in narrowed}
         given = tree.map_arrays_with_path(
             lambda path, array: jnp.zeros_like(array, jnp.bfloat16) if path in tapped else array,
             trained,
@@ -224,12 +225,10 @@ def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss) -> Any:
     return gradient
 
 
-def _narrowed_matrices(config: ModelConfig, params: tree.Tree) -> dict[str, jax.Array]:
+def _narrowed_matrices(config: ModelConfig) -> Set[str]:
     """Those that are multiplied in the compute dtype, which the router is not, and whose gradient
     is that of the product alone: a tied embedding's has the rows that were looked up, too."""
-    table = weight_table(config)
-    arrays = tree.flatten_arrays(params)
-    return {p: arrays[p] for p in arrays if p in table and table[p].role in ("matrix", "head")}
+    return {p for p, row in weight_table(config).items() if row.role in ("matrix", "head")}
 
 
 def _named_sums(parts: LossSums, batch: Batch) -> Metrics:

@@ -40,7 +40,7 @@ def small_model(
     check_draft(config, tokenizer, small_config, small_tokenizer)
     layers: Layers = "unrolled" if isinstance(small_params["layers"], dict) else "auto"
     if mesh is not None:
-        # Dividing it would cost more messages than it saves: it is small, and its steps are short.
+        # It is small, and so its steps need no word from other devices.
         small_params = jax.device_put(small_params, replicated(mesh))
         compute = replace(compute, rules=tuple((name, None) for name, _ in compute.rules))
     return Generator(

@@ -63,8 +63,8 @@ def pages_and_context(
         room -= per_token * wanted
         if room < 2 * size and options.num_blocks is None:
             raise ValueError(
-                f"the draft model's keys and values of {options.max_slots} texts of {wanted} "
-                f"tokens take {per_token * wanted} bytes, and leave {max(room, 0)} for pages of "
+                f"the draft model's keys and values, {options.max_slots + 1} slots of {wanted} "
+                f"tokens, take {per_token * wanted} bytes, and leave {max(room, 0)} for pages of "
                 f"{size}; give a smaller max_context or max_slots, or say how many pages"
             )
     num = options.num_blocks or min(

@@ -19,6 +19,7 @@ from llama_jax.weights.table import weight_table
 from tests.tiny import FAMILIES, tiny_params
 from tests.train.tiny_data import random_batch
 from train.config import OptimizerSection, ScheduleSection
+from train.distill_pmap import AXIS, make_pmap_step
 from train.optim import make_optimizer, make_schedule
 from train.state import init_state, state_shardings
 from train.step import make_eval_step, make_train_step
@@ -274,3 +275,23 @@ def test_gradients_kept_in_bfloat16_are_the_others_rounded(family, sizes, parts)
         assert scale > 0
         close = {"matrix": 2**-6, "head": 2**-8}.get(table[path].role, 1e-4)
         np.testing.assert_allclose(found, wanted, rtol=close, atol=close * scale, err_msg=path)
+
+
+def test_a_tied_embeddings_gradient_is_not_rounded_by_pmap_either():
+    """Its step takes the embedding's two gradients apart, as if the head were another matrix."""
+    # In many chunks: the gradient of one is no finer than its bfloat16 operands.
+    compute = dataclasses.replace(
+        COMPUTE, dtype="bfloat16", gradient_dtype="bfloat16", loss_chunk_tokens=8
+    )
+    jitted = Case("llama-tied", compute=compute)
+    mapped = Case("llama-tied", compute=compute, axis=AXIS)
+    alone = make_mesh({"data": 1}, devices=jax.devices()[:1])
+    steps = jax.jit(jitted.step), make_pmap_step(mapped.step, mapped.config, alone, num_beside=0)
+    before = np.asarray(jitted.params["embed_tokens"]["weight"])
+    moved = []
+    for step in steps:
+        after, _ = step(jax.tree.map(jnp.copy, jitted.state()), random_batch(4, seed=0))
+        moved.append(np.asarray(after.params["embed_tokens"]["weight"]) - before)
+    scale = np.abs(moved[0]).max()
+    assert scale > 0
+    np.testing.assert_allclose(moved[1], moved[0], rtol=1e-4, atol=1e-4 * scale)

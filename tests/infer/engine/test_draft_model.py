@@ -223,7 +223,7 @@ def test_its_slots_count_as_memory_beside_pages():
     assert num_pages * page + slots * longest == pytest.approx(room, rel=0.2)
     assert num_pages * page + slots * longest <= room
     asked = dataclasses.replace(options, max_context=2**24)
-    with pytest.raises(ValueError, match="keys and values of 4 texts of 16777216 tokens take"):
+    with pytest.raises(ValueError, match="keys and values, 5 slots of 16777216 tokens, take"):
         pages_and_context(config, asked, 2**24, **places)
     told = dataclasses.replace(asked, num_blocks=12)
     assert pages_and_context(config, told, 2**24, **places) == (12, 12 * 16)
