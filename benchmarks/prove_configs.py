@@ -45,8 +45,8 @@ memory traffic and collectives: no step can be faster, how fast one is was not m
 
 
 SERVE_COLUMNS = (
-    "config", "weights", "slice", "rows x tokens", "cache tokens", "together", "limit",
-    "most cache tokens", "steps", "bound s", "by", "new tokens/s at most", "compiled in s",
+    "config", "weights", "keys and values", "slice", "rows x tokens", "cache tokens", "together",
+    "limit", "most cache tokens", "steps", "bound s", "by", "new tokens/s at most", "compiled in s",
 )  # fmt: skip
 
 SERVE_HEAD = """
@@ -147,6 +147,7 @@ def serve_line(name: str, result: serving.ServeFit) -> str:
         [
             f"`{name}`",
             report["quantization"] or report["dtype"],
+            report["cache_dtype"],
             report["slice"],
             f"{report['max_slots']} x {report['row_tokens']}",
             report["cache_tokens"],

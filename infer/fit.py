@@ -24,7 +24,7 @@ from infer.engine.paged_runner import PagedRunner
 from infer.server.build import engine_options, preset, quantization_of
 from infer.server.settings import Settings
 from llama_jax.config import Compute, ModelConfig
-from llama_jax.kernels.paged import BLOCK_QUERIES
+from llama_jax.kernels import paged, paged_int8
 from llama_jax.mesh.compile import Compiled, compile_for, device_bytes
 from llama_jax.mesh.flops import count_flops
 from llama_jax.mesh.sharding import shardings
@@ -33,7 +33,8 @@ from llama_jax.weights.table import abstract_params
 
 Say = Callable[[str], None]
 
-_KERNEL = "ragged_paged_attention"
+# Kernels that read pages, and how many of a row's queries do so together.
+_FLOATS, _INTEGERS = "ragged_paged_attention", "int8_paged_attention"
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,12 @@ class Step:
 class ServeFit:
     """weights, pages and memory: bytes of one device, of what stays on it: the last is what rows
     remember of their tokens. context: the longest that is served. largest_blocks: how many fit, 0
-    when not even one row does."""
+    when not even one row does. cache_dtype: of keys and values."""
 
     settings: Settings
     slice: Slice
     options: EngineOptions
+    cache_dtype: str
     context: int
     num_blocks: int
     largest_blocks: int
@@ -143,6 +145,7 @@ class ServeFit:
             "copies": self.copies,
             "model": self.settings.models[0],
             "dtype": self.settings.dtype or Compute().dtype,
+            "cache_dtype": self.cache_dtype,
             "quantization": self.settings.quantization,
             "fits": self.fits,
             "hbm_bytes_per_chip": self.device_bytes * per_chip,
@@ -287,6 +290,7 @@ class _Trial:
             settings=self.settings,
             slice=self.slice,
             options=self.options,
+            cache_dtype=self.model.compute.held_dtype,
             context=self.context,
             num_blocks=num_blocks,
             largest_blocks=0,
@@ -309,17 +313,20 @@ class _Trial:
         length = self.context
         if shape.rows > 1:
             length = min(length, num_blocks * size // self.options.max_slots)
-        # The kernel reads a row's pages once for each block of its queries.
-        passes = shape.rows * -(-shape.tokens // BLOCK_QUERIES)
+        # A kernel reads a row's pages once for each block of its queries.
+        together = {_FLOATS: paged.BLOCK_QUERIES, _INTEGERS: paged_int8.BLOCK_QUERIES}
         layer_bytes = self.page_bytes / config.num_hidden_layers / size
         step = engine.trace(shape)
         compiled = compile_for(
             step.traced.lower(),
             self.slice,
             argument_bytes=device_bytes(step.arguments),
-            of_kernels={_KERNEL: passes * length * layer_bytes},
+            of_kernels={
+                name: shape.rows * -(-shape.tokens // block) * length * layer_bytes
+                for name, block in together.items()
+            },
         )
-        flops = count_flops(step.traced.jaxpr, kernel_shares={_KERNEL: 0.0})
+        flops = count_flops(step.traced.jaxpr, kernel_shares=dict.fromkeys(together, 0.0))
         if shape.kind != "sample":
             heads = config.num_attention_heads * config.head_dim
             queries = shape.rows * shape.tokens
@@ -342,6 +349,8 @@ def advice(result: ServeFit) -> list[str]:
         found.append("not even one row of max_context fits beside the weights; lower max_context")
     if result.settings.quantization is None:
         found.append("quantization=int8 halves the weights, int4 and nf4 quarter them")
+    if result.cache_dtype != "int8":
+        found.append("cache_dtype=int8 keeps more tokens in the same memory (block_size=128)")
     larger = [size for size in wanted.generation.grids if size > wanted.chips]
     if larger:
         found.append(f"the next slice is {wanted.generation.name}-{larger[0]}")

@@ -81,8 +81,10 @@ def test_a_serve_config_says_what_it_is_for_and_is_proven(path):
     settings = served_settings(path)
     assert settings.slice is not None and settings.cache_tokens is not None
     wanted = slice_named(settings.slice)
-    method = f"serve-{settings.quantization}" if settings.quantization else "serve"
-    assert path.stem == f"{settings.architecture}-{method}-{settings.slice}"
+    quantized = [settings.quantization] if settings.quantization else []
+    cache = ["cache", settings.cache_dtype] if settings.cache_dtype else []
+    name = [settings.architecture, "serve", *quantized, *cache, settings.slice]
+    assert path.stem == "-".join(name)
     head = path.read_text().split("\nmodels:")[0]
     assert f"llama-jax fit --serve {path.name}" in head
     assert f"llama-jax serve --config {path.name}" in head
@@ -94,13 +96,14 @@ def test_a_serve_config_says_what_it_is_for_and_is_proven(path):
     (line,) = [line for line in PAGE.splitlines() if f"`{path.name}`" in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     row = min(settings.max_context, settings.cache_tokens // settings.max_slots)
-    assert cells[1:5] == [
+    assert cells[1:6] == [
         settings.quantization or settings.dtype,
+        settings.cache_dtype or settings.dtype,
         settings.slice,
         f"{settings.max_slots} x {row}",
         str(settings.cache_tokens),
     ]
-    together, limit, largest = float(cells[5]), float(cells[6]), int(cells[7])
+    together, limit, largest = float(cells[6]), float(cells[7]), int(cells[8])
     assert together <= limit == round(wanted.hbm_bytes_per_chip / 2**30, 2)
     assert settings.cache_tokens <= largest
 
@@ -116,5 +119,5 @@ def test_a_representative_server_is_compiled_again():
     assert report["fits"]
     (line,) = [line for line in PAGE.splitlines() if f"`{path.name}`" in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert report["hbm_bytes_per_chip"] == pytest.approx(float(cells[5]) * 2**30, rel=0.05)
-    assert report["largest_cache_tokens"] == pytest.approx(int(cells[7]), rel=0.05)
+    assert report["hbm_bytes_per_chip"] == pytest.approx(float(cells[6]) * 2**30, rel=0.05)
+    assert report["largest_cache_tokens"] == pytest.approx(int(cells[8]), rel=0.05)

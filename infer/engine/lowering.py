@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from infer.engine import paged_steps, steps
 from infer.engine.paged_runner import PagedRunner
 from infer.engine.runner import most_demanding_columns
+from llama_jax.kernels.paged import with_axes
 from llama_jax.mesh.sharding import partition_spec
 from llama_jax.model.paged_cache import PagedCache, PageRows
 
@@ -50,7 +51,7 @@ class AbstractEngine:
             )
         self.memory = jax.tree.map(lambda x: self._whole(x.shape, x.dtype), memory)
         self.cache = PagedCache(
-            pages=self._divided(cache.pages, (None, None, "kv_heads", None)),
+            pages=with_axes(self._divided, cache.pages),
             layer=self._whole((), jnp.int32),
             num_pages=cache.num_pages,
             kernel=cache.kernel,

@@ -8,9 +8,9 @@ import jax
 from infer.engine import placement
 from infer.engine.options import EngineOptions
 from llama_jax.config import ModelConfig
-from llama_jax.kernels.paged import page_shape
+from llama_jax.kernels.paged import empty_pages
+from llama_jax.kernels.rounded import token_bytes
 from llama_jax.mesh.distributed import least
-from llama_jax.model.rounded import token_bytes
 
 # Of the memory of the device. The weights come first, and a CPU's memory belongs to others too.
 _SHARE = 1 / 8
@@ -93,19 +93,13 @@ def page_bytes(
 ) -> int:
     """Of a block's page in all layers, on each of the `parts` devices that share the heads.
 
-    Raises ValueError for a dtype that pages cannot hold.
+    Raises ValueError for pages that the kernel cannot read.
     """
-    if dtype == "int8":
-        raise ValueError(
-            "cache_dtype is int8, which slots can hold and pages cannot; choose bfloat16, or cache "
-            "slots"
-        )
-    numpy_dtype = jax.numpy.dtype(dtype)
-    heads, size = page_shape(
-        config.num_key_value_heads, config.head_dim, numpy_dtype, parts=parts, kernel=kernel
+    page = jax.eval_shape(
+        lambda: empty_pages(config, 1, options.block_size, dtype, parts=parts, kernel=kernel)
     )
-    positions = config.num_hidden_layers * options.block_size
-    return positions * heads // parts * size * numpy_dtype.itemsize
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(page))
+    return config.num_hidden_layers * size // parts
 
 
 def room_bytes(device: jax.Device) -> int:

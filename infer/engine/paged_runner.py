@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from infer.batch import Runnable
@@ -35,7 +36,7 @@ class PagedRunner(Runner):
         self.scratch_blocks = range(num_blocks, num_blocks + num_scratch)
         self._parts = 1 if model.mesh is None else placement.check(model.config, model.mesh)
         self._numbers = itertools.count(1)
-        self._kept: dict[int, list[HostCopy]] = {}  # pages of preempted choices
+        self._kept: dict[int, list[Any]] = {}  # pages of preempted choices, as host copies
         if placement.has_kernel(model.mesh):
             check_tables(self.row_shapes[-1], self.pages_per_row)
 
@@ -157,13 +158,15 @@ class PagedRunner(Runner):
     def keep(self, number: int, blocks: Sequence[int]) -> None:
         """Copies the pages of blocks to the host."""
         self._kept[number] = [
-            HostCopy.of(paged_steps.read_pages(self._cache, ids)) for ids in _swapped(blocks)
+            jax.tree.map(HostCopy.of, paged_steps.read_pages(self._cache, ids))
+            for ids in _swapped(blocks)
         ]
 
     def bring_back(self, number: int, blocks: Sequence[int]) -> None:
         """Puts what was kept into the pages of as many blocks."""
         for ids, part in zip(_swapped(blocks), self._kept.pop(number), strict=True):
-            self._cache = paged_steps.write_pages(self._cache, ids, part.to_devices())
+            content = jax.tree.map(lambda copy: copy.to_devices(), part)
+            self._cache = paged_steps.write_pages(self._cache, ids, content)
 
     def drop(self, number: int) -> None:
         """What was kept is wanted no more."""

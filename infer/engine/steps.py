@@ -19,10 +19,10 @@ from infer.engine.adapters import with_chosen
 from infer.sampling import Needs, Rows, Sampled, Seen, sample
 from infer.steps import Rules
 from llama_jax.config import Compute, ModelConfig
+from llama_jax.kernels.rounded import Held
 from llama_jax.mesh.sharding import whole
 from llama_jax.model import slot_cache, transformer
 from llama_jax.model.cache import NEVER
-from llama_jax.model.rounded import Held
 from llama_jax.model.slot_cache import SlotCache, SlotRows
 
 Blocks = list[tuple[Held, Held]]

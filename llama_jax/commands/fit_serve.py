@@ -60,7 +60,10 @@ def _rows(each: dict[str, Any]) -> list[tuple[str, str]]:
     slots, context = each["max_slots"], each["max_context"]
     rows = [
         ("weights", gib(each["weights_bytes_per_chip"])),
-        (f"cache of {each['cache_tokens']} tokens", gib(each["cache_bytes_per_chip"])),
+        (
+            f"cache of {each['cache_tokens']} tokens in {each['cache_dtype']}",
+            gib(each["cache_bytes_per_chip"]),
+        ),
         ("sampling", gib(each["sampling_bytes_per_chip"])),
         ("temporaries and outputs, at most", gib(each["transient_bytes_per_chip"])),
         ("programs", gib(each["code_bytes_per_chip"])),

@@ -1,23 +1,32 @@
 """Attention over pages: rows of any length whose keys and values lie in pages all over one array.
 
-On TPUs this is the ragged paged attention kernel that JAX ships, which reads each row's pages where
-they lie. Elsewhere the pages of a row are gathered and attended to in plain JAX: exact, and slow.
+On TPUs kernels read each row's pages where they lie: of floats the ragged paged attention that JAX
+ships, of int8 our own (`paged_int8.py`). Elsewhere the pages of a row are gathered and attended to
+in plain JAX: exact, and slow.
 
-Both take pages [P, S, C, W] of S positions with keys and values of a head side by side: key head 0,
-value head 0, key head 1, … The kernel wants C, twice the heads of a device, and W, the size of a
-head, in sizes that fill registers, so pages may be wider than a model's heads; the rest is zeros.
+Keys and values of a head lie side by side: key head 0, value head 0, key head 1, …; C of them.
+Pages of floats are [P, S, C, W], with S positions, as JAX's kernel wants them. It wants C, and W,
+the size of a head, to fill registers, so pages may be larger than a model's heads; the rest is
+zeros. Pages of int8 are [P, C, S, W], a matrix for each head, with scales [P, C, S], in which C is
+filled up.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llama_jax.config import LogicalRules
+from llama_jax.config import LogicalRules, ModelConfig
 from llama_jax.kernels.few_rows import FEW_TOKENS, few_rows_product, many_rows_product
+from llama_jax.kernels.paged_int8 import int8_paged_attention
+from llama_jax.kernels.rounded import Rounded, rounded
 from llama_jax.mesh.sharding import mesh_axes, partition_spec
+
+Pages = jax.Array | Rounded
 
 # A page that belongs to nobody: what is written there is dropped, what is read is never looked at.
 NOWHERE = 0
@@ -41,18 +50,54 @@ def page_shape(
     """(C, W) of pages whose heads are dealt out to `parts` devices."""
     if not kernel:
         return 2 * kv_heads, head_dim
-    # A register holds 32 bits of one column; heads come in 1, 2, 4 or whole eights of those.
+    # A register holds 32 bits of one column.
     packed = max(4 // dtype.itemsize, 1)
-    registers = -(-2 * kv_heads // parts // packed)
-    registers = next((n for n in (1, 2, 4) if n >= registers), -(-registers // 8) * 8)
-    return parts * registers * packed, -(-head_dim // _LANES) * _LANES
+    rows = _whole_registers(-(-2 * kv_heads // parts // packed))
+    return parts * rows * packed, _whole_lanes(head_dim)
+
+
+def _whole_registers(rows: int) -> int:
+    """Of 32 bits they come in 1, 2, 4 or whole eights."""
+    return next((n for n in (1, 2, 4) if n >= rows), -(-rows // 8) * 8)
+
+
+def empty_pages(
+    config: ModelConfig, num_pages: int, page_size: int, dtype: str, *, parts: int, kernel: bool
+) -> Pages:
+    """Zeros. dtype: a float's name, or int8. parts: devices that the heads are dealt out to; they
+    get equal parts of each array. kernel: whether a TPU's kernel reads them.
+
+    Raises ValueError for pages that the kernel cannot read.
+    """
+    kv_heads, head_dim = config.num_key_value_heads, config.head_dim
+    if dtype != "int8":
+        width, wide = page_shape(kv_heads, head_dim, jnp.dtype(dtype), parts=parts, kernel=kernel)
+        return jnp.zeros((num_pages, page_size, width, wide), jnp.dtype(dtype))
+    if kernel and page_size % _LANES:
+        raise ValueError(
+            f"block_size is {page_size}; pages of int8 on a TPU need a multiple of {_LANES}, for "
+            f"their scales lie in registers of so many"
+        )
+    wide, rows = head_dim, 2 * kv_heads
+    if kernel:
+        wide, rows = _whole_lanes(head_dim), parts * _whole_registers(2 * kv_heads // parts)
+    codes = jnp.zeros((num_pages, 2 * kv_heads, page_size, wide), jnp.int8)
+    return Rounded(codes, jnp.zeros((num_pages, rows, page_size), jnp.float32))
+
+
+def with_axes(function: Callable[[Any, tuple[str | None, ...]], Any], pages: Any) -> Any:
+    """`function` of each array and its logical axes."""
+    if not isinstance(pages, Rounded):
+        return function(pages, (None, None, "kv_heads", None))
+    codes = function(pages.codes, (None, "kv_heads", None, None))
+    return Rounded(codes, function(pages.scale, (None, "kv_heads", None)))
 
 
 def attend(
     query: Float[Array, "B T N H"],
     key: Float[Array, "B T K H"],
     value: Float[Array, "B T K H"],
-    pages: Float[Array, "P S C W"],
+    pages: Pages,
     tables: Int[Array, "B M"],
     positions: Int[Array, "B T"],
     first: Int[Array, ""],
@@ -60,7 +105,7 @@ def attend(
     sliding_window: int | None,
     rules: LogicalRules,
     kernel: bool,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "P S C W"]]:
+) -> tuple[Float[Array, "B T N H"], Pages]:
     """Writes the new keys and values, then lets each query see its row up to its own position:
     (mixed values, the pages).
 
@@ -73,11 +118,12 @@ def attend(
         return run(*operands)
     # Each device has some heads, of queries and of pages, and needs no others.
     heads = [partition_spec((None, None, name, None), rules) for name in ("heads", "kv_heads")]
+    of_pages = with_axes(lambda _, axes: partition_spec(axes, rules), pages)
     nothing = partition_spec(())
     return jax.shard_map(
         run,
-        in_specs=(heads[0], heads[1], heads[1], heads[1], nothing, nothing, nothing),
-        out_specs=(heads[0], heads[1]),
+        in_specs=(heads[0], heads[1], heads[1], of_pages, nothing, nothing, nothing),
+        out_specs=(heads[0], of_pages),
         check_vma=False,
     )(*operands)
 
@@ -113,34 +159,105 @@ def _on_device(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    pages: jax.Array,
+    pages: Pages,
     tables: jax.Array,
     positions: jax.Array,
     first: jax.Array,
     *,
     sliding_window: int | None,
     kernel: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Pages]:
     pages = _write(pages, key, value, tables, positions, first)
-    run = _kernel if kernel else _reference
+    run: Callable[..., jax.Array] = _reference
+    if kernel:
+        run = _int8_kernel if isinstance(pages, Rounded) else _kernel
     return run(query, pages, tables + first, positions, key.shape[2], sliding_window), pages
 
 
 def _write(
-    pages: jax.Array,
+    pages: Pages,
     key: jax.Array,
     value: jax.Array,
     tables: jax.Array,
     positions: jax.Array,
     first: jax.Array,
-) -> jax.Array:
-    count, size, width, wide = pages.shape
-    pairs = jnp.stack([key, value], axis=3).astype(pages.dtype)
+) -> Pages:
+    count, size = pages.shape[0], pages.shape[2 if isinstance(pages, Rounded) else 1]
+    pairs = jnp.stack([key, value], axis=3)
     pairs = pairs.reshape(positions.size, 2 * key.shape[2], key.shape[3])
-    pairs = jnp.pad(pairs, [(0, 0), (0, width - pairs.shape[1]), (0, wide - pairs.shape[2])])
     page = jnp.take_along_axis(tables, positions // size, axis=1)
-    page = jnp.where(page == NOWHERE, count, page + first)
-    return pages.at[page.reshape(-1), (positions % size).reshape(-1)].set(pairs, mode="drop")
+    page = jnp.where(page == NOWHERE, count, page + first).reshape(-1)
+    place = (positions % size).reshape(-1)
+    if not isinstance(pages, Rounded):
+        pairs = _filled(pairs.astype(pages.dtype), *pages.shape[2:])
+        return pages.at[page, place].set(pairs, mode="drop")
+    new = rounded(pairs)
+    width = pairs.shape[1]
+    codes = _filled(new.codes, *pages.codes.shape[1::2])
+    # As one long matrix: a TPU would turn pages about for two axes, and copy them all.
+    rows = pages.codes.reshape(-1, pages.codes.shape[-1])
+    heads = (page[:, None] * width + jnp.arange(width, dtype=jnp.int32)) * size
+    rows = rows.at[heads + place[:, None]].set(codes, mode="drop")
+    scale = new.scale.reshape(*positions.shape, width)
+    scale = _with_scales(pages.scale, scale, tables, positions, first)
+    return Rounded(rows.reshape(pages.codes.shape), scale)
+
+
+def _with_scales(
+    scales: Float[Array, "P C S"],
+    new: Float[Array, "B T C"],
+    tables: jax.Array,
+    positions: jax.Array,
+    first: jax.Array,
+) -> Float[Array, "P C S"]:
+    """New ones in their places. Whole pages are read and written: single numbers, scattered, a TPU
+    puts into a copy of all scales that it lays out otherwise."""
+    count, width, size = scales.shape
+    batch, length, heads = new.shape
+    new = jnp.pad(new, [(0, 0), (0, 0), (0, width - heads)])
+    begins = positions[:, :1]
+    # The pages that as many consecutive positions can touch.
+    numbers = begins // size + jnp.arange((length - 2) // size + 2, dtype=jnp.int32)
+    touched = jnp.minimum(numbers, tables.shape[1] - 1)
+    page = jnp.take_along_axis(tables, touched, axis=1)
+    is_held = (page != NOWHERE) & (numbers == touched) & (numbers <= positions[:, -1:] // size)
+    tokens = numbers[:, :, None] * size + jnp.arange(size, dtype=jnp.int32) - begins[:, :, None]
+    theirs = jnp.take_along_axis(new, jnp.clip(tokens, 0, length - 1).reshape(batch, -1, 1), axis=1)
+    theirs = theirs.reshape(*tokens.shape, width).swapaxes(2, 3)
+    is_new = ((tokens >= 0) & (tokens < length))[:, :, None]
+    both = jnp.where(is_new, theirs, scales[page + first])
+    return scales.at[jnp.where(is_held, page + first, count)].set(both, mode="drop")
+
+
+def _filled(pairs: jax.Array, width: int, wide: int) -> jax.Array:
+    """Zeros behind heads and numbers [n, C, W]."""
+    return jnp.pad(pairs, [(0, 0), (0, width - pairs.shape[1]), (0, wide - pairs.shape[2])])
+
+
+def _whole_lanes(size: int) -> int:
+    return -(-size // _LANES) * _LANES
+
+
+def _int8_kernel(
+    query: jax.Array,
+    pages: Rounded,
+    tables: jax.Array,
+    positions: jax.Array,
+    kv_heads: int,
+    sliding_window: int | None,
+) -> jax.Array:
+    del kv_heads  # these pages have no others
+    size, wide = query.shape[-1], pages.codes.shape[-1]
+    mixed = int8_paged_attention(
+        jnp.pad(query, [(0, 0), (0, 0), (0, 0), (0, wide - size)]),
+        pages.codes,
+        pages.scale,
+        tables,
+        positions[:, -1] + 1,
+        sm_scale=size**-0.5,
+        sliding_window=sliding_window,
+    )
+    return mixed[..., :size]
 
 
 def _kernel(
@@ -179,14 +296,15 @@ def _kernel(
 
 def _reference(
     query: jax.Array,
-    pages: jax.Array,
+    pages: Pages,
     tables: jax.Array,
     positions: jax.Array,
     kv_heads: int,
     sliding_window: int | None,
 ) -> jax.Array:
     batch, length, heads, size = query.shape
-    held = pages[tables][..., : 2 * kv_heads, :size].reshape(batch, -1, kv_heads, 2, size)
+    held = _gathered(pages, tables, 2 * kv_heads, size, query.dtype)
+    held = held.reshape(batch, -1, kv_heads, 2, size)
     places = jnp.arange(held.shape[1], dtype=jnp.int32)
     seen = places <= positions[:, :, None]  # [B, T, positions]
     # What nobody has written yet may be anything; zero times that need not be zero.
@@ -196,10 +314,22 @@ def _reference(
     keys, values = held[:, :, :, 0].transpose(0, 2, 3, 1), held[:, :, :, 1].transpose(0, 2, 1, 3)
     groups = heads // kv_heads
     folded = query.reshape(batch, length, kv_heads, groups, size).transpose(0, 2, 3, 1, 4)
-    folded = folded.reshape(batch, kv_heads, groups * length, size).astype(pages.dtype)
+    folded = folded.reshape(batch, kv_heads, groups * length, size).astype(held.dtype)
     multiply = few_rows_product if length <= FEW_TOKENS else many_rows_product
     seen = jnp.tile(seen, (1, groups, 1))[:, None]  # of the folded queries
     scores = jnp.where(seen, multiply(folded, keys) * size**-0.5, _MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(pages.dtype)
+    weights = jax.nn.softmax(scores, axis=-1).astype(held.dtype)
     mixed = multiply(weights, values).reshape(batch, kv_heads, groups, length, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)
+
+
+def _gathered(
+    pages: Pages, tables: jax.Array, width: int, size: int, dtype: jnp.dtype
+) -> Float[Array, "B S C H"]:
+    """Keys and values of each row; of int8 the numbers that they stand for."""
+    if not isinstance(pages, Rounded):
+        return pages[tables][..., :width, :size].reshape(len(tables), -1, width, size)
+    codes = pages.codes[tables][..., :size]
+    scale = pages.scale[tables][:, :, :width, :, None]
+    held = (codes.astype(jnp.float32) * scale).astype(dtype).swapaxes(2, 3)
+    return held.reshape(len(tables), -1, width, size)

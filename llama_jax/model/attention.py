@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from llama_jax.kernels.few_rows import few_rows_product, many_rows_product
-from llama_jax.model.rounded import Held, Rounded, scaled, unscaled
+from llama_jax.kernels.rounded import Held, Rounded, scaled, unscaled
 
 # Finite, so that a row with nothing to see stays finite; added nowhere, only selected, because two
 # such masks added together overflow to -inf and make the softmax NaN.

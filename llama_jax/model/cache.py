@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from llama_jax.config import ModelConfig
-from llama_jax.model.rounded import Held, as_held, empty
+from llama_jax.kernels.rounded import Held, as_held, empty
 
 # `Held`, stacked [L, ...] for scanned layers, or a tuple of L for unrolled ones.
 Layers = Any

@@ -6,7 +6,6 @@ copied when a prefix is shared; a row that ends leaves its pages to others.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +34,11 @@ class PageRows:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PagedCache:
-    """pages: [L * P, S, C, W], the P pages of layer 0, then those of layer 1, …; the layers that
-    have run are counted in `layer`. `rows` says what the next step does. kernel: whether a TPU
-    kernel reads the pages."""
+    """pages: [L * P, …], the P pages of layer 0, then those of layer 1, …; the layers that have run
+    are counted in `layer`. `rows` says what the next step does. kernel: whether a TPU kernel reads
+    the pages."""
 
-    pages: Float[Array, "LP S C W"]
+    pages: paged.Pages
     layer: Int[Array, ""]
     rows: PageRows | None = None
     num_pages: int = field(default=0, metadata={"static": True})
@@ -51,19 +50,17 @@ def init_paged_cache(
     num_pages: int,
     page_size: int,
     *,
-    dtype: Any,
+    dtype: str,
     kernel: bool,
     rules: LogicalRules,
     parts: int = 1,
 ) -> PagedCache:
-    """`num_pages` empty pages in each layer, of which page NOWHERE is nobody's. parts: devices that
-    share the heads, by the rules and the mesh in force."""
-    dtype = jnp.dtype(dtype)
-    heads, size = paged.page_shape(
-        config.num_key_value_heads, config.head_dim, dtype, parts=parts, kernel=kernel
+    """`num_pages` empty pages in each layer, of which page NOWHERE is nobody's. dtype, parts: as in
+    `paged.empty_pages`; the devices are those of the rules and the mesh in force."""
+    pages = paged.empty_pages(
+        config, config.num_hidden_layers * num_pages, page_size, dtype, parts=parts, kernel=kernel
     )
-    shape = (config.num_hidden_layers * num_pages, page_size, heads, size)
-    pages = constrain(jnp.zeros(shape, dtype), (None, None, "kv_heads", None), rules)
+    pages = paged.with_axes(lambda array, axes: constrain(array, axes, rules), pages)
     return PagedCache(pages, jnp.int32(0), num_pages=num_pages, kernel=kernel)
 
 
@@ -94,19 +91,20 @@ def attend_pages(
     return mixed, dataclasses.replace(cache, pages=pages, layer=cache.layer + 1)
 
 
-def read_pages(cache: PagedCache, ids: Int[Array, " M"]) -> Float[Array, "L M S C W"]:
-    """The content of some pages in every layer."""
-    return _by_layer(cache)[:, ids]
+def read_pages(cache: PagedCache, ids: Int[Array, " M"]) -> paged.Pages:
+    """The content of some pages in every layer: [L, M, …]."""
+    return jax.tree.map(lambda array: _by_layer(array, cache)[:, ids], cache.pages)
 
 
-def write_pages(
-    cache: PagedCache, ids: Int[Array, " M"], content: Float[Array, "L M S C W"]
-) -> PagedCache:
+def write_pages(cache: PagedCache, ids: Int[Array, " M"], content: paged.Pages) -> PagedCache:
     """Puts back what `read_pages` took out, into other pages; none where an id is NOWHERE."""
     ids = jnp.where(ids == NOWHERE, cache.num_pages, ids)
-    pages = _by_layer(cache).at[:, ids].set(content, mode="drop").reshape(cache.pages.shape)
-    return dataclasses.replace(cache, pages=pages)
+
+    def write(array: jax.Array, part: jax.Array) -> jax.Array:
+        return _by_layer(array, cache).at[:, ids].set(part, mode="drop").reshape(array.shape)
+
+    return dataclasses.replace(cache, pages=jax.tree.map(write, cache.pages, content))
 
 
-def _by_layer(cache: PagedCache) -> jax.Array:
-    return cache.pages.reshape(-1, cache.num_pages, *cache.pages.shape[1:])
+def _by_layer(array: jax.Array, cache: PagedCache) -> jax.Array:
+    return array.reshape(-1, cache.num_pages, *array.shape[1:])

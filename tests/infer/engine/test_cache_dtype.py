@@ -1,14 +1,19 @@
 """A cache of int8 or bfloat16: the answers of the offline generator, whoever else is there."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
 
+from infer.engine import placement
 from infer.engine.engine import BatchingEngine
 from infer.engine.memory import fitting_context
 from infer.engine.options import EngineOptions
 from infer.engine.request import Failed, Request
 from infer.generate import generate
 from llama_jax.config import Compute
+from llama_jax.mesh.sharding import shardings
 from tests.infer.engine.client import ask
 from tests.infer.engine.test_engine import WISHES, prompts_of
 from tests.tiny import FAMILIES, tiny_config, tiny_params
@@ -16,12 +21,23 @@ from tests.tiny import FAMILIES, tiny_config, tiny_params
 OPTIONS = EngineOptions(max_slots=4, block_size=16, piece_tokens=32, num_blocks=12)
 
 
-@pytest.fixture(scope="module", params=["int8", "bfloat16"])
+@pytest.fixture(
+    scope="module", params=["int8 slots", "bfloat16 slots", "int8 pages", "int8 pages on a mesh"]
+)
 def served(request):
     config = FAMILIES["llama-gqa"].replace(eos_token_id=())
     model = config, tiny_params(config), None
-    compute = Compute(cache_dtype=request.param)
-    engine = BatchingEngine(model, OPTIONS, compute=compute)
+    dtype, cache, *meshed = request.param.split(" ")
+    compute, mesh, params = Compute(cache_dtype=dtype), None, model[1]
+    if meshed:
+        mesh = placement.serving_mesh({"tensor": 2})
+        params = jax.device_put(params, shardings(config, params, mesh, placement.RULES))
+    engine = BatchingEngine(
+        (config, params, None),
+        dataclasses.replace(OPTIONS, cache=cache),
+        compute=compute,
+        mesh=mesh,
+    )
     engine.start()
     yield model, engine, compute
     engine.stop(0)
@@ -55,15 +71,16 @@ def test_more_tokens_fit_into_the_same_memory():
     assert narrow / wide == pytest.approx(256 / 68, rel=0.01)
 
 
-@pytest.mark.parametrize("dtype", ["int8", None])
-def test_what_is_not_finite_reaches_nobody_else(dtype):
+@pytest.mark.parametrize("dtype, cache", [("int8", "slots"), ("int8", "pages"), (None, "slots")])
+def test_what_is_not_finite_reaches_nobody_else(dtype, cache):
     config = FAMILIES["llama-gqa"].replace(eos_token_id=())
     params = tiny_params(config)
     table = np.array(params["embed_tokens"]["weight"])
     table[9] = np.nan
     params["embed_tokens"]["weight"] = table
     model = config, params, None
-    engine = BatchingEngine(model, OPTIONS, compute=Compute(cache_dtype=dtype))
+    options = dataclasses.replace(OPTIONS, cache=cache)
+    engine = BatchingEngine(model, options, compute=Compute(cache_dtype=dtype))
     engine.start()
     good = Request("good", (5, 6, 7), WISHES[0])
     (before,) = ask(engine, good)

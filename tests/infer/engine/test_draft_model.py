@@ -16,7 +16,7 @@ from infer.generate import generate
 from infer.params import SamplingParams
 from llama_jax.demo.make_tokenizer import FOLDER
 from llama_jax.formats.tokenizer import load_tokenizer
-from llama_jax.model.rounded import token_bytes
+from llama_jax.kernels.rounded import token_bytes
 from llama_jax.model.transformer import forward
 from tests.infer.engine.client import ask
 from tests.infer.engine.test_engine import WISHES, prompts_of

@@ -19,6 +19,7 @@ _LARGEST = 127
 @dataclass(frozen=True)
 class Rounded:
     """codes: int8; scale: the same axes, the head's size being 1: one for each token and head.
+    (Those of pages lie otherwise: `paged.empty_pages`.)
 
     A number is code * scale. The scale is the largest magnitude of the token's head over 127, so
     no number is further than half a scale, a 254th of that magnitude, from what was stored.
@@ -49,8 +50,10 @@ def empty(shape: tuple[int, ...], *, head_axis: int, dtype: str) -> Held:
 
 def as_held(new: Float[Array, "*axes H"], held: Held) -> Held:
     """`new` in the form that `held` has."""
-    if not isinstance(held, Rounded):
-        return new.astype(held.dtype)
+    return rounded(new) if isinstance(held, Rounded) else new.astype(held.dtype)
+
+
+def rounded(new: Float[Array, "*axes H"]) -> Rounded:
     wide = new.astype(jnp.float32)
     peak = jnp.abs(wide).max(axis=-1, keepdims=True)
     # Zeros, or numbers too small for a scale. What is not finite makes its scale so.

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from llama_jax.config import CACHE_DTYPES, Compute
+from llama_jax.kernels.rounded import as_held, empty, token_bytes
 from llama_jax.model import layout, transformer
 from llama_jax.model.cache import init_cache
-from llama_jax.model.rounded import as_held, empty, token_bytes
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
 
 pytestmark = pytest.mark.compiled_quickly
