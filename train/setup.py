@@ -19,7 +19,7 @@ from llama_jax.mesh.distributed import WHOLE, Share, place_rows, row_share
 from llama_jax.mesh.sharding import batch_sharding, check_batch, make_mesh, replicated, shardings
 from llama_jax.mesh.slices import slice_named
 from llama_jax.model.losses import Batch, next_token_loss
-from llama_jax.weights.lora import add_lora
+from llama_jax.weights.lora import add_lora, check_dropout
 from llama_jax.weights.qat_tree import add_qat
 from llama_jax.weights.quantize import Quantization, quantize
 from llama_jax.weights.select import trainable_mask, zeros_mask
@@ -154,6 +154,8 @@ def make_setup(
     items = run.train.batch_size // run.train.gradient_accumulation_steps
     check_batch(items * rows_per_item(run), run.train.sequence_length, mesh, rules)
     params = _abstract_params(run, config, base)
+    if run.lora is not None and run.lora.lora_dropout:
+        check_dropout(config, params)
     mask = trained_mask(run, config, params)
     schedule = make_schedule(
         run.schedule, peak=run.optimizer.learning_rate, total_steps=run.train.steps
@@ -197,6 +199,7 @@ def make_setup(
         held=zeros_mask(config, params) if run.model.keep_zeros else None,
         prepare=_make_prepare(run, teacher),
         offload=offload,
+        lora_dropout=0.0 if run.lora is None else run.lora.lora_dropout,
     )
     beside_places = jax.tree.map(lambda struct: struct.sharding, beside)
     return Setup(

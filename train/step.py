@@ -12,6 +12,7 @@ from llama_jax.config import Compute, ModelConfig
 from llama_jax.mesh.sharding import constrain
 from llama_jax.model.losses import Batch, next_token_loss
 from llama_jax.model.moe import balancing_loss
+from llama_jax.weights.lora import with_dropout
 from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import TappedTensor
 from train.auxiliary import filled, joined, parted
@@ -41,6 +42,7 @@ Prepare = Callable[..., Batch]
 Loss = Callable[..., tuple[Any, ...]]
 
 _EMBEDDING, _HEAD = "embed_tokens", "lm_head"
+_DROPOUT = 0x64726F70  # folded into a run's key for it: no count of steps comes so far
 
 
 def make_train_step(
@@ -56,6 +58,7 @@ def make_train_step(
     held: tree.Tree | None = None,
     prepare: Prepare | None = None,
     offload: Offload | None = None,
+    lora_dropout: float = 0.0,
 ) -> Step:
     """`step(state, batch, *beside) -> (state, metrics)` over arrays [B, T].
 
@@ -71,6 +74,9 @@ def make_train_step(
     so that neither the norm nor a moment knows them, and no update. None: no array's.
 
     offload: None where moments stay on the devices.
+
+    lora_dropout: with what probability numbers that go into adapters are dropped, anew in each step
+    and each of its parts.
 
     Only what `mask` selects is differentiated. With `accumulation_steps` the batch is taken in that
     many parts, whose sums of loss and gradient are added before the one division by the number of
@@ -95,14 +101,17 @@ def make_train_step(
         is_parted = axis is not None and config.tie_word_embeddings
         taken = config.replace(tie_word_embeddings=False) if is_parted else config
         narrowed = _narrowed_matrices(config) if compute.gradient_dtype == "bfloat16" else set()
-        gradient = _make_gradient(taken, compute, _bound(loss, state.step, beside), narrowed)
+        gradient = _make_gradient(
+            taken, compute, _bound(loss, state.step, beside), narrowed, lora_dropout
+        )
         trained, frozen = tree.partition(state.params, mask)
         trained = joined(trained, state.auxiliary)
         frozen = filled(frozen, state.auxiliary, None)
         given = [_with_head(each) if is_parted else each for each in (trained, frozen)]
         sums, gradients = _accumulate(
-            lambda part: gradient(*given, part),
+            lambda part, key: gradient(*given, part, key),
             batch,
+            _dropout_key(state, axis),
             (accumulation_steps, rows_per_item),
             compute,
         )
@@ -187,14 +196,28 @@ def _over_devices(values: Any, axis: str | None) -> Any:
     return values if axis is None else jax.lax.psum(values, axis)
 
 
-def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss, narrowed: Set[str]) -> Any:
-    """(trained, frozen, batch) -> (sums, gradient of the sums) of one micro-batch. narrowed: the
-    arrays whose gradient is kept in bfloat16."""
+def _dropout_key(state: TrainState, axis: str | None) -> jax.Array:
+    """A step's own; with pmap each device's, which has rows of its own."""
+    key = jax.random.fold_in(jax.random.fold_in(state.rng, _DROPOUT), state.step)
+    return key if axis is None else jax.random.fold_in(key, jax.lax.axis_index(axis))
+
+
+def _make_gradient(
+    config: ModelConfig, compute: Compute, loss: Loss, narrowed: Set[str], lora_dropout: float
+) -> Any:
+    """(trained, frozen, batch, key) -> (sums, gradient of the sums) of one micro-batch. narrowed:
+    the arrays whose gradient is kept in bfloat16. key: for what is dropped out."""
 
     def total(
-        trained: tree.Tree, frozen: tree.Tree, batch: Batch, tapped: Mapping[str, jax.Array]
+        trained: tree.Tree,
+        frozen: tree.Tree,
+        batch: Batch,
+        key: jax.Array,
+        tapped: Mapping[str, jax.Array],
     ) -> tuple[jax.Array, Metrics]:
         params, auxiliary = parted(tree.combine(trained, frozen))
+        if lora_dropout:
+            params = with_dropout(config, params, key, lora_dropout)
         if tapped:
             params = tree.map_arrays_with_path(
                 lambda path, array: TappedTensor(tapped[path], array) if path in tapped else array,
@@ -210,7 +233,9 @@ def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss, narrowed: 
         sums["aux_loss"] = balancing_loss(parts.stats) * parts.weight
         return parts.loss + config.moe.router_aux_loss_coef * sums["aux_loss"], sums
 
-    def gradient(trained: tree.Tree, frozen: tree.Tree, batch: Batch) -> tuple[Metrics, tree.Tree]:
+    def gradient(
+        trained: tree.Tree, frozen: tree.Tree, batch: Batch, key: jax.Array
+    ) -> tuple[Metrics, tree.Tree]:
         # A matrix whose gradient is kept in bfloat16 takes part beside the zeros that receive it.
         arrays = tree.flatten_arrays(trained)
         tapped = {path: arrays[path] for path in arrays if path in narrowed}
@@ -219,7 +244,7 @@ def _make_gradient(config: ModelConfig, compute: Compute, loss: Loss, narrowed: 
             trained,
         )
         find = jax.value_and_grad(total, has_aux=True)
-        (_, sums), gradients = find(given, frozen, batch, tapped)
+        (_, sums), gradients = find(given, frozen, batch, key, tapped)
         return sums, jax.tree.map(lambda g, array: g.astype(array.dtype), gradients, trained)
 
     return gradient
@@ -237,15 +262,20 @@ def _named_sums(parts: LossSums, batch: Batch) -> Metrics:
 
 
 def _accumulate(
-    gradient: Callable[[Batch], Any], batch: Batch, deal: tuple[int, int], compute: Compute
+    gradient: Callable[[Batch, jax.Array], Any],
+    batch: Batch,
+    key: jax.Array,
+    deal: tuple[int, int],
+    compute: Compute,
 ) -> tuple[Metrics, tree.Tree]:
-    """The sums over micro-batches, in float32, with one of them in memory at a time.
+    """The sums over micro-batches, in float32, with one of them in memory at a time. Each has a
+    key of its own.
 
     deal: (number of micro-batches, number of rows in succession that stay together).
     """
     parts, together = deal
     if parts == 1:
-        return gradient(batch)
+        return gradient(batch, key)
 
     def split(array: jax.Array) -> jax.Array:
         # Micro-batch m takes items m, m + parts, …: every device keeps the rows it has.
@@ -253,16 +283,17 @@ def _accumulate(
         apart = apart.reshape(parts, -1, *array.shape[1:])
         return constrain(apart, (None, "batch", "length"), compute.rules)
 
-    def body(carry: Any, part: Batch) -> tuple[Any, None]:
+    def body(carry: Any, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
         added = jax.tree.map(
-            lambda total, new: total + new.astype(total.dtype), carry, gradient(part)
+            lambda total, new: total + new.astype(total.dtype), carry, gradient(*part)
         )
         return added, None
 
     micro_batches = jax.tree.map(split, batch)
     first = jax.tree.map(lambda array: array[0], micro_batches)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), jax.eval_shape(gradient, first))
-    return jax.lax.scan(body, zeros, micro_batches)[0]
+    sums = jax.eval_shape(gradient, first, key)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32), sums)
+    return jax.lax.scan(body, zeros, (micro_batches, jax.random.split(key, parts)))[0]
 
 
 def make_eval_step(

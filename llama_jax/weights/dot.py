@@ -16,6 +16,7 @@ from llama_jax.weights.decoding import decoding_product, plain_product
 from llama_jax.weights.integers import integer_product
 from llama_jax.weights.tensors import (
     DecodingTensor,
+    DroppedLora,
     IntegerTensor,
     Leaf,
     LoraTensor,
@@ -50,6 +51,7 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
         return _product(x, weight.saved, compute)
     if isinstance(weight, LoraTensor):
         base = _product(x, weight.base, compute)
+        x = weight.dropped(x) if isinstance(weight, DroppedLora) else x
         # Scaled where it is narrow: forward and backward touch R numbers a token, not `out`.
         low = plain_product(x, weight.lora_a.astype(x.dtype), compute)
         low = (low * weight.scale.astype(low.dtype)).astype(x.dtype)

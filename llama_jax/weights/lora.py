@@ -18,8 +18,9 @@ from llama_jax.config import ModelConfig
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.lora_plan import AdapterPlan, plan_adapter
 from llama_jax.weights.select import table_rows
-from llama_jax.weights.table import Weight
+from llama_jax.weights.table import Weight, weight_table
 from llama_jax.weights.tensors import (
+    DroppedLora,
     Leaf,
     LoraTensor,
     SavedTensor,
@@ -27,6 +28,8 @@ from llama_jax.weights.tensors import (
     is_quantized,
     to_array,
 )
+
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
 
 def add_lora(
@@ -99,6 +102,35 @@ def make_lora_tensor(
     ranks = tuple(int(rank) for rank in plan.ranks[path].reshape(-1))
     scale = jnp.asarray(plan.scales[path], jnp.float32)
     return LoraTensor(base, lora_a, lora_b, scale, ranks, plan.use_rslora)
+
+
+def with_dropout(config: ModelConfig, params: tree.Tree, key: jax.Array, rate: float) -> tree.Tree:
+    """The parameters as one step of training uses them: what goes into each adapter is dropped out
+    with probability `rate`, by numbers that follow from the key, the weight and the layer."""
+    numbers = {path: number for number, path in enumerate(weight_table(config))}
+
+    def dropped(path: str, leaf: Leaf) -> Leaf:
+        if not isinstance(leaf, LoraTensor) or path == _EMBEDDING:
+            return leaf
+        own = jax.random.fold_in(key, numbers[path])
+        keys = jax.random.key_data(jax.random.split(own, leaf.scale.shape))
+        held = {spec.name: getattr(leaf, spec.name) for spec in dataclasses.fields(leaf)}
+        return DroppedLora(**held, key=keys, rate=rate)
+
+    return tree.map_with_path(dropped, params)
+
+
+def check_dropout(config: ModelConfig, params: tree.Tree) -> None:
+    """Raises ValueError for adapters whose input `with_dropout` cannot drop out. An embedding's
+    looks rows up, and drops nothing in PEFT either."""
+    heads = {_HEAD, _EMBEDDING} if config.tie_word_embeddings else {_HEAD}
+    for path, leaf in tree.flatten(params).items():
+        if isinstance(leaf, LoraTensor) and (path in heads or ".experts." in path):
+            raise ValueError(
+                f"lora.lora_dropout is above 0 and {path} has an adapter, but experts and the head "
+                f"are multiplied in pieces, whose inputs are not dropped out; leave it out "
+                f"(lora.exclude_modules), or set lora_dropout to 0"
+            )
 
 
 def remove_lora(params: tree.Tree) -> tree.Tree:

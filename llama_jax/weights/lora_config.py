@@ -25,6 +25,8 @@ class LoraConfig:
     layers_to_transform: only these layers, counted from 0; not together with a regular expression.
     modules_to_save: modules trained whole beside their originals; a name means every module whose
       name ends with it, so `norm` means all norms.
+    lora_dropout: in training, the probability with which a number that goes into an adapter is
+      dropped. Any mesh drops the same, but for one that divides sequences, which drops others.
     ensure_weight_tying: with tied embeddings, one adapter serves both embedding and head. Tied
       weights cannot be adapted without it.
     """
@@ -39,6 +41,7 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = ()
     layers_to_transform: tuple[int, ...] | None = None
     ensure_weight_tying: bool = False
+    lora_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -70,6 +73,11 @@ class LoraConfig:
         for name in ("use_rslora", "ensure_weight_tying"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"lora.{name} is {getattr(self, name)!r}; it must be a boolean")
+        rate = self.lora_dropout
+        if not is_finite_number(rate) or not 0 <= rate < 1:
+            raise ValueError(
+                f"lora.lora_dropout is {rate!r}; it is a probability: at least 0 and below 1"
+            )
         self._check_layers()
 
     def _check_layers(self) -> None:

@@ -332,6 +332,23 @@ class LoraTensor:
 
 
 @jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class DroppedLora(LoraTensor):
+    """A `LoraTensor` within a training step: what goes into its factors is dropped out, as PEFT
+    does it (Srivastava et al. 2014): each number is zero with probability `rate`, else divided by
+    1 - rate. The base gets all of it. key: [..., 2] uint32, of each matrix of the stack."""
+
+    key: Array
+    rate: float = field(metadata={"static": True})
+
+    def dropped(self, x: jax.Array) -> jax.Array:
+        """x [T, in], for one matrix."""
+        key = jax.random.wrap_key_data(self.key, impl="threefry2x32")
+        kept = jax.random.bernoulli(key, 1 - self.rate, x.shape)
+        return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StackedLora:
     """A matrix with several low-rank updates, of which each row of activations takes one.

@@ -53,6 +53,7 @@ LOWERED = {
     "train.gradient_accumulation_steps": ({}, 2),
     "train.trainable": ({}, ["q_proj"]),
     "lora.r": ({}, 3),
+    "lora.lora_dropout": ({}, 0.5),
     "lora.target_modules": ({}, ["q_proj"]),
     "lora.exclude_modules": ({}, ["q_proj"]),
     "lora.rank_pattern": ({}, {"q_proj": 3}),
