@@ -24,7 +24,7 @@ from infer.engine.paged_runner import PagedRunner
 from infer.server.build import engine_options, preset, quantization_of
 from infer.server.settings import Settings
 from llama_jax.config import Compute, ModelConfig
-from llama_jax.kernels import paged, paged_int8
+from llama_jax.kernels.paged_int8 import BLOCK_QUERIES
 from llama_jax.mesh.compile import Compiled, compile_for, device_bytes
 from llama_jax.mesh.flops import count_flops
 from llama_jax.mesh.sharding import shardings
@@ -33,8 +33,8 @@ from llama_jax.weights.table import abstract_params
 
 Say = Callable[[str], None]
 
-# Kernels that read pages, and how many of a row's queries do so together.
-_FLOATS, _INTEGERS = "ragged_paged_attention", "int8_paged_attention"
+# Those that read pages.
+_KERNELS = "ragged_paged_attention", "int8_paged_attention"
 
 
 @dataclass(frozen=True)
@@ -314,19 +314,16 @@ class _Trial:
         if shape.rows > 1:
             length = min(length, num_blocks * size // self.options.max_slots)
         # A kernel reads a row's pages once for each block of its queries.
-        together = {_FLOATS: paged.BLOCK_QUERIES, _INTEGERS: paged_int8.BLOCK_QUERIES}
+        passes = shape.rows * -(-shape.tokens // BLOCK_QUERIES)
         layer_bytes = self.page_bytes / config.num_hidden_layers / size
         step = engine.trace(shape)
         compiled = compile_for(
             step.traced.lower(),
             self.slice,
             argument_bytes=device_bytes(step.arguments),
-            of_kernels={
-                name: shape.rows * -(-shape.tokens // block) * length * layer_bytes
-                for name, block in together.items()
-            },
+            of_kernels=dict.fromkeys(_KERNELS, passes * length * layer_bytes),
         )
-        flops = count_flops(step.traced.jaxpr, kernel_shares=dict.fromkeys(together, 0.0))
+        flops = count_flops(step.traced.jaxpr, kernel_shares=dict.fromkeys(_KERNELS, 0.0))
         if shape.kind != "sample":
             heads = config.num_attention_heads * config.head_dim
             queries = shape.rows * shape.tokens

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.config import LogicalRules, ModelConfig
 from llama_jax.kernels.few_rows import FEW_TOKENS, few_rows_product, many_rows_product
-from llama_jax.kernels.paged_int8 import int8_paged_attention
+from llama_jax.kernels.paged_int8 import BLOCK_QUERIES, int8_paged_attention
 from llama_jax.kernels.rounded import Rounded, rounded
 from llama_jax.mesh.sharding import mesh_axes, partition_spec
 
@@ -34,11 +34,10 @@ NOWHERE = 0
 _LANES = 128  # the width of a TPU register
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-# Positions and queries that the kernel takes at a time, about what its authors' table of tuned
+# Positions that the kernel takes at a time, and queries, about what its authors' table of tuned
 # sizes has for most shapes. The table itself asks for the default device, which need not be the
 # one that is compiled for.
 _BLOCK_POSITIONS = 1024
-BLOCK_QUERIES = 32
 _VMEM_BYTES = 64 * 2**20
 # For page tables: of a mebibyte, what the kernel's other scalars leave.
 _SMEM_BYTES = 960 * 2**10
@@ -67,7 +66,7 @@ def empty_pages(
     """Zeros. dtype: a float's name, or int8. parts: devices that the heads are dealt out to; they
     get equal parts of each array. kernel: whether a TPU's kernel reads them.
 
-    Raises ValueError for pages that the kernel cannot read.
+    Raises ValueError for pages that the kernel cannot read, and for more than can be counted.
     """
     kv_heads, head_dim = config.num_key_value_heads, config.head_dim
     if dtype != "int8":
@@ -77,6 +76,11 @@ def empty_pages(
         raise ValueError(
             f"block_size is {page_size}; pages of int8 on a TPU need a multiple of {_LANES}, for "
             f"their scales lie in registers of so many"
+        )
+    if (num_pages + 1) * (2 * kv_heads // parts) * page_size >= 2**31:
+        raise ValueError(
+            f"{num_pages} pages of {page_size} positions are more than are counted in 32 bits for "
+            f"{2 * kv_heads // parts} heads of keys and values; give fewer blocks"
         )
     wide, rows = head_dim, 2 * kv_heads
     if kernel:

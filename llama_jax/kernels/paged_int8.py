@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int, Int8
 
 _MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 
-# Positions read at a time, and queries of a row that read them together.
+# Positions read at a time, and queries of a row that read them together: what a v4 has room for.
 _TILE = 512
-BLOCK_QUERIES = 128
+BLOCK_QUERIES = 32
 _VMEM_BYTES = 64 * 2**20
 _LANES = 128
 

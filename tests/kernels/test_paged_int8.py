@@ -77,7 +77,7 @@ CASES = [
     ((600, 2, 36), 1, 4, 2, 16, None),  # two tiles, and a row of one page
     ((0,), 40, 2, 2, 16, None),
     ((1000, 5), 4, 6, 2, 16, 70),  # tiles that a window has passed
-    ((1000, 0), 140, 2, 1, 16, 100),  # queries in two blocks, the second not full
+    ((1000, 0), 75, 2, 1, 16, 100),  # queries in three blocks, the last not full
 ]
 
 
@@ -153,6 +153,17 @@ def test_compiles_for_a_tpu_in_place(name, batch, length, heads, kv_heads, size,
     pages = 4096 * page * (2 * kv_heads * 128 + rows * 4)
     assert stats.alias_size_in_bytes == pages
     assert stats.temp_size_in_bytes < pages / 50
+
+
+def test_more_rows_than_32_bits_count_are_refused():
+    config = tiny_config()
+    heads = 2 * config.num_key_value_heads
+    most = 2**31 // heads // 128 - 2
+    for parts, num_pages in ((1, most), (2, 2 * most)):
+        empty = partial(paged.empty_pages, config, page_size=128, dtype="int8", kernel=False)
+        jax.eval_shape(partial(empty, num_pages=num_pages, parts=parts))
+        with pytest.raises(ValueError, match="more than are counted in 32 bits"):
+            empty(num_pages=num_pages + 4, parts=parts)
 
 
 def test_a_kernel_wants_pages_of_whole_registers():
