@@ -19,6 +19,7 @@ from llama_jax.weights.tensors import DroppedLora, LoraTensor
 from tests.tiny import FAMILIES, tiny_config, tiny_params
 from tests.train.tiny_data import random_batch
 from train.config import OptimizerSection, ScheduleSection
+from train.distill_pmap import AXIS, make_pmap_step
 from train.optim import make_optimizer, make_schedule
 from train.state import init_state, state_shardings
 from train.step import LossSums, make_eval_step, make_train_step
@@ -103,7 +104,8 @@ def test_a_step_drops_anew_and_the_same_again_and_evaluation_drops_nothing():
     np.testing.assert_allclose(sums["loss"] / sums["weight"], losses[2], rtol=1e-6)
 
 
-def test_micro_batches_drop_apart():
+@pytest.mark.parametrize("apart", ["micro-batches", "devices of pmap"])
+def test_parts_of_a_batch_drop_apart(apart):
     """Two equal ones: their losses differ, so the mean square is more than the square mean."""
     row = random_batch(1)
     batch = jax.tree.map(lambda x: jnp.concatenate([x, x]), row)
@@ -114,8 +116,14 @@ def test_micro_batches_drop_apart():
 
     found = {}
     for rate in (0.0, RATE):
-        case = Case(rate, loss=loss, accumulation_steps=2)
-        _, metrics = jax.jit(case.step)(case.state, batch)
+        if apart == "micro-batches":
+            case = Case(rate, loss=loss, accumulation_steps=2)
+            step = jax.jit(case.step)
+        else:
+            case = Case(rate, loss=loss, axis=AXIS)
+            pair = make_mesh({"data": 2}, devices=jax.devices()[:2])
+            step = make_pmap_step(case.step, CONFIG, pair, num_beside=0)
+        _, metrics = step(case.state, batch)
         found[rate] = float(metrics["squared"] / metrics["loss"] ** 2) - 1
     assert abs(found[0.0]) < 1e-6 < 1e-5 < found[RATE]
 
