@@ -22,8 +22,9 @@ import jax.numpy as jnp
 
 from llama_jax import tree
 from llama_jax.config import Compute, ModelConfig
+from llama_jax.kernels.few_rows import MASKED
 from llama_jax.model import rope, transformer
-from llama_jax.model.attention import MASKED, causal_mask
+from llama_jax.model.attention import causal_mask
 from llama_jax.model.losses import Batch
 from train.config import DistillSection, LayerLossSection
 

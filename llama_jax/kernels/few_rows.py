@@ -8,6 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+# The score of what a query does not see. Finite, so that a row with nothing to see stays finite;
+# added nowhere, only selected, because two such masks added together overflow to -inf and make the
+# softmax NaN.
+MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+
 # Up to this many tokens a row, a step's products are bound by reading the cache.
 FEW_TOKENS = 8
 

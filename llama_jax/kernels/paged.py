@@ -21,8 +21,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import LogicalRules, ModelConfig
-from llama_jax.kernels.few_rows import FEW_TOKENS, few_rows_product, many_rows_product
-from llama_jax.kernels.paged_int8 import BLOCK_QUERIES, int8_paged_attention
+from llama_jax.kernels.few_rows import FEW_TOKENS, MASKED, few_rows_product, many_rows_product
+from llama_jax.kernels.paged_int8 import (
+    BLOCK_QUERIES,
+    LANES,
+    VMEM_BYTES,
+    int8_paged_attention,
+)
 from llama_jax.kernels.rounded import Rounded, rounded
 from llama_jax.mesh.sharding import mesh_axes, partition_spec
 
@@ -31,14 +36,10 @@ Pages = jax.Array | Rounded
 # A page that belongs to nobody: what is written there is dropped, what is read is never looked at.
 NOWHERE = 0
 
-_LANES = 128  # the width of a TPU register
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-
 # Positions that the kernel takes at a time, and queries, about what its authors' table of tuned
 # sizes has for most shapes. The table itself asks for the default device, which need not be the
 # one that is compiled for.
 _BLOCK_POSITIONS = 1024
-_VMEM_BYTES = 64 * 2**20
 # For page tables: of a mebibyte, what the kernel's other scalars leave.
 _SMEM_BYTES = 960 * 2**10
 
@@ -72,9 +73,9 @@ def empty_pages(
     if dtype != "int8":
         width, wide = page_shape(kv_heads, head_dim, jnp.dtype(dtype), parts=parts, kernel=kernel)
         return jnp.zeros((num_pages, page_size, width, wide), jnp.dtype(dtype))
-    if kernel and page_size % _LANES:
+    if kernel and page_size % LANES:
         raise ValueError(
-            f"block_size is {page_size}; pages of int8 on a TPU need a multiple of {_LANES}, for "
+            f"block_size is {page_size}; pages of int8 on a TPU need a multiple of {LANES}, for "
             f"their scales lie in registers of so many"
         )
     if (num_pages + 1) * (2 * kv_heads // parts) * page_size >= 2**31:
@@ -134,7 +135,7 @@ def attend(
 
 def check_tables(rows: int, pages_per_row: int) -> None:
     """Raises ValueError for more entries of page tables than the kernel's scalar memory holds."""
-    entries = rows * -(-pages_per_row // _LANES) * _LANES
+    entries = rows * -(-pages_per_row // LANES) * LANES
     if 4 * entries > _SMEM_BYTES:
         raise ValueError(
             f"the tables of {rows} rows of {pages_per_row} pages take {4 * entries} bytes, and a "
@@ -239,7 +240,7 @@ def _filled(pairs: jax.Array, width: int, wide: int) -> jax.Array:
 
 
 def _whole_lanes(size: int) -> int:
-    return -(-size // _LANES) * _LANES
+    return -(-size // LANES) * LANES
 
 
 def _int8_kernel(
@@ -292,7 +293,7 @@ def _kernel(
         sliding_window=sliding_window,
         num_kv_pages_per_block=min(tables.shape[1], max(1, _BLOCK_POSITIONS // page_size)),
         num_queries_per_block=min(batch * length, BLOCK_QUERIES),
-        vmem_limit_bytes=_VMEM_BYTES,
+        vmem_limit_bytes=VMEM_BYTES,
     )
     mixed = mixed.reshape(batch, length, width // 2, groups, wide)[:, :, :kv_heads, :, :size]
     return mixed.reshape(query.shape).astype(query.dtype)
@@ -321,7 +322,7 @@ def _reference(
     folded = folded.reshape(batch, kv_heads, groups * length, size).astype(held.dtype)
     multiply = few_rows_product if length <= FEW_TOKENS else many_rows_product
     seen = jnp.tile(seen, (1, groups, 1))[:, None]  # of the folded queries
-    scores = jnp.where(seen, multiply(folded, keys) * size**-0.5, _MASKED)
+    scores = jnp.where(seen, multiply(folded, keys) * size**-0.5, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(held.dtype)
     mixed = multiply(weights, values).reshape(batch, kv_heads, groups, length, size)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(query.shape).astype(query.dtype)

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
-_MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
+from llama_jax.kernels.few_rows import MASKED
 
 # Positions read at a time, and queries of a row that read them together: what a v4 has room for.
 _TILE = 512
 BLOCK_QUERIES = 32
-_VMEM_BYTES = 64 * 2**20
-_LANES = 128
+VMEM_BYTES = 64 * 2**20
+LANES = 128  # the width of a TPU register
 
 
 def int8_paged_attention(
@@ -101,15 +101,15 @@ def int8_paged_attention(
             ],
             out_specs=queries,
             scratch_shapes=[
-                pltpu.VMEM((kv_heads, rows, _LANES), jnp.float32),
-                pltpu.VMEM((kv_heads, rows, _LANES), jnp.float32),
+                pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
+                pltpu.VMEM((kv_heads, rows, LANES), jnp.float32),
                 pltpu.VMEM((kv_heads, rows, size), jnp.float32),
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(folded.shape, query.dtype),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
-            vmem_limit_bytes=_VMEM_BYTES,
+            vmem_limit_bytes=VMEM_BYTES,
         ),
         name="int8_paged_attention",
         interpret=interpret,
@@ -158,7 +158,7 @@ def _kernel(
 
     @pl.when(tile == 0)
     def begin_with_nothing() -> None:
-        largest[...] = jnp.full_like(largest, _MASKED)
+        largest[...] = jnp.full_like(largest, MASKED)
         total[...] = jnp.zeros_like(total)
         mixed[...] = jnp.zeros_like(mixed)
 
@@ -184,7 +184,7 @@ def _kernel(
         for head in range(kv_heads):
             keys, key_scale = held(2 * head)
             scores = product(query[0, head], keys, (((1,), (1,)), ((), ())))
-            scores = jnp.where(seen, scores * (key_scale * sm_scale), _MASKED)
+            scores = jnp.where(seen, scores * (key_scale * sm_scale), MASKED)
             before = largest[head][:, :1]
             larger = jnp.maximum(before, scores.max(axis=1, keepdims=True))
             weights = jnp.where(seen, jnp.exp(scores - larger), 0.0)

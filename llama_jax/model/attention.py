@@ -4,13 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from llama_jax.kernels.few_rows import few_rows_product, many_rows_product
+from llama_jax.kernels.few_rows import MASKED, few_rows_product, many_rows_product
 from llama_jax.kernels.rounded import Held, Rounded, scaled, unscaled
-
-# Finite, so that a row with nothing to see stays finite; added nowhere, only selected, because two
-# such masks added together overflow to -inf and make the softmax NaN.
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-
 
 # Four blocks of queries leave out three eighths of the work; more gain little.
 _BLOCKS = 4

@@ -18,9 +18,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import ModelConfig
-from llama_jax.kernels.few_rows import FEW_TOKENS, few_rows_product, many_rows_product
+from llama_jax.kernels.few_rows import FEW_TOKENS, MASKED, few_rows_product, many_rows_product
 from llama_jax.kernels.rounded import Held, as_held, empty, scaled, unscaled
-from llama_jax.model.attention import MASKED
 
 TILE = 256
 

@@ -106,7 +106,11 @@ def make_lora_tensor(
 
 def with_dropout(config: ModelConfig, params: tree.Tree, key: jax.Array, rate: float) -> tree.Tree:
     """The parameters as one step of training uses them: what goes into each adapter is dropped out
-    with probability `rate`, by numbers that follow from the key, the weight and the layer."""
+    with probability `rate`, by numbers that follow from the key, the weight and the layer.
+
+    Raises ValueError as `check_dropout` does.
+    """
+    check_dropout(config, params)
     numbers = {path: number for number, path in enumerate(weight_table(config))}
 
     def dropped(path: str, leaf: Leaf) -> Leaf:
@@ -121,7 +125,7 @@ def with_dropout(config: ModelConfig, params: tree.Tree, key: jax.Array, rate: f
 
 
 def check_dropout(config: ModelConfig, params: tree.Tree) -> None:
-    """Raises ValueError for adapters whose input `with_dropout` cannot drop out. An embedding's
+    """Raises ValueError for adapters whose input `dot` does not see whole. An embedding's
     looks rows up, and drops nothing in PEFT either."""
     heads = {_HEAD, _EMBEDDING} if config.tie_word_embeddings else {_HEAD}
     for path, leaf in tree.flatten(params).items():

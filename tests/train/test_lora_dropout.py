@@ -171,3 +171,5 @@ def test_what_is_multiplied_in_pieces_is_refused(config, targets, path):
     params = adapted(config, target_modules=targets)
     with pytest.raises(ValueError, match=rf"{path}.* leave it out"):
         check_dropout(config, params)
+    with pytest.raises(ValueError, match=path):
+        with_dropout(config, params, jax.random.key(0), RATE)
