@@ -9,7 +9,10 @@ VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Python compiles what it imports and keeps that; pip would compile all that it installs, most of
+# which nobody imports.
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test lint format bench clean
 .DELETE_ON_ERROR:

@@ -88,9 +88,16 @@ def test_every_module_imports_without_touching_devices_or_environment() -> None:
         "ours = ('JAX_', 'XLA_', 'LLAMA_JAX_', 'TPU_', 'LIBTPU_')\n"
         "new = [k for k, v in os.environ.items() if before.get(k) != v]\n"
         "changed = [k for k in new if k.startswith(ours)]\n"
-        "print(json.dumps([xla_bridge.backends_are_initialized(), changed]))\n"
+        # What is installed beside us and not needed costs seconds of every start.
+        "import sys\n"
+        "foreign = [n for n in ('torch', 'tensorflow', 'boto3') if n in sys.modules]\n"
+        "print(json.dumps([xla_bridge.backends_are_initialized(), changed, foreign]))\n"
     )
-    assert json.loads(run_python(program).splitlines()[-1]) == [False, []]
+    assert json.loads(run_python(program).splitlines()[-1]) == [False, [], []]
+
+
+def test_what_tensorboard_is_kept_from_can_be_imported_afterwards() -> None:
+    run_python("import train.tensorboard, torch, google.cloud.storage")
 
 
 def test_no_module_needs_torch_or_tensorflow() -> None:

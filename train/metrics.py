@@ -8,13 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import tensorboardX
-
 from llama_jax.mesh.slices import peak_flops
 from llama_jax.model.flops import model_flops
 from train.entries import read_entries
 from train.fit import trained_weights
 from train.setup import Setup
+from train.tensorboard import scalar_writer
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +36,7 @@ class MetricsWriter:
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(self._path)
         self._file = self._path.open("a", encoding="utf-8")
-        self._events = tensorboardX.SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=resume_step + 1, flush_secs=10
-        )
+        self._events = scalar_writer(run_dir / "tensorboard", purge_step=resume_step + 1)
 
     def write(self, entry: Mapping[str, Any]) -> None:
         self._file.write(json.dumps(_finite(entry), allow_nan=False) + "\n")

@@ -13,6 +13,8 @@ from tests.infer.engine.client import ask, submit
 from tests.infer.engine.test_engine import prompts_of
 from tests.tiny import FAMILIES, tiny_params
 
+pytestmark = pytest.mark.compiled_quickly
+
 
 @pytest.fixture(scope="module")
 def engine():

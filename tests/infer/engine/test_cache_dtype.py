@@ -18,6 +18,8 @@ from tests.infer.engine.client import ask
 from tests.infer.engine.test_engine import WISHES, prompts_of
 from tests.tiny import FAMILIES, tiny_config, tiny_params
 
+pytestmark = pytest.mark.compiled_quickly
+
 OPTIONS = EngineOptions(max_slots=4, block_size=16, piece_tokens=32, num_blocks=12)
 
 

@@ -11,6 +11,8 @@ from tests.infer.engine.client import ask
 from tests.infer.engine.test_engine import WISHES, prompts_of
 from tests.tiny import FAMILIES, tiny_params
 
+pytestmark = pytest.mark.compiled_quickly
+
 PLAIN = EngineOptions(max_slots=8, block_size=16, piece_tokens=32)
 DRAFTING = EngineOptions(max_slots=8, block_size=16, piece_tokens=32, draft_tokens=3)
 

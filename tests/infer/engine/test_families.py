@@ -12,6 +12,8 @@ from tests.infer.engine.client import ask
 from tests.infer.engine.test_engine import prompts_of
 from tests.tiny import FAMILIES, tiny_params
 
+pytestmark = pytest.mark.compiled_quickly
+
 OPTIONS = EngineOptions(max_slots=2, block_size=16, piece_tokens=32)
 
 

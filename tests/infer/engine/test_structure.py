@@ -18,6 +18,8 @@ from tests.tiny import FAMILIES, tiny_params
 
 pytest.importorskip("llguidance")
 
+pytestmark = pytest.mark.compiled_quickly
+
 WORDS = ["true", "false", "null", '{"', '":', "ab", "12"]
 
 
