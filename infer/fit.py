@@ -17,7 +17,9 @@ import numpy as np
 from infer import steps as offline
 from infer.batch import Runnable
 from infer.engine import placement
-from infer.engine.lowering import AbstractEngine, StepShape
+from infer.engine.draft_model import check_draft
+from infer.engine.guesses import undivided
+from infer.engine.lowering import AbstractDraft, AbstractEngine, StepShape
 from infer.engine.memory import page_bytes
 from infer.engine.options import EngineOptions, parse_mesh
 from infer.engine.paged_runner import PagedRunner
@@ -27,14 +29,19 @@ from llama_jax.config import Compute, ModelConfig
 from llama_jax.kernels.paged_int8 import BLOCK_QUERIES
 from llama_jax.mesh.compile import Compiled, compile_for, device_bytes
 from llama_jax.mesh.flops import count_flops
-from llama_jax.mesh.sharding import shardings
+from llama_jax.mesh.sharding import replicated, shardings
 from llama_jax.mesh.slices import Slice, slice_devices
+from llama_jax.model.layout import for_decoding
 from llama_jax.weights.table import abstract_params
 
 Say = Callable[[str], None]
+# Config, parameters as shape structs, and the tokenizer where the model itself was looked at.
+Shape = tuple[ModelConfig, Any, Any]
 
 # Those that read pages.
 _KERNELS = "ragged_paged_attention", "int8_paged_attention"
+# How much attention computes follows from how long rows are, which is added.
+_SHARES = dict.fromkeys((*_KERNELS, "while"), 0.0)
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,10 @@ class Step:
 
 @dataclass(frozen=True)
 class ServeFit:
-    """weights, pages and memory: bytes of one device, of what stays on it: the last is what rows
-    remember of their tokens. context: the longest that is served. largest_blocks: how many fit, 0
-    when not even one row does. cache_dtype: of keys and values."""
+    """weights, adapters, draft, pages and memory: bytes of one device, of what stays on it; of the
+    draft model weights, keys and values; the last is what rows remember of their tokens. context:
+    the longest that is served. largest_blocks: how many fit, 0 when not even one row does.
+    cache_dtype: of keys and values."""
 
     settings: Settings
     slice: Slice
@@ -89,6 +97,8 @@ class ServeFit:
     num_blocks: int
     largest_blocks: int
     weights: int
+    adapters: int
+    draft: int
     pages: int
     memory: int
     steps: tuple[Step, ...]
@@ -101,7 +111,12 @@ class ServeFit:
     @property
     def device_bytes(self) -> int:
         """What stays, all programs, and what the most demanding of them needs while it runs."""
-        staying = max(step.compiled.memory.arguments for step in self.steps) + self.memory
+        own = [step for step in self.steps if not step.shape.is_drafting]
+        drafting = [step.compiled.memory.arguments for step in self.steps if step not in own]
+        staying = max(step.compiled.memory.arguments for step in own) + self.memory
+        staying += max([self.draft, *drafting])
+        # While adapters are exchanged, the old and the new are there.
+        staying += self.adapters
         code = sum(step.compiled.memory.code for step in self.steps)
         return staying + code + max(step.transient_bytes for step in self.steps)
 
@@ -153,6 +168,8 @@ class ServeFit:
             "missing_bytes_per_chip": max(self.device_bytes - chip.hbm_bytes, 0) * per_chip,
             "advice": advice(self),
             "weights_bytes_per_chip": self.weights * per_chip,
+            "adapters_bytes_per_chip": self.adapters * per_chip,
+            "draft_bytes_per_chip": self.draft * per_chip,
             "cache_bytes_per_chip": self.pages * per_chip,
             "sampling_bytes_per_chip": self.memory * per_chip,
             "transient_bytes_per_chip": per_chip * max(step.transient_bytes for step in self.steps),
@@ -175,30 +192,31 @@ class ServeFit:
         }
 
 
-def read_shape(settings: Settings) -> tuple[ModelConfig, Any]:
+def read_shape(settings: Settings) -> Shape:
     """The model that is served, as shape structs: of `architecture` if it is given, so that no
     weights need be there. Raises ValueError."""
     if len(settings.models) != 1:
         raise ValueError(
             f"{len(settings.models)} models are given; what fits is found for one model at a time"
         )
-    if settings.max_adapters:
-        raise ValueError("max_adapters is above 0; adapters beside a model are not counted here")
     model = settings.models[0].partition("=")[2] or settings.models[0]
-    if settings.architecture is not None:
-        config = preset(settings.architecture)
-        params = abstract_params(config)
-    else:
-        from llama_jax.load import load_abstract
-
-        loaded = load_abstract(model)
-        config, params = loaded.config, loaded.params
+    config, params, tokenizer = _shape_of(model, "architecture", settings.architecture)
     quantization = quantization_of(settings)
     if quantization is not None:
         from llama_jax.formats.streaming import abstract_quantized
 
         params = abstract_quantized(config, params, quantization)
-    return config, params
+    return config, params, tokenizer
+
+
+def _shape_of(model: str, setting: str, architecture: str | None) -> Shape:
+    if architecture is not None:
+        config = preset(architecture, setting)
+        return config, abstract_params(config), None
+    from llama_jax.load import load_abstract
+
+    loaded = load_abstract(model)
+    return loaded.config, loaded.params, loaded.tokenizer
 
 
 def fit(settings: Settings, wanted: Slice, say: Say) -> ServeFit:
@@ -207,13 +225,20 @@ def fit(settings: Settings, wanted: Slice, say: Say) -> ServeFit:
     Raises ValueError when model, mesh and slice do not suit each other, RuntimeError where libtpu
     is missing.
     """
-    config, params = read_shape(settings)
+    config, params, tokenizer = read_shape(settings)
     sizes = {"tensor": 1} if settings.mesh is None else parse_mesh(settings.mesh)
     if math.prod(sizes.values()) != wanted.num_devices:
         raise ValueError(
             f"mesh is {settings.mesh or 'not given'}, and {wanted.name} has {wanted.num_devices} "
             f"devices; their number must be the product of the mesh's axes, such as "
             f"mesh=tensor={wanted.num_devices}"
+        )
+    hosts = wanted.hosts * wanted.count
+    if hosts > 1 and (settings.max_adapters or settings.draft_model is not None):
+        raise ValueError(
+            f"{wanted.name} is {hosts} hosts, and a model over several hosts has no adapters by "
+            f"request and no draft model; leave out max_adapters and draft_model, or choose a "
+            f"slice of one host"
         )
     mesh, *_ = placement.serving_meshes(sizes, slice_devices(wanted))
     parts = placement.check(config, mesh)
@@ -235,11 +260,34 @@ def fit(settings: Settings, wanted: Slice, say: Say) -> ServeFit:
         ),
         mesh=mesh,
         rules=offline.Rules(None, end_tokens),
-        tokenizer=None,
+        tokenizer=tokenizer,
     )
     size = page_bytes(config, options, model.compute.held_dtype, parts=parts, kernel=True)
-    trial = _Trial(settings, wanted, model, options, context, page_bytes=size, say=say)
+    draft = _draft_of(settings, model)
+    trial = _Trial(settings, wanted, model, draft, options, context, page_bytes=size, say=say)
     return trial.result()
+
+
+def _draft_of(settings: Settings, model: Runnable) -> Runnable | None:
+    """The model that guesses for `model`, as shape structs in the form in which it runs. Raises
+    ValueError for one that cannot, as far as tokenizers or vocabularies tell."""
+    if settings.draft_model is None:
+        return None
+    config, params, tokenizer = _shape_of(
+        settings.draft_model, "draft_architecture", settings.draft_architecture
+    )
+    known = model.tokenizer is not None and tokenizer is not None
+    ours, theirs = (model.tokenizer, tokenizer) if known else (None, None)
+    check_draft(model.config, ours, config, theirs)
+    assert model.mesh is not None
+    place = replicated(model.mesh)
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(for_decoding, params),
+    )
+    return dataclasses.replace(
+        model, config=config, params=params, compute=undivided(model.compute), tokenizer=tokenizer
+    )
 
 
 @dataclass(frozen=True)
@@ -247,6 +295,7 @@ class _Trial:
     settings: Settings
     slice: Slice
     model: Runnable
+    draft: Runnable | None
     options: EngineOptions
     context: int
     page_bytes: int
@@ -284,7 +333,9 @@ class _Trial:
         self, num_blocks: int, chosen: Callable[[AbstractEngine], Iterable[StepShape]]
     ) -> ServeFit:
         runner = PagedRunner(self.model, self.options, capacity=self.context, num_blocks=num_blocks)
-        engine = AbstractEngine(runner)
+        draft = None if self.draft is None else AbstractDraft(self.draft, runner)
+        engine = AbstractEngine(runner, draft)
+        weights = device_bytes(self.model.params)
         steps = [self._step(shape, engine, num_blocks) for shape in chosen(engine)]
         return ServeFit(
             settings=self.settings,
@@ -294,14 +345,16 @@ class _Trial:
             context=self.context,
             num_blocks=num_blocks,
             largest_blocks=0,
-            weights=device_bytes(self.model.params),
+            weights=weights,
+            adapters=device_bytes(runner.params) - weights,
+            draft=0 if draft is None else device_bytes((draft.model.params, draft.cache)),
             pages=device_bytes(engine.cache),
             memory=device_bytes(engine.memory),
             steps=tuple(steps),
         )
 
     def _step(self, shape: StepShape, engine: AbstractEngine, num_blocks: int) -> Step:
-        key = shape, None if shape.kind == "sample" else num_blocks
+        key = shape, num_blocks if shape.kind in ("prefill", "decode") else None
         if key not in self.known:
             self.say(f"{shape.kind} of {shape.rows} x {shape.tokens}, {num_blocks} blocks")
             self.known[key] = self._compile(shape, engine, num_blocks)
@@ -309,9 +362,10 @@ class _Trial:
 
     def _compile(self, shape: StepShape, engine: AbstractEngine, num_blocks: int) -> Step:
         config, size = self.model.config, self.options.block_size
-        # A single row can be as long as the context, all of them only as long as pages last.
+        # A single row can be as long as the context, all of them only as long as pages last; a
+        # draft model has slots.
         length = self.context
-        if shape.rows > 1:
+        if shape.rows > 1 and not shape.is_drafting:
             length = min(length, num_blocks * size // self.options.max_slots)
         # A kernel reads a row's pages once for each block of its queries.
         passes = shape.rows * -(-shape.tokens // BLOCK_QUERIES)
@@ -323,10 +377,14 @@ class _Trial:
             argument_bytes=device_bytes(step.arguments),
             of_kernels=dict.fromkeys(_KERNELS, passes * length * layer_bytes),
         )
-        flops = count_flops(step.traced.jaxpr, kernel_shares=dict.fromkeys(_KERNELS, 0.0))
+        flops = count_flops(step.traced.jaxpr, kernel_shares=_SHARES)
         if shape.kind != "sample":
+            if shape.is_drafting:
+                assert self.draft is not None
+                config = self.draft.config
             heads = config.num_attention_heads * config.head_dim
-            queries = shape.rows * shape.tokens
+            # Before it guesses, a draft model reads a row's last two tokens.
+            queries = shape.rows * (shape.tokens + (shape.kind == "draft"))
             flops += 4.0 * config.num_hidden_layers * heads * queries * length
         return Step(shape, compiled, flops)
 
@@ -348,6 +406,10 @@ def advice(result: ServeFit) -> list[str]:
         found.append("quantization=int8 halves the weights, int4 and nf4 quarter them")
     if result.cache_dtype != "int8":
         found.append("cache_dtype=int8 keeps more tokens in the same memory (block_size=128)")
+    if result.adapters:
+        found.append("fewer max_adapters, or a smaller max_lora_rank, leave more room")
+    if result.draft:
+        found.append("draft_model, its keys and its values lie whole on every device; leave it out")
     larger = [size for size in wanted.generation.grids if size > wanted.chips]
     if larger:
         found.append(f"the next slice is {wanted.generation.name}-{larger[0]}")

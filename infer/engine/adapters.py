@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
 from llama_jax.formats.peft import load_adapter
-from llama_jax.mesh.sharding import partition_spec
+from llama_jax.mesh.sharding import partition_spec, replicated
 from llama_jax.weights.lora import adapters
 from llama_jax.weights.table import abstract_params, weight_table
 from llama_jax.weights.tensors import LoraTensor, StackedLora
@@ -39,7 +39,8 @@ Factors = dict[str, tuple[np.ndarray, np.ndarray]]
 class AdapterStack:
     """Room for `count` adapters of up to `rank`, beside the layers of `params`, which are unrolled,
     or stacked, then also on a mesh by `rules`: each device has of a factor what it has of its
-    matrix's inputs or outputs. Raises ValueError for unrolled layers on a mesh."""
+    matrix's inputs or outputs. Beside shape structs, which are on a mesh, they are shape structs.
+    Raises ValueError for unrolled layers on a mesh."""
 
     def __init__(
         self,
@@ -84,12 +85,19 @@ class AdapterStack:
         """One of unrolled layers, or all stacked ones, with the factors beside the matrices."""
         layer = {name: dict(part) for name, part in layer.items()}
         for (block, name), factors in self._factors.items():
-            lora_a, lora_b = jax.device_put(
-                [each[index] for each in factors], self._places(block, name)
-            )
             base = layer[block][name]["weight"]
+            arrays, places = [each[index] for each in factors], self._places(block, name)
             # Of a step; `with_chosen` says it.
-            nobody = np.zeros((*lora_a.shape[:-2], 0), np.int32)
+            nobody: Any = np.zeros((*arrays[0].shape[:-2], 0), np.int32)
+            if isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
+                assert places is not None and self._mesh is not None
+                everywhere = replicated(self._mesh)
+                lora_a, lora_b, nobody = (
+                    jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
+                    for array, place in zip([*arrays, nobody], [*places, everywhere], strict=True)
+                )
+            else:
+                lora_a, lora_b = jax.device_put(arrays, places)
             leaf = StackedLora(base, lora_a, lora_b, nobody, self.count, self.rank)
             layer[block][name] = {**layer[block][name], "weight": leaf}
         return layer

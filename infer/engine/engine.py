@@ -43,7 +43,7 @@ from infer.engine.request import (
     Request,
     Started,
 )
-from infer.engine.runner import Runner
+from infer.engine.runner import Runner, draft_slots
 from infer.engine.scheduler import Choice, Piece, Scheduler, plan_pieces
 from infer.engine.step import Member, Step
 from infer.engine.structure import Grammars, StructureError, TextMatcher
@@ -160,7 +160,7 @@ class BatchingEngine:
                 self.options,
                 longest=longest_context(small.config),
                 capacity=self._runner.capacity,
-                num_slots=self._runner.scratch_slot + 1,
+                num_slots=draft_slots(self.options),
                 shapes=self._runner.piece_shapes,
                 vocab_size=config.vocab_size,
             )
@@ -583,7 +583,7 @@ class BatchingEngine:
             choices = self._scheduler.decodable()
         if not choices:
             return None
-        self._close_hole(choices)
+        self._close_hole()
         masks = self._masks(choices)
         choices = [choice for choice in choices if choice.request.id in self._active]
         if not choices:
@@ -606,15 +606,17 @@ class BatchingEngine:
         return masks
 
     def _begin_ahead(self, step: Step, sampled: Sampled) -> Step | None:
-        """The step after this one, if all who run are in it, nothing else waits to be done, and
-        what a choice may take does not depend on the tokens' text. Some may turn out to have ended
-        with their token: what they take is dropped."""
+        """The step after this one, if all who run are in it, nothing else waits to be done, no
+        move makes it smaller, and what a choice may take does not depend on the tokens' text.
+        Some may turn out to have ended with their token: what they take is dropped."""
         members = [member for member in step.members if member.is_there]
         choices = [member.choice for member in members]
         waiting = self._inbox or self._jobs or self._scheduler.waiting
         if waiting or len(choices) < len(self._scheduler.running):
             return None
         if self._guesser.is_worth_it(choices) or any(choice.matcher for choice in choices):
+            return None
+        if self._closable_hole() is not None:
             return None
         going = [c for c in choices if len(c.row.token_ids) + 1 < c.row.limit]
         if not going:
@@ -637,19 +639,25 @@ class BatchingEngine:
                 return
             self._counts["accepted_tokens_total"] += 1
 
-    def _close_hole(self, choices: list[Choice]) -> None:
+    def _close_hole(self) -> None:
         """Moves the choice in the highest slot down where that makes the step smaller."""
-        found = self._scheduler.hole()
-        if found is None:
-            return
-        choice, free = found
-        assert choice.slot is not None
-        shapes = self._runner.row_shapes
-        needed = next(shape for shape in shapes if shape >= len(self._scheduler.running))
-        if choice.slot >= needed:
+        found = self._closable_hole()
+        if found is not None:
+            choice, free = found
             self._runner.move(choice, free)
             self._guesser.move(choice, free)
             choice.slot = free
+
+    def _closable_hole(self) -> tuple[Choice, int] | None:
+        """The choice that should move, and where to."""
+        found = self._scheduler.hole()
+        if found is None:
+            return None
+        highest = found[0].slot
+        assert highest is not None
+        shapes = self._runner.row_shapes
+        needed = next(shape for shape in shapes if shape >= len(self._scheduler.running))
+        return found if highest >= needed else None
 
     def _give(self, active: _Active, choice: Choice, sampled: Sampled, place: int) -> None:
         """A choice's new token, which may be its last."""

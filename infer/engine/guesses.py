@@ -40,12 +40,17 @@ def small_model(
     check_draft(config, tokenizer, small_config, small_tokenizer)
     layers: Layers = "unrolled" if isinstance(small_params["layers"], dict) else "auto"
     if mesh is not None:
-        # It is small, and so its steps need no word from other devices.
         small_params = jax.device_put(small_params, replicated(mesh))
-        compute = replace(compute, rules=tuple((name, None) for name, _ in compute.rules))
+        compute = undivided(compute)
     return Generator(
         small_config, small_params, small_tokenizer, compute=compute, mesh=mesh, layers=layers
     ).model
+
+
+def undivided(compute: Compute) -> Compute:
+    """How a draft model computes on a mesh: it is small, and so its steps need no word from other
+    devices."""
+    return replace(compute, rules=tuple((name, None) for name, _ in compute.rules))
 
 
 class Guesser:

@@ -1,5 +1,6 @@
 """Every step that an engine over pages compiles, traced on shapes alone: no weight and no TPU."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -8,22 +9,30 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from infer.batch import Runnable
 from infer.engine import paged_steps, steps
+from infer.engine.draft_model import VARIANTS
 from infer.engine.paged_runner import PagedRunner
-from infer.engine.runner import most_demanding_columns
+from infer.engine.runner import draft_slots, most_demanding_columns
 from llama_jax.kernels.paged import with_axes
-from llama_jax.mesh.sharding import partition_spec
+from llama_jax.mesh.sharding import partition_spec, replicated
 from llama_jax.model.paged_cache import PagedCache, PageRows
 
 
 @dataclass(frozen=True)
 class StepShape:
     """kind: `prefill` reads a piece of a prompt, `decode` runs `tokens` tokens of each of `rows`
-    rows, `sample` chooses a token after each, in the variant that does most."""
+    rows, `sample` chooses a token after each, in the variant that does most. A draft model reads
+    its own piece in `draft prefill`, and guesses `tokens` tokens of each row in `draft`."""
 
-    kind: Literal["prefill", "decode", "sample"]
+    kind: Literal["prefill", "decode", "sample", "draft prefill", "draft"]
     rows: int
     tokens: int
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether it is a step of the draft model."""
+        return self.kind in ("draft prefill", "draft")
 
 
 @dataclass(frozen=True)
@@ -33,10 +42,11 @@ class TracedStep:
 
 
 class AbstractEngine:
-    """Shapes of what a runner holds: weights, pages, and what rows remember of their tokens."""
+    """Shapes of what a runner holds: weights with adapters, pages, and what rows remember of their
+    tokens. draft: a model that guesses, of shape structs too."""
 
-    def __init__(self, runner: PagedRunner):
-        self.runner, self.model = runner, runner.model
+    def __init__(self, runner: PagedRunner, draft: "AbstractDraft | None" = None):
+        self.runner, self.model, self.draft = runner, runner.model, draft
         mesh = self.model.mesh
         assert mesh is not None
         self.mesh = mesh
@@ -78,11 +88,15 @@ class AbstractEngine:
     def all(self) -> list[StepShape]:
         pieces = [StepShape("prefill", 1, shape) for shape in self.runner.piece_shapes]
         decoding = [StepShape("decode", *shape) for shape in self.runner.step_shapes()]
-        return [*pieces, *decoding, self.largest()[-1]]
+        drafting = [] if self.draft is None else self.draft.all()
+        return [*pieces, *decoding, self.largest()[-1], *drafting]
 
     def trace(self, shape: StepShape) -> TracedStep:
         if shape.kind == "sample":
             return self._sample(shape.rows * shape.tokens)
+        if shape.is_drafting:
+            assert self.draft is not None
+            return self.draft.trace(shape)
         whole, pages = self._whole, self.runner.pages_per_row
         if shape.kind == "prefill":
             step: Any = paged_steps.read_piece
@@ -91,7 +105,7 @@ class AbstractEngine:
             step, size = paged_steps.run_tokens, (shape.rows, shape.tokens)
             rows = PageRows(whole((shape.rows, pages)), whole(size), whole((shape.rows,)))
             own = (whole(size), rows, whole((shape.rows,)))
-        arguments = (self.model.params, self.cache, *own)
+        arguments = (self.runner.params, self.cache, *own)
         with jax.set_mesh(self.mesh):
             traced = step.trace(self.model.config, *arguments, compute=self.model.compute)
         return TracedStep(traced, arguments)
@@ -115,4 +129,54 @@ class AbstractEngine:
         )
         with jax.set_mesh(self.mesh):
             traced = steps.take.trace(*arguments, needs=needs)
+        return TracedStep(traced, arguments)
+
+
+class AbstractDraft:
+    """Shapes of what a draft model holds, whole on every device: weights, and slots.
+
+    model: it, as `guesses.small_model` gives it. runner: of the model that it guesses for.
+    """
+
+    def __init__(self, model: Runnable, runner: PagedRunner):
+        self.model, self.runner = model, runner
+        cache = jax.eval_shape(
+            lambda: steps.new_cache(
+                model.config,
+                num_slots=draft_slots(runner.options),
+                capacity=runner.capacity,
+                dtype=model.compute.held_dtype,
+            )
+        )
+        self.cache = self._everywhere(cache)
+
+    def _everywhere(self, tree: Any) -> Any:
+        assert self.model.mesh is not None
+        place = replicated(self.model.mesh)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=place), tree
+        )
+
+    def all(self) -> Sequence[StepShape]:
+        options = self.runner.options
+        pieces = [StepShape("draft prefill", 1, shape) for shape in self.runner.piece_shapes]
+        drafted = [rows for rows in self.runner.row_shapes if rows <= options.max_drafted_rows]
+        return [*pieces, *(StepShape("draft", rows, options.draft_tokens) for rows in drafted)]
+
+    def trace(self, shape: StepShape) -> TracedStep:
+        config, number = self.model.config, np.zeros((), np.int32)
+        more: dict[str, Any] = {"compute": self.model.compute}
+        if shape.kind == "draft prefill":
+            step: Any = steps.read_piece
+            own: Any = (np.zeros(shape.tokens, np.int32), *[number] * 4)
+        else:
+            step, vocab_size = steps.propose, self.runner.model.config.vocab_size
+            each = np.zeros(shape.rows, np.int32)
+            last = np.zeros((shape.rows, 2), np.int32)
+            columns, _ = most_demanding_columns(shape.rows, vocab_size)
+            own = (last, last, number, columns, self.runner.model.rules, each)
+            more |= {"num": shape.tokens, "needs": VARIANTS[-1], "vocab_size": vocab_size}
+        arguments = (self.model.params, self.cache, *self._everywhere(own))
+        with self.model.context():
+            traced = step.trace(config, *arguments, **more)
         return TracedStep(traced, arguments)

@@ -7,6 +7,7 @@ import jax
 
 from infer.engine import placement
 from infer.engine.options import EngineOptions
+from infer.engine.runner import draft_slots
 from llama_jax.config import ModelConfig
 from llama_jax.kernels.paged import empty_pages
 from llama_jax.kernels.rounded import token_bytes
@@ -56,14 +57,15 @@ def pages_and_context(
     wanted = min(longest, options.max_context or longest)
     room = room_bytes(placement.first_device(mesh))
     if draft is not None:
-        per_token = token_bytes(draft, dtype) * (options.max_slots + 1)
+        slots = draft_slots(options)
+        per_token = token_bytes(draft, dtype) * slots
         if options.max_context is None:
             tokens = least("tokens of a slot", room // 2 // per_token)
             wanted = min(wanted, max(tokens // options.block_size, 1) * options.block_size)
         room -= per_token * wanted
         if room < 2 * size and options.num_blocks is None:
             raise ValueError(
-                f"the draft model's keys and values, {options.max_slots + 1} slots of {wanted} "
+                f"the draft model's keys and values, {slots} slots of {wanted} "
                 f"tokens, take {per_token * wanted} bytes, and leave {max(room, 0)} for pages of "
                 f"{size}; give a smaller max_context or max_slots, or say how many pages"
             )
@@ -82,7 +84,7 @@ def fitting_context(
     has slots too, and no blocks."""
     used = token_bytes(config, dtype) * (2 * options.max_slots + 1)
     if draft is not None:
-        used += token_bytes(draft, dtype) * (options.max_slots + 1)
+        used += token_bytes(draft, dtype) * draft_slots(options)
     tokens = int(memory_bytes() * _SHARE) // used
     size = options.block_size
     return max(size, tokens // size * size)

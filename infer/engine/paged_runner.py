@@ -83,7 +83,7 @@ class PagedRunner(Runner):
             paged_steps.read_piece,
             (
                 self.model.config,
-                self._params,
+                self.params,
                 self._cache,
                 tokens,
                 self._table(blocks),
@@ -111,7 +111,7 @@ class PagedRunner(Runner):
         where = tokens, PageRows(tables, positions, ends), np.asarray(adapters, np.int32)
         return Call(
             paged_steps.run_tokens,
-            (self.model.config, self._params, self._cache, *where),
+            (self.model.config, self.params, self._cache, *where),
             self._shared,
         )
 

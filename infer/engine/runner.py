@@ -89,6 +89,13 @@ def row_shapes(max_slots: int, *, exact: bool) -> list[int]:
     return [*smaller, max(max_slots, fewest)]
 
 
+def draft_slots(options: EngineOptions) -> int:
+    """Slots of a draft model: those of the largest step that has room for guesses, and one for work
+    that belongs to no choice."""
+    shapes = row_shapes(options.max_slots, exact=options.exact)
+    return 1 + max((rows for rows in shapes if rows <= options.max_drafted_rows), default=0)
+
+
 def most_demanding_columns(count: int, vocab_size: int) -> tuple[Rows, Needs]:
     """Arguments of `steps.take` for so many tokens, in the variant that does most."""
     zeros = [0] * count
@@ -144,7 +151,7 @@ class Runner:
 
     def use_adapters(self) -> None:
         """From here on steps use the adapters that the stack holds now."""
-        self._params = self.model.params if self.adapters is None else self.adapters.params()
+        self.params = self.model.params if self.adapters is None else self.adapters.params()
 
     def num_scratch_blocks(self, num_tokens: int) -> int:
         """Blocks that must be held to read so many tokens in the scratch slot."""
@@ -350,7 +357,7 @@ class Runner:
         where = tokens, np.int32(slot), *numbers
         return Call(
             steps.read_piece,
-            (self.model.config, self._params, self._cache, *where),
+            (self.model.config, self.params, self._cache, *where),
             self._shared,
         )
 
@@ -512,7 +519,7 @@ class Runner:
         where = tokens, positions, np.int32(visible), np.asarray(adapters, np.int32)
         return Call(
             steps.run_tokens,
-            (self.model.config, self._params, self._cache, *where),
+            (self.model.config, self.params, self._cache, *where),
             self._shared,
         )
 

@@ -79,10 +79,17 @@ def make_build(
 
     @functools.cache
     def load_draft() -> Any:
-        """Once for all versions, which share its weights."""
+        """Once for all versions, which share its weights, in the one form in which it runs."""
+        if settings.draft_model is None:
+            return None
+        from infer.layers import with_layers
         from llama_jax.load import load
 
-        return None if settings.draft_model is None else load(settings.draft_model)
+        draft = load(settings.draft_model)
+        if settings.draft_architecture is not None:
+            wanted = "draft_architecture", settings.draft_architecture
+            check_architecture(*wanted, settings.draft_model, draft.config)
+        return draft.config, with_layers(draft.params, "unrolled", None), draft.tokenizer
 
     def build(source: Source) -> Built:
         with lock:
@@ -188,7 +195,8 @@ class _EngineMaker:
             quantization=self.quantization,
         )
         if self.settings.architecture is not None:
-            check_architecture(self.settings.architecture, source.model, model.config)
+            wanted = "architecture", self.settings.architecture
+            check_architecture(*wanted, source.model, model.config)
         if source.template is not None and model.tokenizer is not None:
             from llama_jax.formats.chat import chat_template
 
@@ -215,28 +223,29 @@ def quantization_of(settings: Settings) -> "Quantization | None":
     return Quantization(settings.quantization)
 
 
-def check_architecture(architecture: str, model: str | Path, config: ModelConfig) -> None:
-    """Raises ValueError where the weights of `model` have other shapes than those of a preset."""
+def check_architecture(
+    setting: str, architecture: str, model: str | Path, config: ModelConfig
+) -> None:
+    """Raises ValueError where the weights of `model` have other shapes than those of a preset.
+    setting: the name of the one that names it."""
     from llama_jax.weights.table import weight_table
 
-    wanted, found = weight_table(preset(architecture)), weight_table(config)
+    wanted, found = weight_table(preset(architecture, setting)), weight_table(config)
     for path in (*wanted, *found):
         shapes = [row.shape if (row := table.get(path)) else None for table in (wanted, found)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"architecture is {architecture}, but {model} has {path} of shape {shapes[1]}, "
+                f"{setting} is {architecture}, but {model} has {path} of shape {shapes[1]}, "
                 f"not {shapes[0]}; name its own architecture or leave it out"
             )
 
 
-def preset(architecture: str) -> ModelConfig:
-    """Raises ValueError."""
+def preset(architecture: str, setting: str = "architecture") -> ModelConfig:
+    """The published shapes that a setting names. Raises ValueError."""
     from llama_jax.presets import presets
 
     if architecture not in presets:
-        raise ValueError(
-            f"architecture is {architecture!r}; it must be one of {', '.join(presets)}"
-        )
+        raise ValueError(f"{setting} is {architecture!r}; it must be one of {', '.join(presets)}")
     return presets[architecture]
 
 

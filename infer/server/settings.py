@@ -171,9 +171,10 @@ class Settings:
         None, "URL that traces of requests are sent to, by OTLP over HTTP"
     )
     # What `llama-jax fit --serve` compiles for, and a start checks: a slice by its name, and the
-    # shapes of the model, by that of a preset.
+    # shapes of the model and of the draft model, by those of presets.
     slice: str | None = field(default=None, metadata={"yaml_only": True})
     architecture: str | None = field(default=None, metadata={"yaml_only": True})
+    draft_architecture: str | None = field(default=None, metadata={"yaml_only": True})
     log_level: str = _setting("info", "debug, info, warning or error")
     log_error_messages: bool = _setting(
         False, "log the words of unexpected errors, which may quote prompts"
@@ -197,6 +198,11 @@ class Settings:
             raise ValueError(
                 "draft_model is given and draft_tokens is 0; say how many tokens it guesses at a "
                 "time, such as 3"
+            )
+        if self.draft_architecture is not None and self.draft_model is None:
+            raise ValueError(
+                f"draft_architecture is {self.draft_architecture!r} and there is no draft_model; "
+                f"give one or leave both out"
             )
         if not self.models and self.models_dir is None:
             raise ValueError("nothing to serve: give a MODEL, or --models-dir")

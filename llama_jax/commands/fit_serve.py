@@ -60,6 +60,14 @@ def _rows(each: dict[str, Any]) -> list[tuple[str, str]]:
     slots, context = each["max_slots"], each["max_context"]
     rows = [
         ("weights", gib(each["weights_bytes_per_chip"])),
+        *(
+            (name, gib(each[key]))
+            for name, key in (
+                ("adapters", "adapters_bytes_per_chip"),
+                ("draft model, its keys and values", "draft_bytes_per_chip"),
+            )
+            if each[key]
+        ),
         (
             f"cache of {each['cache_tokens']} tokens in {each['cache_dtype']}",
             gib(each["cache_bytes_per_chip"]),

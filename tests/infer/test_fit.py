@@ -119,6 +119,58 @@ def test_keys_and_values_in_int8_lie_in_less_and_are_never_copied(small, monkeyp
 
 
 @pytest.mark.slow
+def test_adapters_and_what_they_compute_are_counted(small, monkeypatch):
+    decode = [StepShape("decode", 8, 1)]
+    monkeypatch.setattr(AbstractEngine, "all", lambda engine: decode)
+    monkeypatch.setattr(AbstractEngine, "largest", lambda engine: decode)
+    result = fitted(max_adapters=4, max_lora_rank=8)
+    hidden, inner = CONFIG.hidden_size, CONFIG.intermediate_size
+    queries = CONFIG.num_attention_heads * CONFIG.head_dim
+    keys = CONFIG.num_key_value_heads * CONFIG.head_dim
+    # In and out of q, k, v and o, of gate, up and down.
+    sides = 2 * (hidden + queries) + 2 * (hidden + keys) + 3 * (hidden + inner)
+    numbers = CONFIG.num_hidden_layers * 4 * 8 * sides
+    assert result.adapters == 2 * numbers
+    assert result.weights == small.weights
+    assert result.decode.flops - small.decode.flops == 8 * 2 * numbers
+    # The step reads one set of them; when they are exchanged there is a second.
+    mine, other = (each.decode.compiled.memory.arguments for each in (result, small))
+    assert 2 * numbers < mine - other < 1.1 * 2 * numbers
+    assert result.device_bytes > mine + result.adapters
+    crowded = dataclasses.replace(result, memory=2**34)
+    assert any("max_lora_rank" in line for line in crowded.to_dict()["advice"])
+
+
+@pytest.mark.slow
+def test_a_draft_model_its_slots_and_its_steps_are_counted(monkeypatch):
+    config = CONFIG.replace(vocab_size=1024, num_hidden_layers=2)
+    monkeypatch.setitem(presets, "smollm2-135m", config)
+    decode = [StepShape("decode", 8, 1)]
+    monkeypatch.setattr(AbstractEngine, "all", lambda engine: [*decode, *engine.draft.all()])
+    monkeypatch.setattr(AbstractEngine, "largest", lambda engine: decode)
+    result = fitted(draft_model="small", draft_architecture="smollm2-135m", draft_tokens=3)
+    drafting = [step for step in result.steps if step.shape.is_drafting]
+    assert [step.shape for step in drafting] == [
+        StepShape("draft prefill", 1, 32), StepShape("draft", 2, 3)
+    ]  # fmt: skip
+    # Slots of two rows and one, of 512 tokens and a padded piece in whole tiles.
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    slots = 3 * (3 * 256) * layers * 2 * heads * config.head_dim * 2
+    assert result.draft == 2 * num_parameters(config) + slots
+    # Each row reads two tokens and guesses from the second, then reads two guesses more.
+    queries = config.num_attention_heads * config.head_dim
+    head = config.vocab_size * config.hidden_size
+    norms = (2 * layers + 1) * config.hidden_size
+    products = num_parameters(config) - norms - head
+    wanted = 2 * 4 * (2 * products + 4 * layers * queries * 512) + 2 * 3 * 2 * head
+    assert drafting[-1].flops == pytest.approx(wanted, rel=1e-3)
+    own = max(s.compiled.memory.arguments for s in result.steps if not s.shape.is_drafting)
+    assert result.device_bytes > own + result.draft
+    crowded = dataclasses.replace(result, memory=2**34)
+    assert any("draft_model" in line for line in crowded.to_dict()["advice"])
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_says_by_how_much_and_what_would_help():
     changes = {"models": ("llama3.1-8b",), "architecture": "llama3.1-8b", "max_context": 8192}
     report = fitted(**changes, max_slots=2).to_dict()
@@ -144,7 +196,15 @@ def test_a_cache_that_is_too_large_is_told_what_would_fit(small):
         ({"mesh": "tensor=4"}, "v5e-1 has 1 devices"),
         ({"models": ("a", "b")}, "one model at a time"),
         ({"architecture": "smollm2"}, "architecture is 'smollm2'"),
-        ({"max_adapters": 2}, "adapters beside a model"),
+        (
+            {"draft_model": "small", "draft_architecture": "llama3.2-1b", "draft_tokens": 3},
+            "128256 ids and the model 49152",
+        ),
+        (
+            {"draft_model": "small", "draft_architecture": "llama", "draft_tokens": 3},
+            "draft_architecture is 'llama'; it must be one of",
+        ),
+        ({"draft_architecture": "llama3.2-1b"}, "there is no draft_model"),
         ({"quantization": "int3"}, "scheme is 'int3'"),
         ({"cache_dtype": "int8"}, "block_size is 32; .* a multiple of 128"),
     ],
@@ -152,6 +212,18 @@ def test_a_cache_that_is_too_large_is_told_what_would_fit(small):
 def test_what_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         fit(Settings(**{**SMALL, **changes}), slice_named("v5e-1"), print)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"max_adapters": 2},
+        {"draft_model": "small", "draft_architecture": "smollm2-135m", "draft_tokens": 3},
+    ],
+)
+def test_several_hosts_have_neither_adapters_nor_a_draft_model(changes):
+    with pytest.raises(ValueError, match="v5e-16 is 4 hosts, and a model over several hosts has"):
+        fit(Settings(**{**SMALL, "mesh": "tensor=16", **changes}), slice_named("v5e-16"), print)
 
 
 def test_heads_that_do_not_divide_are_refused():

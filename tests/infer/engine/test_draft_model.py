@@ -12,6 +12,7 @@ from infer.engine.engine import BatchingEngine
 from infer.engine.memory import fitting_context, page_bytes, pages_and_context, room_bytes
 from infer.engine.options import EngineOptions
 from infer.engine.request import Request
+from infer.engine.runner import draft_slots
 from infer.generate import generate
 from infer.params import SamplingParams
 from llama_jax.demo.make_tokenizer import FOLDER
@@ -105,6 +106,24 @@ def test_on_a_mesh_each_device_has_the_whole_draft(plain):
     assert statistics["preemptions_total"] > 0
     assert statistics["compilations_total"] == 0
     assert statistics["blocks_free"] == statistics["blocks_total"]
+
+
+def test_it_has_slots_for_steps_that_have_room_for_guesses(plain):
+    """Rows that are left over come from slots it does not have, and are guessed for then."""
+    options = dataclasses.replace(OPTIONS, max_slots=12, num_blocks=60)
+    assert draft_slots(options) == 3  # steps of 2, 8 and 12 rows, and guesses for up to 6
+    engine = started((CONFIG, near(PARAMS, 0.1), None), options)
+    requests = [
+        Request(f"s{n}", prompt, WISHES[n % len(WISHES)].replace(max_tokens=5 if n < 5 else 60))
+        for n, prompt in enumerate(prompts_of(9, 20, 30, 40, 9, 31, 12))
+    ]
+    wanted = [answer.token_ids() for answer in ask(plain, *requests)]
+    assert wanted == [answer.token_ids() for answer in ask(engine, *requests)]
+    statistics = engine.statistics()
+    engine.stop(0)
+    assert 0.2 < statistics["accepted_tokens_total"] / statistics["draft_tokens_total"] < 1
+    assert statistics["draft_tokens_total"] > 60
+    assert statistics["compilations_total"] == 0
 
 
 @pytest.mark.parametrize("wishes", [WISHES[0], SamplingParams(seed=3, temperature=1.5)])
@@ -215,7 +234,7 @@ def test_its_slots_count_as_memory_beside_pages():
     config = tiny_config(max_position_embeddings=2**24)
     options = dataclasses.replace(OPTIONS, cache="pages", num_blocks=None)
     room = room_bytes(jax.devices()[0])
-    slots = token_bytes(config, "float32") * (options.max_slots + 1)
+    slots = token_bytes(config, "float32") * draft_slots(options)
     places = {"dtype": "float32", "mesh": None, "draft": config}
     num_pages, longest = pages_and_context(config, options, 2**24, **places)
     page = page_bytes(config, options, "float32", parts=1, kernel=False)

@@ -262,6 +262,19 @@ def test_the_next_step_begins_before_clients_hear_of_the_last(tiny, monkeypatch)
         assert answer.token_ids() == wanted.token_ids
 
 
+def test_what_outlasts_its_neighbours_runs_in_smaller_steps(engine, monkeypatch):
+    """Also while nobody comes, and a step begins before the last one has been told."""
+    rows, run = [], engine._runner.run
+    monkeypatch.setattr(engine._runner, "run", lambda plan: rows.append(plan.rows) or run(plan))
+    wishes = [GREEDY.replace(max_tokens=count) for count in (4, 5, 6, 40)]
+    prompts = prompts_of(5, 6, 7, 8, seed=5)
+    last = ask(engine, *map(request, prompts, wishes))[-1]
+    assert 0 < rows.count(4) < 12
+    assert rows[-25:] == [2] * 25
+    (alone,) = ask(engine, request(prompts[-1], wishes[-1]))
+    assert alone.token_ids() == last.token_ids()
+
+
 def test_an_embedding_is_the_mean_of_the_final_states(tiny, engine):
     from llama_jax.config import Compute
     from llama_jax.model import transformer

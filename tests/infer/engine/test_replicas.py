@@ -159,6 +159,23 @@ def test_a_server_makes_its_copies_from_its_settings(tmp_path):
         assert engine.state == "stopped" and engine.max_context == built.engine.max_context
 
 
+def test_versions_share_a_draft_model_in_the_form_in_which_it_runs(tmp_path):
+    config = tiny_config(
+        vocab_size=264, bos_token_id=None, eos_token_id=(258,), num_hidden_layers=1
+    )
+    folder = tmp_path / "tiny"
+    save_hf(folder, config, tiny_params(config), tokenizer=load_tokenizer(TOKENIZER))
+    settings = Settings(
+        models=(str(folder),), draft_model=str(folder), draft_tokens=3, piece_tokens=32
+    )
+    (source,) = given_sources(settings)
+    build = make_build(settings)
+    drafts = [build(source).engine._guesser._draft.model.params for _ in range(2)]
+    one, other = (jax.tree.leaves(draft["layers"]) for draft in drafts)
+    assert isinstance(drafts[0]["layers"], tuple)
+    assert all(mine is yours for mine, yours in zip(one, other, strict=True))
+
+
 def test_settings_that_do_not_suit_the_model_or_the_machine_are_refused(tmp_path):
     config = tiny_config(
         vocab_size=264, bos_token_id=None, eos_token_id=(258,), num_hidden_layers=1
@@ -171,6 +188,14 @@ def test_settings_that_do_not_suit_the_model_or_the_machine_are_refused(tmp_path
         ({"slice": "v5e-16"}, "4 hosts, but this server runs on 1; start it on every host"),
         ({"slice": "v5e-4"}, "but here are 8 of cpu"),
         ({"mesh": "tensor=16"}, "needs 16 devices"),
+        (
+            {
+                "draft_model": str(folder),
+                "draft_architecture": "llama3.2-1b",
+                "draft_tokens": 3,
+            },
+            "draft_architecture is llama3.2-1b, but .*tiny has embed_tokens.weight of shape",
+        ),
     ):
         settings = Settings(models=(str(folder),), **changes)
         (source,) = given_sources(settings)
