@@ -106,7 +106,7 @@ def test_a_mesh_serves_them_too(engine, folders):
     divided.start()
     divided.add_adapter("a", folders["a"])
     divided.add_adapter("b", folders["b"])
-    beside = divided._runner._params["layers"]["self_attn"]
+    beside = divided._runner.params["layers"]["self_attn"]
     shapes = [beside[name]["weight"].lora_b.shape for name in ("q_proj", "o_proj")]
     shards = [beside[name]["weight"].lora_b.addressable_shards for name in ("q_proj", "o_proj")]
     assert {shard.data.shape[2] for shard in shards[0]} == {shapes[0][2] // 4}
