@@ -9,8 +9,8 @@ VENV ?= .venv
 WORKERS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
-# Python compiles what it imports and keeps that; pip would compile all that it installs, most of
-# which nobody imports.
+# Python compiles what it imports and keeps that; pip would compile all that it installs, whoever
+# imports it.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 

@@ -19,7 +19,7 @@ from infer.batch import Runnable
 from infer.engine import placement
 from infer.engine.draft_model import check_draft
 from infer.engine.guesses import undivided
-from infer.engine.lowering import AbstractDraft, AbstractEngine, StepShape
+from infer.engine.lowering import AbstractDraft, AbstractEngine, StepShape, everywhere
 from infer.engine.memory import page_bytes
 from infer.engine.options import EngineOptions, parse_mesh
 from infer.engine.paged_runner import PagedRunner
@@ -29,7 +29,7 @@ from llama_jax.config import Compute, ModelConfig
 from llama_jax.kernels.paged_int8 import BLOCK_QUERIES
 from llama_jax.mesh.compile import Compiled, compile_for, device_bytes
 from llama_jax.mesh.flops import count_flops
-from llama_jax.mesh.sharding import replicated, shardings
+from llama_jax.mesh.sharding import shardings
 from llama_jax.mesh.slices import Slice, slice_devices
 from llama_jax.model.layout import for_decoding
 from llama_jax.weights.table import abstract_params
@@ -280,11 +280,7 @@ def _draft_of(settings: Settings, model: Runnable) -> Runnable | None:
     ours, theirs = (model.tokenizer, tokenizer) if known else (None, None)
     check_draft(model.config, ours, config, theirs)
     assert model.mesh is not None
-    place = replicated(model.mesh)
-    params = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(for_decoding, params),
-    )
+    params = everywhere(model.mesh, jax.eval_shape(for_decoding, params))
     return dataclasses.replace(
         model, config=config, params=params, compute=undivided(model.compute), tokenizer=tokenizer
     )

@@ -88,7 +88,7 @@ def test_every_module_imports_without_touching_devices_or_environment() -> None:
         "ours = ('JAX_', 'XLA_', 'LLAMA_JAX_', 'TPU_', 'LIBTPU_')\n"
         "new = [k for k, v in os.environ.items() if before.get(k) != v]\n"
         "changed = [k for k in new if k.startswith(ours)]\n"
-        # What is installed beside us and not needed costs seconds of every start.
+        # What is installed beside us and not needed would only make a start longer.
         "import sys\n"
         "foreign = [n for n in ('torch', 'tensorflow', 'boto3') if n in sys.modules]\n"
         "print(json.dumps([xla_bridge.backends_are_initialized(), changed, foreign]))\n"

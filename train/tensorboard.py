@@ -1,8 +1,8 @@
 """TensorBoard's events, written by tensorboardX, which is asked for nothing but scalars.
 
 tensorboardX imports PyTorch, boto3 and Google Cloud Storage if they are installed, for tensors and
-for folders that no run has. That would take longer than all other imports of a run together, so it
-is imported as if they were not there.
+for folders that no run has. It is imported as if they were not there, so that no start waits for
+them.
 """
 
 import sys

@@ -17,6 +17,7 @@ import numpy as np
 from infer.batch import Runnable
 from infer.engine import steps
 from infer.engine.options import EngineOptions
+from infer.engine.runner import draft_slots, drafted_shapes
 from infer.engine.scheduler import Choice
 from infer.sampling import Needs, Rows
 from infer.steps import Rules
@@ -81,12 +82,11 @@ class DraftModel:
         *,
         longest: int,
         capacity: int,
-        num_slots: int,
         shapes: Sequence[int],
         vocab_size: int,
     ):
         self.model, self.options = model, options
-        self._longest, self._capacity, self._num_slots = longest, capacity, num_slots
+        self._longest, self._capacity, self._num_slots = longest, capacity, draft_slots(options)
         self._shapes, self._vocab_size = list(shapes), vocab_size
         self._shared: dict[str, Any] = {"compute": model.compute}
 
@@ -104,19 +104,14 @@ class DraftModel:
         # By slot: whose tokens are in it, by arrival, and how many.
         self._read: dict[int, tuple[int, int]] = {}
 
-    def warm_up(
-        self,
-        row_shapes: Sequence[int],
-        columns: Callable[[Sequence[Choice], int, int], Rows],
-    ) -> None:
+    def warm_up(self, columns: Callable[[Sequence[Choice], int, int], Rows]) -> None:
         """Runs every step in every shape once. columns: as `Runner.columns`."""
         scratch = self._num_slots - 1
         for shape in self._shapes:
             self._read_piece(scratch, [0] * shape, 0, shape)
-        for rows in row_shapes:
-            if rows <= self.options.max_drafted_rows:
-                for needs in VARIANTS:
-                    self._propose(rows, {}, columns([], rows, 1), needs)
+        for rows in drafted_shapes(self.options):
+            for needs in VARIANTS:
+                self._propose(rows, {}, columns([], rows, 1), needs)
         self._cache = steps.copy_slot(self._cache, np.int32(scratch), np.int32(scratch))
         self._cache = steps.clear_slot(self._cache, np.int32(scratch))
 

@@ -43,7 +43,7 @@ from infer.engine.request import (
     Request,
     Started,
 )
-from infer.engine.runner import Runner, draft_slots
+from infer.engine.runner import Runner
 from infer.engine.scheduler import Choice, Piece, Scheduler, plan_pieces
 from infer.engine.step import Member, Step
 from infer.engine.structure import Grammars, StructureError, TextMatcher
@@ -160,7 +160,6 @@ class BatchingEngine:
                 self.options,
                 longest=longest_context(small.config),
                 capacity=self._runner.capacity,
-                num_slots=draft_slots(self.options),
                 shapes=self._runner.piece_shapes,
                 vocab_size=config.vocab_size,
             )

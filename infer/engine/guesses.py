@@ -63,7 +63,7 @@ class Guesser:
         """Allocates and compiles, after the runner did."""
         if self._draft is not None:
             self._draft.reset(self._runner.rules)
-            self._draft.warm_up(self._runner.row_shapes, self._runner.columns)
+            self._draft.warm_up(self._runner.columns)
 
     def guess(self, choices: Sequence[Choice], scheduler: Scheduler) -> dict[int, list[int]]:
         """Guessed tokens by slot. None where a token changes what the next one may be."""

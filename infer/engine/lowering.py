@@ -7,13 +7,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infer.batch import Runnable
 from infer.engine import paged_steps, steps
 from infer.engine.draft_model import VARIANTS
 from infer.engine.paged_runner import PagedRunner
-from infer.engine.runner import draft_slots, most_demanding_columns
+from infer.engine.runner import draft_slots, drafted_shapes, most_demanding_columns
 from llama_jax.kernels.paged import with_axes
 from llama_jax.mesh.sharding import partition_spec, replicated
 from llama_jax.model.paged_cache import PagedCache, PageRows
@@ -41,6 +41,12 @@ class TracedStep:
     arguments: Any
 
 
+def everywhere(mesh: Mesh, tree: Any) -> Any:
+    """Shape structs of arrays that are whole on every device."""
+    place = replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+
 class AbstractEngine:
     """Shapes of what a runner holds: weights with adapters, pages, and what rows remember of their
     tokens. draft: a model that guesses, of shape structs too."""
@@ -59,7 +65,7 @@ class AbstractEngine:
                     num_slots=runner.scratch_slot + 1, vocab_size=self.model.config.vocab_size
                 )
             )
-        self.memory = jax.tree.map(lambda x: self._whole(x.shape, x.dtype), memory)
+        self.memory = everywhere(mesh, memory)
         self.cache = PagedCache(
             pages=with_axes(self._divided, cache.pages),
             layer=self._whole((), jnp.int32),
@@ -114,17 +120,12 @@ class AbstractEngine:
         vocab_size = self.model.config.vocab_size
         logits = jax.ShapeDtypeStruct((count, vocab_size), jnp.float32)
         columns, needs = most_demanding_columns(count, vocab_size)
-
-        def whole(tree: Any) -> Any:
-            return jax.tree.map(lambda x: self._whole(np.shape(x), np.asarray(x).dtype), tree)
-
         arguments = (
             self._divided(logits, (None, "vocab")),
             self.memory,
             self._whole((count,)),
             self._whole((count, -(-vocab_size // 32)), jnp.uint32),
-            whole(columns),
-            whole(self.model.rules),
+            *everywhere(self.mesh, (columns, self.model.rules)),
             self._whole((count,)),
         )
         with jax.set_mesh(self.mesh):
@@ -148,20 +149,17 @@ class AbstractDraft:
                 dtype=model.compute.held_dtype,
             )
         )
-        self.cache = self._everywhere(cache)
-
-    def _everywhere(self, tree: Any) -> Any:
-        assert self.model.mesh is not None
-        place = replicated(self.model.mesh)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=place), tree
-        )
+        assert model.mesh is not None
+        self.mesh = model.mesh
+        self.cache = everywhere(self.mesh, cache)
 
     def all(self) -> Sequence[StepShape]:
         options = self.runner.options
         pieces = [StepShape("draft prefill", 1, shape) for shape in self.runner.piece_shapes]
-        drafted = [rows for rows in self.runner.row_shapes if rows <= options.max_drafted_rows]
-        return [*pieces, *(StepShape("draft", rows, options.draft_tokens) for rows in drafted)]
+        guesses = [
+            StepShape("draft", rows, options.draft_tokens) for rows in drafted_shapes(options)
+        ]
+        return [*pieces, *guesses]
 
     def trace(self, shape: StepShape) -> TracedStep:
         config, number = self.model.config, np.zeros((), np.int32)
@@ -176,7 +174,7 @@ class AbstractDraft:
             columns, _ = most_demanding_columns(shape.rows, vocab_size)
             own = (last, last, number, columns, self.runner.model.rules, each)
             more |= {"num": shape.tokens, "needs": VARIANTS[-1], "vocab_size": vocab_size}
-        arguments = (self.model.params, self.cache, *self._everywhere(own))
+        arguments = (self.model.params, self.cache, *everywhere(self.mesh, own))
         with self.model.context():
             traced = step.trace(config, *arguments, **more)
         return TracedStep(traced, arguments)

@@ -89,11 +89,16 @@ def row_shapes(max_slots: int, *, exact: bool) -> list[int]:
     return [*smaller, max(max_slots, fewest)]
 
 
-def draft_slots(options: EngineOptions) -> int:
-    """Slots of a draft model: those of the largest step that has room for guesses, and one for work
-    that belongs to no choice."""
+def drafted_shapes(options: EngineOptions) -> list[int]:
+    """Rows of the steps that have room for guesses."""
     shapes = row_shapes(options.max_slots, exact=options.exact)
-    return 1 + max((rows for rows in shapes if rows <= options.max_drafted_rows), default=0)
+    return [rows for rows in shapes if rows <= options.max_drafted_rows]
+
+
+def draft_slots(options: EngineOptions) -> int:
+    """Slots of a draft model: those of the largest such step, and one for work that belongs to no
+    choice."""
+    return 1 + max(drafted_shapes(options), default=0)
 
 
 def most_demanding_columns(count: int, vocab_size: int) -> tuple[Rows, Needs]:

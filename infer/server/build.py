@@ -87,8 +87,12 @@ def make_build(
 
         draft = load(settings.draft_model)
         if settings.draft_architecture is not None:
-            wanted = "draft_architecture", settings.draft_architecture
-            check_architecture(*wanted, settings.draft_model, draft.config)
+            check_architecture(
+                "draft_architecture",
+                settings.draft_architecture,
+                settings.draft_model,
+                draft.config,
+            )
         return draft.config, with_layers(draft.params, "unrolled", None), draft.tokenizer
 
     def build(source: Source) -> Built:
@@ -195,8 +199,9 @@ class _EngineMaker:
             quantization=self.quantization,
         )
         if self.settings.architecture is not None:
-            wanted = "architecture", self.settings.architecture
-            check_architecture(*wanted, source.model, model.config)
+            check_architecture(
+                "architecture", self.settings.architecture, source.model, model.config
+            )
         if source.template is not None and model.tokenizer is not None:
             from llama_jax.formats.chat import chat_template
 

@@ -112,6 +112,7 @@ def test_it_has_slots_for_steps_that_have_room_for_guesses(plain):
     """Rows that are left over come from slots it does not have, and are guessed for then."""
     options = dataclasses.replace(OPTIONS, max_slots=12, num_blocks=60)
     assert draft_slots(options) == 3  # steps of 2, 8 and 12 rows, and guesses for up to 6
+    assert draft_slots(dataclasses.replace(options, max_slots=64)) == 3
     engine = started((CONFIG, near(PARAMS, 0.1), None), options)
     requests = [
         Request(f"s{n}", prompt, WISHES[n % len(WISHES)].replace(max_tokens=5 if n < 5 else 60))

@@ -137,12 +137,17 @@ def test_adapters_are_on_all_or_on_none(pair):
     assert [engine.embedded for engine in engines] == [1, 1]
 
 
-def test_a_server_makes_its_copies_from_its_settings(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
     config = tiny_config(
         vocab_size=264, bos_token_id=None, eos_token_id=(258,), num_hidden_layers=1
     )
     folder = tmp_path / "tiny"
     save_hf(folder, config, tiny_params(config), tokenizer=load_tokenizer(TOKENIZER))
+    return folder
+
+
+def test_a_server_makes_its_copies_from_its_settings(folder):
     settings = Settings(models=(str(folder),), mesh="data=2", max_slots=1, piece_tokens=32)
     (source,) = given_sources(settings)
     built = make_build(settings)(source)
@@ -159,12 +164,7 @@ def test_a_server_makes_its_copies_from_its_settings(tmp_path):
         assert engine.state == "stopped" and engine.max_context == built.engine.max_context
 
 
-def test_versions_share_a_draft_model_in_the_form_in_which_it_runs(tmp_path):
-    config = tiny_config(
-        vocab_size=264, bos_token_id=None, eos_token_id=(258,), num_hidden_layers=1
-    )
-    folder = tmp_path / "tiny"
-    save_hf(folder, config, tiny_params(config), tokenizer=load_tokenizer(TOKENIZER))
+def test_versions_share_a_draft_model_in_the_form_in_which_it_runs(folder):
     settings = Settings(
         models=(str(folder),), draft_model=str(folder), draft_tokens=3, piece_tokens=32
     )
@@ -176,12 +176,7 @@ def test_versions_share_a_draft_model_in_the_form_in_which_it_runs(tmp_path):
     assert all(mine is yours for mine, yours in zip(one, other, strict=True))
 
 
-def test_settings_that_do_not_suit_the_model_or_the_machine_are_refused(tmp_path):
-    config = tiny_config(
-        vocab_size=264, bos_token_id=None, eos_token_id=(258,), num_hidden_layers=1
-    )
-    folder = tmp_path / "tiny"
-    save_hf(folder, config, tiny_params(config), tokenizer=load_tokenizer(TOKENIZER))
+def test_settings_that_do_not_suit_the_model_or_the_machine_are_refused(folder):
     for changes, message in (
         ({"architecture": "smollm2-135m"}, "has embed_tokens.weight of shape"),
         ({"architecture": "llama9"}, "architecture is 'llama9'"),
