@@ -5,10 +5,13 @@ piece, each while it is in the core's cache: the whole would be written to memor
 in one place for each matrix of the model, which takes more memory and time than no quantization.
 """
 
+import functools
+import itertools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from qwix import QArray
 
 from llama_jax.config import Compute
@@ -23,9 +26,10 @@ from llama_jax.weights.tensors import (
 )
 
 _FEW_ROWS = 48
-# Before JAX 0.11, products with the weight first of 2 to 8 and of 17 to 24 rows sum in one order if
-# there are up to so many inputs. All others sum in other orders.
-_ALIKE_ROWS, _ALIKE_INPUTS = (8, 24), 4096
+# Numbers of rows that are compared with two. XLA's CPU backend takes rows by eights and sixteens,
+# and those of 33 may sum like two where those of 32 do not.
+_TRIED_ROWS = (2, 4, 8, 16, 24, 32, 33, 40, _FEW_ROWS)
+_TRIED_OUTPUTS = 64
 _PIECE = 2**18  # numbers of a matrix, a mebibyte in float32
 
 
@@ -111,12 +115,29 @@ def _rows(x: jax.Array, array: jax.Array, weight: DecodingTensor, compute: Compu
         return plain_product(x, array, compute)
     if not weight.alike_rows:
         return _weight_first(x, array, compute)
-    few, most = _ALIKE_ROWS
-    are_alike = jax.__version_info__ < (0, 11) and width <= _ALIKE_INPUTS
-    if not are_alike or max(rows, weight.alike_rows) > most:
+    alike = _summing_like_two(width, x.dtype.name, compute)
+    if max(rows, weight.alike_rows) > alike[-1]:
         return plain_product(x, array, compute)
-    padding = max(0, 2 * few + 1 - rows) if rows > few else 0
+    padding = next(number for number in alike if number >= rows) - rows
     return _weight_first(jnp.pad(x, ((0, padding), (0, 0))), array, compute)[:rows]
+
+
+@functools.cache
+def _summing_like_two(width: int, dtype: str, compute: Compute) -> tuple[int, ...]:
+    """Of `_TRIED_ROWS`, those whose products with the weight first give a row the bits that it has
+    among two. It follows from XLA, the CPU and the number of inputs, so products are looked at:
+    once in a process, while the first step that asks is traced."""
+    draw = np.random.default_rng(0).standard_normal
+    matrix = draw((_TRIED_OUTPUTS, width)).astype(dtype)
+    rows = draw((_FEW_ROWS, width)).astype(dtype)
+
+    def try_all(rows: jax.Array, matrix: jax.Array) -> list[jax.Array]:
+        return [_weight_first(rows[:number], matrix, compute)[:2] for number in _TRIED_ROWS]
+
+    with jax.ensure_compile_time_eval():
+        two, *more = jax.device_get(jax.jit(try_all)(rows, matrix))
+    same = [product.tobytes() == two.tobytes() for product in (two, *more)]
+    return tuple(itertools.compress(_TRIED_ROWS, same))
 
 
 def _weight_first(x: jax.Array, array: jax.Array, compute: Compute) -> jax.Array:
