@@ -82,7 +82,7 @@ def piece_shapes(piece_tokens: int) -> list[int]:
 
 def row_shapes(max_slots: int, *, exact: bool) -> list[int]:
     """1 or 2, then 8, 24, 48, 96, …, max_slots: a step of 8 rows takes hardly longer than one of 4,
-    and each shape costs a second of every start."""
+    and each shape is one more to make ready at every start."""
     fewest = _FEWEST_ROWS if exact else 1
     sizes = itertools.chain([fewest, _FEWEST_TOKENS], (24 * 2**n for n in itertools.count()))
     smaller = itertools.takewhile(lambda size: size < max_slots, sizes)

@@ -111,7 +111,7 @@ def _rows(x: jax.Array, array: jax.Array, weight: DecodingTensor, compute: Compu
     But how it sums then follows from the number of rows; with the weight last it follows from the
     matrix alone, for two rows or more."""
     rows, width = x.shape
-    if not 1 < rows <= _FEW_ROWS:
+    if rows < 2 or max(rows, weight.alike_rows) > _FEW_ROWS:
         return plain_product(x, array, compute)
     if not weight.alike_rows:
         return _weight_first(x, array, compute)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import Compute
+from llama_jax.weights import decoding
 from llama_jax.weights.dot import dot
 from llama_jax.weights.quantize import quantize_array
 from llama_jax.weights.tensors import DecodingTensor, narrowed
@@ -42,6 +43,22 @@ def _have_the_same_bits_beside_any_others(matrix, most):
         if count <= most:
             np.testing.assert_array_equal(product(rows[:count], weight), wanted[:count], str(count))
     return rows, wanted
+
+
+@pytest.mark.parametrize(
+    ("alike", "most", "shape"),
+    [
+        ((2, 8, 33, 48), 32, (96, 33)),  # the weight first, filled up to what sums like two rows
+        ((2, 8, 32), 32, (96, 32)),
+        ((2, 8, 24), 32, (25, 96)),  # steps of 32 rows would sum otherwise: the weight last
+    ],
+)
+def test_rows_are_filled_up_to_a_number_that_sums_like_two(alike, most, shape, monkeypatch):
+    monkeypatch.setattr(decoding, "_summing_like_two", lambda *_: alike)
+    rows, weight = jnp.zeros((25, 64)), DecodingTensor(jnp.zeros((96, 64)), alike_rows=most)
+    traced = jax.make_jaxpr(partial(dot, compute=Compute()))(rows, weight)
+    products = [each for each in traced.eqns if each.primitive.name == "dot_general"]
+    assert [each.outvars[0].aval.shape for each in products] == [shape]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
