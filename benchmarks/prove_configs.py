@@ -146,7 +146,7 @@ def serve_line(name: str, result: serving.ServeFit) -> str:
     return row(
         [
             f"`{name}`",
-            report["quantization"] or report["dtype"],
+            weights_of(result),
             report["cache_dtype"],
             report["slice"],
             f"{report['max_slots']} x {report['row_tokens']}",
@@ -161,6 +161,14 @@ def serve_line(name: str, result: serving.ServeFit) -> str:
             f"{report['compile_seconds']:.0f}",
         ]
     )
+
+
+def weights_of(result: serving.ServeFit) -> str:
+    report, options = result.to_dict(), result.options
+    kind = report["quantization"] or report["dtype"]
+    if not options.max_adapters:
+        return str(kind)
+    return f"{kind}, {options.max_adapters} adapters of rank {options.max_lora_rank}"
 
 
 def row(cells: Any) -> str:

@@ -83,7 +83,8 @@ def test_a_serve_config_says_what_it_is_for_and_is_proven(path):
     wanted = slice_named(settings.slice)
     quantized = [settings.quantization] if settings.quantization else []
     cache = ["cache", settings.cache_dtype] if settings.cache_dtype else []
-    name = [settings.architecture, "serve", *quantized, *cache, settings.slice]
+    adapters = ["adapters"] if settings.max_adapters else []
+    name = [settings.architecture, "serve", *quantized, *cache, *adapters, settings.slice]
     assert path.stem == "-".join(name)
     head = path.read_text().split("\nmodels:")[0]
     assert f"llama-jax fit --serve {path.name}" in head
@@ -96,8 +97,11 @@ def test_a_serve_config_says_what_it_is_for_and_is_proven(path):
     (line,) = [line for line in PAGE.splitlines() if f"`{path.name}`" in line]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     row = min(settings.max_context, settings.cache_tokens // settings.max_slots)
+    weights = settings.quantization or settings.dtype
+    if settings.max_adapters:
+        weights += f", {settings.max_adapters} adapters of rank {settings.max_lora_rank}"
     assert cells[1:6] == [
-        settings.quantization or settings.dtype,
+        weights,
         settings.cache_dtype or settings.dtype,
         settings.slice,
         f"{settings.max_slots} x {row}",

@@ -23,6 +23,8 @@ _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collectiv
 _SLICES = ("dynamic-slice", "slice", "gather")
 # What overwrites a part of its first operand in place, and which operand holds that part.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+# What makes of a collective in a fusion one that goes on beside other fusions, and ends it.
+_STARTS, _ENDS = '"AsyncCollectiveStart"', '"AsyncCollectiveDone"'
 # What moves nothing by itself, or whose traffic is counted inside.
 _FREE = {
     "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional",
@@ -161,12 +163,12 @@ class Program:
             if each.op == "custom-call" and known:
                 total += known[0]
             elif inner := self._fused(each):
-                reads, writes = self._fusion_traffic(inner)
+                reads = self._fusion_reads(inner)
                 total += sum(
                     _num_bytes(shapes.get(operand, ""), memory=True) if size is None else size
                     for operand, size in zip(each.operands, reads, strict=False)
                 )
-                total += _num_bytes(each.shape, memory=True) if writes is None else writes
+                total += self._fusion_writes(inner, each.shape)
             elif each.op in _SLICES:
                 total += 2 * _num_bytes(each.shape, memory=True)
             elif each.op in _UPDATES:
@@ -184,22 +186,31 @@ class Program:
         inner = re.search(r"calls=%?([\w.\-]+)", instruction.rest)
         return inner[1] if inner and inner[1] in self.computations else None
 
-    def _fusion_traffic(self, name: str) -> tuple[list[float | None], float | None]:
-        """Bytes read of each parameter and bytes written; None: all there is."""
+    def _fusion_reads(self, name: str) -> list[float | None]:
+        """Bytes read of each parameter; None: all there is."""
         body = self.computations[name]
         parameters = sorted(
             (each for each in body if each.op == "parameter"),
             key=lambda each: int(each.rest.split(")")[0]),
         )
+        return [self._read_of(parameter.name, body) for parameter in parameters]
+
+    def _fusion_writes(self, name: str, shape: str) -> float:
+        """Bytes that a fusion with results of `shape` writes."""
+        body = self.computations[name]
         by_name = {each.name: each for each in body}
-        reads = [self._read_of(parameter.name, body) for parameter in parameters]
-        root = next((each for each in body if each.is_root), None)
-        while root is not None and root.op == "bitcast":
-            root = by_name.get(root.operands[0])
-        if root is not None and root.op in _UPDATES:
-            update = by_name.get(root.operands[_UPDATES[root.op]])
-            return reads, _num_bytes(update.shape) if update else None
-        return reads, None
+        handed_on = _handed_on(body)
+        results = [match[0] for match in _ARRAY.finditer(shape)]
+        root = next(each for each in body if each.is_root)
+        if _ENDS in root.rest:
+            return 0.0
+        if _STARTS in root.rest:
+            # The first result is the operand, under another name.
+            return sum(_num_bytes(result, memory=True) for result in results[1:])
+        if root.op == "tuple" and len(results) == len(root.operands):
+            made = zip((by_name[each] for each in root.operands), results, strict=True)
+            return sum(_written(each, by_name, handed_on, result) for each, result in made)
+        return _written(root, by_name, handed_on, shape)
 
     def _read_of(self, name: str, body: list[_Instruction]) -> float | None:
         """Bytes of a value that the instructions of a fusion read; None: all there is."""
@@ -211,14 +222,39 @@ class Program:
         if "output_to_operand_aliasing" in user.rest:
             return self._read_of(user.name, body)  # the same value in another order
         if inner := self._fused(user):
-            sizes = self._fusion_traffic(inner)[0]
+            sizes = self._fusion_reads(inner)
             known = [size for each, size in zip(user.operands, sizes, strict=False) if each == name]
             return None if None in known else sum(size or 0.0 for size in known)
+        if name in _handed_on(body) and (user.is_root or user.op in _KINDS):
+            return 0.0
         if user.operands[0] != name or name in user.operands[1:]:
             return None
         if user.op in _SLICES:
             return _num_bytes(user.shape)
         return 0.0 if user.op in _UPDATES else None
+
+
+def _handed_on(body: list[_Instruction]) -> set[str]:
+    """The parameters that a fusion returns as they are. With some operations of the layer goes a
+    part of a collective: its arrays come in and go out again, up to the fusion that ends it, where
+    no byte of them is read or written but by the network. The one that starts it counts."""
+    root = next(each for each in body if each.is_root)
+    if root.op != "tuple" and _ENDS not in root.rest:
+        return set()
+    return {each.name for each in body if each.op == "parameter"} & set(root.operands)
+
+
+def _written(
+    made: _Instruction, by_name: Mapping[str, _Instruction], handed_on: set[str], result: str
+) -> float:
+    """Bytes that one result of a fusion, of this shape, costs."""
+    while made.op == "bitcast" and made.operands[0] in by_name:
+        made = by_name[made.operands[0]]
+    if made.name in handed_on or (made.op in _KINDS and handed_on.intersection(made.operands)):
+        return 0.0
+    if made.op in _UPDATES and (update := by_name.get(made.operands[_UPDATES[made.op]])):
+        return _num_bytes(update.shape)
+    return _num_bytes(result, memory=True)
 
 
 def _num_bytes(shape: str, *, memory: bool = False) -> float:

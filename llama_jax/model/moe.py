@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax.config import Compute
 from llama_jax.kernels import megablox
 from llama_jax.mesh.sharding import mesh_axes, partition_spec, rows_are_divided
+from llama_jax.model.gradients import gated
 from llama_jax.weights.dot import dot
 from llama_jax.weights.tensors import Leaf, to_array
 
@@ -221,7 +222,7 @@ def _dense(
 
     def one(expert: Matrices) -> jax.Array:
         gate, down, up = expert
-        hidden = jax.nn.silu(dot(x, gate, compute=compute)) * dot(x, up, compute=compute)
+        hidden = gated(dot(x, gate, compute=compute), dot(x, up, compute=compute))
         return dot(hidden, down, compute=compute)
 
     outputs = jax.lax.map(one, matrices)  # [E, T, D]
@@ -257,7 +258,7 @@ def _grouped(
         return jnp.where(filled, _grouped_dot(rows, matrices, sizes, compute), 0).astype(x.dtype)
 
     rows = jnp.where(filled, x[order // per_token], 0)
-    hidden = jax.nn.silu(product(rows, w1)) * product(rows, w3)
+    hidden = gated(product(rows, w1), product(rows, w3))
     scaled = product(hidden, w2).astype(jnp.float32) * weights.reshape(-1)[order][:, None]
     return jnp.zeros((num_tokens, x.shape[-1]), jnp.float32).at[order // per_token].add(scaled)
 

@@ -33,6 +33,7 @@ from llama_jax.mesh.sharding import constrain, gathered
 from llama_jax.model import cache as kv
 from llama_jax.model import moe, rope
 from llama_jax.model.attention import attend, causal_mask
+from llama_jax.model.gradients import gated, in_turn
 from llama_jax.model.paged_cache import PagedCache, attend_pages
 from llama_jax.model.slot_cache import SlotCache, SlotRows, attend_slots
 from llama_jax.weights.dot import dot, embed
@@ -72,10 +73,14 @@ class RMSNorm(nnx.Module):
         self.eps = config.rms_norm_eps
         self.weight = nnx.Param(params["weight"])
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, gradients_in_turn: bool = False) -> jax.Array:
+        norm = in_turn(self._norm) if gradients_in_turn else self._norm
+        return norm(x, self.weight.get_value())
+
+    def _norm(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt(_mean_square(wide) + self.eps)
-        return (wide * scale).astype(x.dtype) * self.weight.get_value().astype(x.dtype)
+        return (wide * scale).astype(x.dtype) * weight.astype(x.dtype)
 
 
 def _mean_square(x: jax.Array) -> jax.Array:
@@ -97,8 +102,12 @@ class Linear(nnx.Module):
         self.weight = nnx.Param(params["weight"])
         self.bias = nnx.Param(params["bias"]) if "bias" in params else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = dot(x, self.weight.get_value(), compute=self.compute)
+    def __call__(self, x: jax.Array, *, gradients_in_turn: bool = False) -> jax.Array:
+        product: Callable[..., jax.Array] = partial(dot, compute=self.compute)
+        weight = self.weight.get_value()
+        if gradients_in_turn:
+            product = in_turn(product)
+        y = product(x, weight)
         return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
 
 
@@ -189,7 +198,10 @@ class Mlp(nnx.Module):
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(jax.nn.silu(gate) * up)
+        # Before the gradients of gate_proj and up_proj: three whole matrices would wait for their
+        # sum over the chips, and the gated product with them.
+        is_whole = isinstance(self.down_proj.weight.get_value(), jax.Array)
+        return self.down_proj(gated(gate, up, is_whole), gradients_in_turn=is_whole)
 
 
 def _one_or_each(params: Params, fused: str, each: tuple[str, ...]) -> tuple[str, ...]:
@@ -307,14 +319,14 @@ class Llama(nnx.Module):
             x, layers, stats = self._scanned(x, context, keep_layers)
             if keep_layers:
                 states = jnp.concatenate([first[None], layers])
-                return self.norm(x), states, stats
+                return self.norm(x, gradients_in_turn=True), states, stats
         else:
             assert isinstance(cache, kv.KVCache)
             x, layers, stats = self._scanned_cached(x, context, cache)
         if cache is not None:
             keys, values = layers
             cache = dataclasses.replace(cache, keys=keys, values=values)
-        return from_balanced(self.norm(x), rules), cache, stats
+        return from_balanced(self.norm(x, gradients_in_turn=True), rules), cache, stats
 
     def logits(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         weight = self.embed_tokens if self.lm_head is None else self.lm_head

@@ -211,3 +211,74 @@ def test_groups_in_another_order_of_devices_are_read():
     )
     assert _first_group(line) == [0, 2, 4, 6]
     assert _first_group(line.replace(", device_ids=([4,2]T(1,0))", "")) == [0, 1, 2, 3]
+
+
+# An all-gather that goes on beside a product in a loop: its arrays pass through every fusion.
+SPREAD = """
+%begun (p.0: bf16[4,64]) -> (bf16[4,64], bf16[64,64], u32[]) {
+  %p.0 = bf16[4,64]{1,0} parameter(0)
+  %g.1 = bf16[64,64]{1,0} all-gather(%p.0), channel_id=7, replica_groups=[1,16]<=[16], dimensions={0}
+  ROOT %s.1 = (bf16[4,64]{1,0}, bf16[64,64]{1,0}, u32[]{:S(2)}) custom-call(%g.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p.1: bf16[4,64], p.2: bf16[64,64], p.3: u32[], p.4: bf16[8,32], p.5: bf16[8,16]) -> (f32[32,16], bf16[4,64], bf16[64,64], bf16[64,64], u32[]) {
+  %p.1 = bf16[4,64]{1,0} parameter(0)
+  %p.2 = bf16[64,64]{1,0} parameter(1)
+  %p.3 = u32[]{:S(2)} parameter(2)
+  %p.4 = bf16[8,32]{1,0} parameter(3)
+  %p.5 = bf16[8,16]{1,0} parameter(4)
+  %conv = f32[32,16]{1,0} convolution(%p.4, %p.5), dim_labels=fb_io->bf
+  %g.2 = bf16[64,64]{1,0} all-gather(%p.1), channel_id=7, replica_groups=[1,16]<=[16], dimensions={0}
+  ROOT %t.1 = (f32[32,16]{1,0}, bf16[4,64]{1,0}, bf16[64,64]{1,0}, bf16[64,64]{1,0}, u32[]{:S(2)}) tuple(%conv, %p.1, %p.2, %g.2, %p.3)
+}
+
+%ended (p.6: bf16[4,64], p.7: bf16[64,64], p.8: u32[]) -> bf16[64,64] {
+  %p.6 = bf16[4,64]{1,0} parameter(0)
+  %p.7 = bf16[64,64]{1,0} parameter(1)
+  %p.8 = u32[]{:S(2)} parameter(2)
+  %g.3 = bf16[64,64]{1,0} all-gather(%p.6), channel_id=7, replica_groups=[1,16]<=[16], dimensions={0}
+  ROOT %d.1 = bf16[64,64]{1,0} custom-call(%p.6, %p.7, %g.3, %p.8), custom_call_target="AsyncCollectiveDone"
+}
+
+%sums (p.9: f32[4,32,16], p.10: f32[32,16], p.11: f32[8,8], p.12: s32[]) -> (f32[4,32,16], f32[8,8]) {
+  %p.9 = f32[4,32,16]{2,1,0} parameter(0)
+  %p.10 = f32[32,16]{1,0} parameter(1)
+  %p.11 = f32[8,8]{1,0} parameter(2)
+  %p.12 = s32[]{:S(6)} parameter(3)
+  %b.1 = f32[1,32,16]{2,1,0} bitcast(%p.10)
+  %zero = s32[] constant(0)
+  %u.1 = f32[4,32,16]{2,1,0} dynamic-update-slice(%p.9, %b.1, %p.12, %zero, %zero)
+  %n.1 = f32[8,8]{1,0} negate(%p.11)
+  ROOT %t.2 = (f32[4,32,16]{2,1,0}, f32[8,8]{1,0}) tuple(%u.1, %n.1)
+}
+
+ENTRY %main (w: bf16[4,64], x: bf16[8,32], y: bf16[8,16], all: f32[4,32,16], z: f32[8,8], at: s32[]) -> (f32[4,32,16], f32[8,8]) {
+  %w = bf16[4,64]{1,0} parameter(0)
+  %x = bf16[8,32]{1,0} parameter(1)
+  %y = bf16[8,16]{1,0} parameter(2)
+  %all = f32[4,32,16]{2,1,0} parameter(3)
+  %z = f32[8,8]{1,0} parameter(4)
+  %at = s32[]{:S(6)} parameter(5)
+  %start = (bf16[4,64]{1,0}, bf16[64,64]{1,0}, u32[]{:S(2)}) fusion(%w), kind=kCustom, calls=%begun
+  %s0 = bf16[4,64]{1,0} get-tuple-element(%start), index=0
+  %s1 = bf16[64,64]{1,0} get-tuple-element(%start), index=1
+  %s2 = u32[]{:S(2)} get-tuple-element(%start), index=2
+  %step = (f32[32,16]{1,0}, bf16[4,64]{1,0}, bf16[64,64]{1,0}, bf16[64,64]{1,0}, u32[]{:S(2)}) fusion(%s0, %s1, %s2, %x, %y), kind=kOutput, calls=%beside
+  %r0 = f32[32,16]{1,0} get-tuple-element(%step), index=0
+  %r1 = bf16[4,64]{1,0} get-tuple-element(%step), index=1
+  %r2 = bf16[64,64]{1,0} get-tuple-element(%step), index=2
+  %r4 = u32[]{:S(2)} get-tuple-element(%step), index=4
+  %done = bf16[64,64]{1,0} fusion(%r1, %r2, %r4), kind=kCustom, calls=%ended
+  ROOT %out = (f32[4,32,16]{2,1,0}, f32[8,8]{1,0}) fusion(%all, %r0, %z, %at), kind=kLoop, calls=%sums
+}
+"""  # noqa: E501
+
+
+def test_a_collective_that_is_spread_over_fusions_is_read_and_written_once():
+    program = Program.parse(SPREAD)
+    gathered = 2 * 4 * 64 + 2 * 64 * 64
+    product = 2 * 8 * 32 + 2 * 8 * 16 + 4 * 32 * 16
+    # Of two results one overwrites a part of the sums, which are not read, the other is whole.
+    sums = 2 * 4 * 32 * 16 + 2 * 4 * 8 * 8
+    assert program.bytes_accessed() == gathered + product + sums
+    assert program.collectives()["all-gather"].count == 1
