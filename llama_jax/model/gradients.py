@@ -18,8 +18,7 @@ def in_turn(function: Function) -> Function:
 
     Else the weight's may wait until the end of the layer, or after the last layer until that of all
     of them, and what it is made of with it; on many chips whole and in float32, where its sum over
-    the chips is dealt out. It pays where much is computed from the gradient of x and the weight is
-    large; among products of the same x it holds more than it frees.
+    the chips is dealt out. It pays where much is computed from the gradient of x.
     """
 
     @jax.custom_vjp
@@ -41,9 +40,9 @@ def in_turn(function: Function) -> Function:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gated(gate: jax.Array, up: jax.Array, apart: bool = False) -> jax.Array:
-    """silu(gate) * up, of which the backward pass keeps gate and up, and makes the rest anew; with
-    `apart` not together with the product itself, which the gradient of a next weight needs before.
-    """
+    """silu(gate) * up, all [..., F] (Shazeer 2020), of which the backward pass keeps gate and up,
+    and makes the rest anew; with `apart` not together with the product itself, which the gradient
+    of the next weight needs before."""
     del apart
     return _gated(gate, up)
 
