@@ -15,7 +15,7 @@ ROPE_TYPES = ("linear", "dynamic", "llama3", "yarn")
 FLOAT_DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*FLOAT_DTYPES, "int8")
 REMAT_POLICIES = ("none", "dots", "full", "offload")  # from the cheapest to the smallest
-ATTENTION_KERNELS = ("reference", "splash")
+ATTENTION_KERNELS = ("reference", "splash", "cudnn")
 MOE_PRODUCTS = ("dense", "grouped", "megablox")
 
 # Sanity ceilings: far above any published model, low enough that a corrupt config is refused
@@ -275,8 +275,9 @@ class Compute:
     remat: what the backward pass recomputes: `none` keeps every activation, `full` keeps only the
       input of each layer, `dots` keeps the results of the weight products, `offload` does what
       `full` does and keeps the inputs in the host's memory.
-    attention: `reference` is plain JAX and runs anywhere; `splash` is the TPU kernel, for whole
-      sequences (a step of decoding takes the reference).
+    attention: `reference` is plain JAX and runs anywhere; `splash` is the TPU kernel and `cudnn`
+      that of NVIDIA GPUs, for bfloat16 and float16, both for whole sequences (a step of decoding
+      takes the reference).
     moe: `dense` multiplies every token by every expert (reference); `grouped` sorts tokens by
       expert and multiplies each once; `megablox` does so with the TPU kernel. None drops a token.
     moe_chunk_tokens: tokens that a device sends through its experts at one time, when `remat` is
@@ -291,7 +292,7 @@ class Compute:
     gradient_dtype: Literal["float32", "bfloat16"] = "float32"
     cache_dtype: str | None = None
     remat: Literal["none", "full", "dots", "offload"] = "none"
-    attention: Literal["reference", "splash"] = "reference"
+    attention: Literal["reference", "splash", "cudnn"] = "reference"
     moe: Literal["dense", "grouped", "megablox"] = "grouped"
     moe_chunk_tokens: int = 8192
     loss_chunk_tokens: int = 256
@@ -309,6 +310,11 @@ class Compute:
             _require_choice("compute", "cache_dtype", self.cache_dtype, CACHE_DTYPES)
         _require_choice("compute", "remat", self.remat, REMAT_POLICIES)
         _require_choice("compute", "attention", self.attention, ATTENTION_KERNELS)
+        if self.attention == "cudnn" and self.dtype == "float32":
+            raise ValueError(
+                "compute.attention is cudnn, which computes in bfloat16 and float16, but "
+                "compute.dtype is float32; change one of the two"
+            )
         _require_choice("compute", "moe", self.moe, MOE_PRODUCTS)
         _require_int("compute", "moe_chunk_tokens", self.moe_chunk_tokens, low=1, high=2**31 - 1)
         _require_int("compute", "loss_chunk_tokens", self.loss_chunk_tokens, low=1, high=2**31 - 1)

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax import tree
 from llama_jax.config import Compute, LogicalRules, ModelConfig
-from llama_jax.kernels import splash
+from llama_jax.kernels import cudnn, splash
 from llama_jax.mesh.sequence import (
     balanced_places,
     from_balanced,
@@ -44,6 +44,7 @@ Params = tree.Tree
 # Of one layer: nothing, keys and values, or all pages.
 LayerCache = Any
 
+_KERNELS: dict[str, Any] = {"splash": splash, "cudnn": cudnn}  # of attention, for whole sequences
 _INPUT = "layer_input"  # what `remat: offload` sends to the host
 # Numbers from which XLA's CPU backend sums rows in one order; those of smaller arrays in another.
 _SUMMED_ALIKE = 4096
@@ -150,9 +151,9 @@ class Attention(nnx.Module):
                 query, key, value, layer_cache, context.rows, sliding_window=window
             )
             return self.o_proj(mixed.reshape(batch, length, -1)), layer_cache
-        if layer_cache is None and self.compute.attention == "splash":
+        if layer_cache is None and self.compute.attention in _KERNELS:
             window = self.config.sliding_window
-            mixed = splash.attend(
+            mixed = _KERNELS[self.compute.attention].attend(
                 query, key, value, context.segment_ids, sliding_window=window, rules=rules
             )
             return self.o_proj(mixed.reshape(batch, length, -1)), None
