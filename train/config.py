@@ -11,10 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from llama_jax.config import DEFAULT_RULES, MESH_AXES, Compute
 from llama_jax.formats.json_fields import read_text
+from llama_jax.formats.yaml_text import parse_yaml
 from llama_jax.mesh.slices import slice_named
 from llama_jax.weights.lora_config import LoraConfig
 from train.typed import Section, from_dict, json_schema, option, to_dict
@@ -852,36 +851,6 @@ def run_config_schema() -> dict[str, Any]:
         "title": "llama-jax run config",
         **json_schema(RunConfig),
     }
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-4 as a number and refuses a key that is given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key!r} is given twice", node.start_mark
-                )
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1, which PyYAML implements, wants a dot and a signed exponent in a float; YAML 1.2 and
-# people do not.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str, source: str) -> Any:
-    """The value of a YAML text; `source` names it in errors."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{source} is not valid YAML: {error}") from error
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from infer.server.errors import ApiError
-from infer.server.settings import Settings, Tenant
+from infer.server.settings import ADMIN, Settings, Tenant
 
 ANONYMOUS = ""
 
@@ -60,7 +60,7 @@ class Gate:
         if matching is not None:
             return Caller(matching.name, is_admin=False, priority=matching.priority)
         if is_admin:
-            return Caller("admin", is_admin=True)
+            return Caller(ADMIN, is_admin=True)
         if self.is_open:
             # Whatever key was sent: the openai package insists on sending one.
             return Caller(ANONYMOUS, is_admin=False)

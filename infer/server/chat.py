@@ -7,7 +7,7 @@ from infer.completion import Alternative, Piece, TokenLogprob
 from infer.engine.request import Request, Started, Structure
 from infer.server.answers import Answer, Choice
 from infer.server.api_types import ChatRequest, NamedTool
-from infer.server.completions import check_ceilings, check_length
+from infer.server.completions import check_length, check_text, within_ceilings
 from infer.server.errors import ApiError
 from infer.server.generation import Arrival, Context, Generation
 from infer.server.loaded import Lease
@@ -28,7 +28,7 @@ def start_chat(
     settings = context.settings
     params = body.sampling()
     _check_counts(context, body)
-    check_ceilings(context, params.n, params.max_tokens)
+    params = within_ceilings(context, params)
     structure = None
     if body.response_format is not None:
         structure = body.response_format.structure(settings.max_schema_bytes)
@@ -96,7 +96,7 @@ def _tool_structure(body: ChatRequest, asked: Structure | None, max_bytes: int) 
 
 def chat_ids(lease: Lease, body: ChatRequest) -> list[int]:
     """The conversation as the model reads it. Raises ApiError and TemplateError (a ValueError)."""
-    from llama_jax.formats.chat import encode_chat
+    from llama_jax.formats.chat import render_chat, with_begin
 
     tokenizer = lease.loaded.tokenizer
     if tokenizer is None:
@@ -114,7 +114,7 @@ def chat_ids(lease: Lease, body: ChatRequest) -> list[int]:
             f"template may not have; leave it out",
             param="chat_template_kwargs",
         )
-    return encode_chat(
+    rendered = render_chat(
         tokenizer,
         [message.to_template() for message in body.messages],
         add_generation_prompt=True,
@@ -122,6 +122,8 @@ def chat_ids(lease: Lease, body: ChatRequest) -> list[int]:
         template=template,
         **variables,
     )
+    check_text(lease, rendered.text, "messages")
+    return with_begin(tokenizer, rendered.encode(tokenizer)[0])
 
 
 def _template(

@@ -1,10 +1,12 @@
 """/v1/completions: texts or token ids in, texts out."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from infer.completion import Piece, TokenLogprob
 from infer.engine.request import Request, Started
+from infer.params import SamplingParams
 from infer.server.answers import Answer, Choice, token_text
 from infer.server.api_types import CompletionRequest
 from infer.server.errors import ApiError
@@ -23,7 +25,7 @@ def start_completion(
         raise ApiError(
             400, f"prompt has {len(prompts)} entries, over {settings.max_prompts}", param="prompt"
         )
-    check_ceilings(context, params.n * len(prompts), params.max_tokens)
+    params = within_ceilings(context, params, num_prompts=len(prompts))
     structure = None
     if body.response_format is not None:
         structure = body.response_format.structure(settings.max_schema_bytes)
@@ -47,17 +49,27 @@ def start_completion(
     return Generation(context, arrival, "completions", body.model, accepted), CompletionAnswer
 
 
-def check_ceilings(context: Context, choices: int, max_tokens: int | None) -> None:
+def within_ceilings(
+    context: Context, params: SamplingParams, *, num_prompts: int = 1
+) -> SamplingParams:
+    """The same, with as many tokens as a request may have where it did not say. Raises ApiError."""
     settings = context.settings
+    choices = params.n * num_prompts
     if choices > settings.max_choices:
+        of = f" (n {params.n} of {num_prompts} prompts)" if num_prompts > 1 else ""
         raise ApiError(
-            400, f"{choices} choices are asked for; the limit is {settings.max_choices}", param="n"
+            400,
+            f"{choices} choices are asked for{of}; the limit is {settings.max_choices}",
+            param="n" if params.n > 1 else "prompt",
         )
     ceiling = settings.max_tokens
-    if ceiling is not None and max_tokens is not None and max_tokens > ceiling:
-        raise ApiError(
-            400, f"max_tokens is {max_tokens}; the limit is {ceiling}", param="max_tokens"
-        )
+    if ceiling is None:
+        return params
+    for name in ("max_tokens", "min_tokens"):
+        value = getattr(params, name)
+        if value is not None and value > ceiling:
+            raise ApiError(400, f"{name} is {value}; the limit is {ceiling}", param=name)
+    return params if params.max_tokens is not None else replace(params, max_tokens=ceiling)
 
 
 def prompt_ids(lease: Lease, prompt: str | list[int], field: str) -> tuple[int, ...]:
@@ -69,19 +81,32 @@ def prompt_ids(lease: Lease, prompt: str | list[int], field: str) -> tuple[int, 
             400, f"{field}: {lease.loaded.name} has no tokenizer; send token ids", param=field
         )
     else:
+        check_text(lease, prompt, field)
         ids = lease.loaded.tokenizer.encode(prompt)
     check_length(lease, len(ids), field)
     return tuple(ids)
 
 
+def check_text(lease: Lease, text: str, field: str) -> None:
+    """Raises ApiError for a text that is too long by far, before it is encoded, which takes
+    seconds and a gigabyte for some megabytes."""
+    assert lease.loaded.tokenizer is not None
+    fewest = lease.loaded.tokenizer.fewest_tokens(text)
+    _check_tokens(lease, fewest, f"at least {fewest}", field)
+
+
 def check_length(lease: Lease, tokens: int, field: str) -> None:
-    context = lease.loaded.engine.max_context
     if not tokens:
         raise ApiError(400, f"{field} has no tokens", param=field)
+    _check_tokens(lease, tokens, f"{tokens}", field)
+
+
+def _check_tokens(lease: Lease, tokens: int, said: str, field: str) -> None:
+    context = lease.loaded.engine.max_context
     if tokens > context:
         raise ApiError(
             400,
-            f"the prompt has {tokens} tokens; the context of {lease.loaded.name} is {context}",
+            f"the prompt has {said} tokens; the context of {lease.loaded.name} is {context}",
             param=field,
             code="context_length_exceeded",
         )

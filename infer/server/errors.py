@@ -19,6 +19,8 @@ _TYPES = {
     504: "timeout_error",
 }
 
+_LONGEST_WAIT_SECONDS = 24 * 60 * 60
+
 
 class ApiError(Exception):
     """Raised anywhere below a route; `status` is HTTP's. param: the field at fault.
@@ -57,4 +59,5 @@ class ApiError(Exception):
         if self.retry_after_seconds is None:
             return {}
         # Whole seconds, and never 0, which clients read as "at once".
-        return {"retry-after": str(max(1, round(self.retry_after_seconds)))}
+        seconds = min(self.retry_after_seconds, _LONGEST_WAIT_SECONDS)
+        return {"retry-after": str(max(1, round(seconds)))}

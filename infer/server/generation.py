@@ -22,6 +22,7 @@ from infer.server.loaded import Lease, Loaded
 from infer.server.mailbox import Mailbox, Waker
 from infer.server.metrics import Metrics
 from infer.server.models import Models
+from infer.server.pool import Pool
 from infer.server.settings import Settings
 from infer.server.tracing import Times, Traced, Tracing
 
@@ -48,6 +49,7 @@ class Context:
     gate: Gate
     metrics: Metrics
     waker: Waker
+    embeddings: Pool
     tracing: Tracing | None = None
 
 

@@ -9,6 +9,7 @@ import secrets
 import time
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote_to_bytes
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 OPEN_PATHS = ("/healthz", "/readyz")
 # A key in an address ends up in logs of proxies and histories of browsers.
 _SECRET_PARAMETER = re.compile(
-    rb"(?i)(^|&)[^=&]*(key|token|secret|passw|auth|credential)[^=&]*(=|&|$)"
+    rb"(?i)(^|&)([^=&]*(key|token|secret|passw|credential)[^=&]*|auth|authorization)(=|&|$)"
 )
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -89,7 +90,7 @@ class Guard:
             raise ApiError(431, f"over {self._settings.max_headers} headers")
         if size > self._settings.max_header_bytes:
             raise ApiError(431, f"headers over {self._settings.max_header_bytes} bytes")
-        if _SECRET_PARAMETER.search(scope["query_string"]):
+        if _SECRET_PARAMETER.search(unquote_to_bytes(scope["query_string"])):
             raise ApiError(
                 400,
                 "keys are not taken from the address; send 'Authorization: Bearer KEY'",

@@ -27,6 +27,7 @@ from infer.server.loaded import Build, Source
 from infer.server.mailbox import Waker
 from infer.server.metrics import Metrics
 from infer.server.models import Models
+from infer.server.pool import Pool
 from infer.server.protocol import limited_protocol
 from infer.server.rpc import start_grpc
 from infer.server.settings import Settings
@@ -68,7 +69,8 @@ def make_context(settings: Settings, build: Build, sources: list[Source]) -> Con
     waker = Waker(asyncio.get_running_loop())
     endpoint = settings.otlp_endpoint
     tracing = None if endpoint is None else tracing_to(endpoint)
-    return Context(settings, models, Gate(settings), metrics, waker, tracing)
+    embeddings = Pool("embedding requests", threads=2, limit=settings.queue_limit)
+    return Context(settings, models, Gate(settings), metrics, waker, embeddings, tracing)
 
 
 def run(

@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import re
+import threading
 import types
 import typing
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ _OTHERS = re.compile(
     r"LLAMA_JAX_(CACHE_DIR|COORDINATOR_ADDRESS|PROCESS_COUNT|PROCESS_ID"
     r"|(\w+_)?SERVICE_(HOST|PORT(_\w+)?)|(\w+_)?PORT_\d+_(TCP|UDP)(_(PROTO|PORT|ADDR))?)"
 )
+# Whom requests of the server's own are counted under.
+ADMIN, PROBE = OWN_CALLERS = ("admin", "probe")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -88,8 +91,10 @@ def _check_limit(where: str, name: str, value: Any, kind: type) -> None:
         raise ValueError(f"{where}, {name} is {value!r}; it must be {noun} above 0")
 
 
-def _setting(default: Any, help: str, *, low: float | None = None) -> Any:
-    return field(default=default, metadata={"help": help, "low": low})
+def _setting(
+    default: Any, help: str, *, low: float | None = None, above: float | None = None
+) -> Any:
+    return field(default=default, metadata={"help": help, "low": low, "above": above})
 
 
 @dataclass(frozen=True)
@@ -110,18 +115,18 @@ class Settings:
     open_metrics: bool = _setting(False, "/metrics answers without a key")
     cors_origins: tuple[str, ...] = _setting((), "origins of other sites that browsers may use")
     requests_per_minute: float | None = _setting(
-        None, "of every tenant that has no limit of its own", low=0
+        None, "of every tenant that has no limit of its own", above=0
     )
     concurrent_requests: int | None = _setting(
         None, "of every tenant that has no limit of its own", low=1
     )
 
     queue_limit: int = _setting(256, "requests that may wait for the engine", low=1)
-    request_timeout_seconds: float = _setting(600.0, "from arrival to the end", low=0)
+    request_timeout_seconds: float = _setting(600.0, "from arrival to the end", above=0)
     drain_seconds: float = _setting(30.0, "that running requests get after SIGTERM", low=0)
-    head_timeout_seconds: float = _setting(10.0, "for a request's line and headers", low=0)
-    body_timeout_seconds: float = _setting(30.0, "for a request's body", low=0)
-    write_timeout_seconds: float = _setting(30.0, "that a client may read nothing", low=0)
+    head_timeout_seconds: float = _setting(10.0, "for a request's line and headers", above=0)
+    body_timeout_seconds: float = _setting(30.0, "for a request's body", above=0)
+    write_timeout_seconds: float = _setting(30.0, "that a client may read nothing", above=0)
     keep_alive_seconds: float = _setting(75.0, "that an idle connection stays open", low=0)
     max_connections: int = _setting(2048, "open at once", low=1)
     max_body_bytes: int = _setting(4 * 2**20, "of a request, unpacked", low=1)
@@ -132,7 +137,9 @@ class Settings:
     max_messages: int = _setting(1024, "of one chat request", low=1)
     max_tools: int = _setting(128, "of one chat request", low=1)
     max_schema_bytes: int = _setting(64 * 2**10, "of a schema, pattern or grammar", low=1)
-    max_tokens: int | None = _setting(None, "that a request may ask for; None is the context")
+    max_tokens: int | None = _setting(
+        None, "that a request may ask for, and gets at most; None is the context", low=1
+    )
 
     load_on_demand: bool = _setting(True, "a request loads a registered model that is not loaded")
     max_loaded: int = _setting(4, "versions in memory at once", low=1)
@@ -182,9 +189,18 @@ class Settings:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):
-            low, value = each.metadata.get("low"), getattr(self, each.name)
-            if low is not None and value is not None and value < low:
+            value = getattr(self, each.name)
+            if value is None:
+                continue
+            low, above = each.metadata.get("low"), each.metadata.get("above")
+            if low is not None and value < low:
                 raise ValueError(f"{each.name} is {value!r}; it must be at least {low:g}")
+            if above is not None and not value > above:
+                raise ValueError(f"{each.name} is {value!r}; it must be above {above:g}")
+            if each.name.endswith("_seconds") and value > threading.TIMEOUT_MAX:
+                raise ValueError(
+                    f"{each.name} is {value!r}; it must be at most {threading.TIMEOUT_MAX:g}"
+                )
         if self.log_level not in ("debug", "info", "warning", "error"):
             raise ValueError(
                 f"log_level is {self.log_level!r}; it is debug, info, warning or error"
@@ -192,6 +208,11 @@ class Settings:
         for name in ("port", "grpc_port"):
             if (getattr(self, name) or 0) > 65535:
                 raise ValueError(f"{name} is {getattr(self, name)}; ports end at 65535")
+        if self.models_dir == "":
+            raise ValueError("models_dir is empty; name the folder, or leave it out")
+        endpoint = self.otlp_endpoint
+        if endpoint is not None and not endpoint.startswith(("http://", "https://")):
+            raise ValueError(f"otlp_endpoint is {endpoint!r}; it must be a URL of http or https")
         if not self.host:
             raise ValueError("host is empty, which would be every address; write 0.0.0.0 for that")
         if self.draft_model is not None and not self.draft_tokens:
@@ -223,6 +244,9 @@ class Settings:
         names = [tenant.name for tenant in self.all_tenants]
         if len(set(names)) != len(names):
             raise ValueError(f"tenants: a name appears twice among {', '.join(names)}")
+        for name in names:
+            if name in OWN_CALLERS:
+                raise ValueError(f"tenants: the name {name} is the server's own; choose another")
 
     @property
     def all_tenants(self) -> tuple[Tenant, ...]:
@@ -270,12 +294,9 @@ def read_settings(
 
 
 def _from_yaml(path: Path) -> dict[str, Any]:
-    import yaml
+    from llama_jax.formats.yaml_text import parse_yaml
 
-    try:
-        loaded = yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not YAML: {error}") from error
+    loaded = parse_yaml(read_text(path), str(path))
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} must be a mapping of settings, not a {type(loaded).__name__}")
     known = {each.name: each.type for each in dataclasses.fields(Settings)}
@@ -283,6 +304,8 @@ def _from_yaml(path: Path) -> dict[str, Any]:
     for name, value in loaded.items():
         if name not in known:
             raise ValueError(f"{path} has no setting {name!r}{_nearest(name, known)}")
+        if value is None and name in ("api_key", "admin_key", "tenants"):
+            raise ValueError(f"{path}: {name} is empty; leave it out to serve without")
         if value is None:
             continue  # as if it were absent
         if name == "tenants":

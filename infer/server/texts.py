@@ -43,7 +43,7 @@ async def embed(context: Context, body: EmbeddingRequest, arrival: Arrival) -> R
         with context.models.use(lease):
             try:
                 async with asyncio.timeout(context.settings.request_timeout_seconds):
-                    rows, tokens = await asyncio.to_thread(_embed_all, lease, inputs)
+                    rows, tokens = await context.embeddings.run(_embed_all, lease, inputs)
             except TimeoutError:
                 raise ApiError(504, "not done in time", code="timeout") from None
             except ValueError as error:

@@ -32,8 +32,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from llama_jax.commands.report import Progress
     from llama_jax.commands.startup import start_jax
     from llama_jax.formats.json_fields import read_text
+    from llama_jax.formats.yaml_text import parse_yaml
     from llama_jax.weights.merge_recipe import read_recipe
-    from train.config import parse_yaml
 
     path = Path(args.recipe)
     recipe = read_recipe(parse_yaml(read_text(path), str(path)), str(path))

@@ -302,8 +302,9 @@ def _check_growth(name: str, value: Any, arguments: list[Any]) -> None:
         )
         if hasattr(items, "__len__"):
             _check_length(len(items) * len(separator) + sum(len(str(item)) for item in items))
-    elif name == "translate":
-        raise TemplateError("chat templates may not use translate")
+    elif name in ("translate", "wordwrap"):
+        # What translate makes nobody can foretell, and wordwrap takes the square of a text's time.
+        raise TemplateError(f"chat templates may not use {name}")
 
 
 def _check_format(pattern: str, arguments: Iterable[Any]) -> None:

@@ -113,6 +113,10 @@ class Tokenizer:
                 f"was trained with, or a model with more embedding rows"
             )
 
+    def fewest_tokens(self, text: str) -> int:
+        """Tokens that a text of this length has at least, known without encoding it."""
+        return -(-len(text) // max(map(len, self._table.values())))
+
     def unused_ids(self, model_vocab_size: int) -> list[int]:
         """Ids the model can score but that stand for no token: never sample these."""
         return [index for index in range(model_vocab_size) if index not in self._table]

@@ -92,6 +92,7 @@ def test_templates_that_reach_out_or_fail_raise(source: str) -> None:
         "{{ ('a' * 9000) | list | join('b' * 1000000) }}",
         "{{ '{0}{0}{0}'.format('a' * 9000000) }}",
         "{{ ('\\t' * 1000000).expandtabs(1000) }}",
+        "{{ ('a' * 900000)|wordwrap(1) }}",
     ],
 )
 def test_templates_that_run_away_are_stopped(source: str) -> None:

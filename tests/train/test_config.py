@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llama_jax.formats.yaml_text import parse_yaml
 from train.config import (
     OPTIMIZER_DEFAULTS,
     DataSection,
@@ -18,7 +19,6 @@ from train.config import (
     ScheduleSection,
     TrainSection,
     load_run_config,
-    parse_yaml,
     run_config_schema,
 )
 from train.typed import from_dict

@@ -1,12 +1,15 @@
 """The two generation routes and their streams, as clients see them."""
 
 import json
+import re
 import urllib.request
 
 import openai
 import pytest
 
 from infer.server.loaded import Built
+from llama_jax.formats.chat import Rendered
+from llama_jax.formats.tokenizer import Tokenizer
 from tests.infer.scripted import word_tokenizer
 from tests.infer.server.running import byte_tokenizer, running, until
 from tests.infer.server.scripted_engine import ScriptedEngine
@@ -483,6 +486,38 @@ def test_exactly_one_begin_token_on_both_routes():  # R29
         server.chat("hi")
         server.complete("hi")
         assert [r.prompt_token_ids for r in server.engine.seen[1:]] == [(0, 2), (0, 2)]
+
+
+def test_a_text_too_long_by_far_is_refused_before_it_is_encoded(server, monkeypatch):  # R94
+    longest = max(len(token) for token in byte_tokenizer().backend.get_vocab())
+    text = "a" * (256 * longest + 1)
+    least = r"the prompt has at least 2\d\d tokens; the context of m is 256"
+
+    def encode(self, *args, **kwargs):
+        raise AssertionError("encoded")
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    monkeypatch.setattr(Rendered, "encode", encode)
+    for status, body, _ in (server.complete(text), server.chat(text)):
+        assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+        assert re.fullmatch(least, body["error"]["message"])
+
+
+def test_the_ceiling_of_tokens_holds_for_who_does_not_ask():  # R95
+    with running(max_tokens=5) as server:  # "Hello there" has 11 tokens
+        for fields in ({}, {"max_tokens": None}, {"max_tokens": 5}, {"min_tokens": 2}):
+            for status, body, _ in (server.complete("x", **fields), server.chat("x", **fields)):
+                assert status == 200 and body["usage"]["completion_tokens"] == 5
+        for name in ("max_tokens", "min_tokens"):
+            status, body, _ = server.complete("x", **{name: 6})
+            assert (status, body["error"]["param"]) == (400, name)
+            assert body["error"]["message"] == f"{name} is 6; the limit is 5"
+
+
+def test_too_many_choices_name_what_makes_them(server):
+    status, body, _ = server.complete(["x"] * 17)
+    assert (status, body["error"]["param"]) == (400, "prompt")
+    assert "17 choices are asked for (n 1 of 17 prompts); the limit is 16" in str(body)
 
 
 def test_embeddings_in_both_encodings(client, server):

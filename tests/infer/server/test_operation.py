@@ -5,6 +5,7 @@ import gzip
 import http.client
 import json
 import socket
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -141,9 +142,10 @@ def test_keys_in_the_address_are_refused_and_not_logged(guarded, caplog):  # R10
         status, body, _ = guarded.call(f"/v1/models?{name}={KEY}", key=KEY)
         assert (status, body["error"]["code"]) == (400, "key_in_query")
         assert guarded.call(f"/healthz?x=1&{name}={KEY}")[0] == 400
-    until(lambda: len([r for r in caplog.records if r.getMessage() == "request"]) >= 14)
+        assert guarded.call(f"/healthz?%{ord(name[0]):x}{name[1:]}={KEY}")[0] == 400
+    until(lambda: len([r for r in caplog.records if r.getMessage() == "request"]) >= 21)
     assert KEY not in "".join(str(vars(record)) for record in caplog.records)
-    assert guarded.call("/v1/models?api-version=2024", key=KEY)[0] == 200
+    assert guarded.call("/v1/models?api-version=2024&author=me", key=KEY)[0] == 200
 
 
 def test_metrics_without_a_key_are_an_option():
@@ -295,6 +297,32 @@ def test_other_content_types_are_refused(small):
         assert status == 400 and kind in body["error"]["message"]
     kind = "application/json; charset=utf-8"
     assert small.call("/v1/completions", raw=good, headers={"content-type": kind})[0] == 200
+
+
+def test_embeddings_wait_apart_from_other_requests_and_are_bounded_too():  # R101
+    with running(queue_limit=4) as server:
+        begun, go_on = threading.Semaphore(0), threading.Event()
+
+        def embed(ids):
+            begun.release()
+            assert go_on.wait(20)
+            return [0.5]
+
+        server.engine.embed = embed
+        with ThreadPoolExecutor(40) as pool:
+            body = {"model": "m", "input": "x"}
+            answers = [pool.submit(server.call, "/v1/embeddings", body) for _ in range(40)]
+            assert begun.acquire(timeout=20)
+            until(lambda: sum(answer.done() for answer in answers) == 36)
+            assert server.complete(max_tokens=1)[0] == 200
+            go_on.set()
+        answers = [answer.result() for answer in answers]
+        assert [status for status, *_ in answers].count(200) == 4
+        for status, body, headers in answers:
+            if status != 200:
+                assert (status, body["error"]["code"]) == (429, "queue_full")
+                assert headers["retry-after"] == "1"
+        assert server.call("/v1/embeddings", {"model": "m", "input": "x"})[0] == 200
 
 
 def test_wrong_methods_and_paths_are_error_objects(small):
@@ -565,6 +593,10 @@ def test_other_sites_are_let_in_by_configuration_only():
         assert (status, headers["access-control-allow-origin"]) == (200, "https://app.example")
         _, _, headers = server.call("/v1/models", headers=origin, key=KEY)
         assert headers["access-control-allow-origin"] == "https://app.example"
+        # What OpenAI's client sends from a browser.
+        asked = "authorization,content-type,x-stainless-lang,openai-organization,traceparent"
+        wide = {**preflight, "access-control-request-headers": asked}
+        assert server.call("/v1/models", method="OPTIONS", headers=wide)[0] == 200
         other = {"origin": "https://evil.example"}
         assert "access-control-allow-origin" not in server.call("/healthz", headers=other)[2]
 

@@ -20,7 +20,7 @@ def test_every_setting_can_be_spelled_as_a_text():
     spelled = {
         "models": "a,b", "models_dir": "d", "host": "h", "cors_origins": "https://a, https://b",
         "log_level": "debug", "adapters": "a=b", "dtype": "float32", "api_key": "key-number-1",
-        "admin_key": "key-number-2",
+        "admin_key": "key-number-2", "otlp_endpoint": "https://c",
     }  # fmt: skip
     for each in flag_fields():
         if each.name not in spelled:
@@ -43,7 +43,7 @@ def test_every_setting_can_be_spelled_as_a_text():
 
 def test_null_in_a_file_is_as_if_absent(tmp_path):
     path = tmp_path / "serve.yaml"
-    path.write_text("models: [m]\nport: null\nmax_slots:\ntenants: null\napi_key: null\n")
+    path.write_text("models: [m]\nport: null\nmax_slots:\n")
     assert read_settings({}, config=path, environment={}) == Settings(models=("m",))
 
 
@@ -64,7 +64,19 @@ def test_null_in_a_file_is_as_if_absent(tmp_path):
         ("models: [a, b, c]\nmax_loaded: 2", "3 models are given, .* max_loaded is 2; raise it"),
         ("port: 1", "nothing to serve"),
         ("- m", "must be a mapping"),
-        ("models: [", "is not YAML"),
+        ("models: [", "is not valid YAML"),
+        ("models: [m]\nport: 80\nport: 90", "the key 'port' is given twice"),
+        ("models: [m]\napi_key:", "api_key is empty; leave it out to serve without"),
+        ("models: [m]\nadmin_key: null", "admin_key is empty"),
+        ("models: [m]\ntenants:", "tenants is empty"),
+        ("models: [m]\nrequests_per_minute: 0", "it must be above 0"),
+        ("models: [m]\nrequest_timeout_seconds: 0", "it must be above 0"),
+        ("models: [m]\nhead_timeout_seconds: 0", "it must be above 0"),
+        ("models: [m]\ndrain_seconds: 1e30", "it must be at most"),
+        ("models: [m]\nmax_tokens: 0", "at least 1"),
+        ("models_dir: ''", "models_dir is empty"),
+        ("models: [m]\notlp_endpoint: foo", "'foo'; it must be a URL"),
+        ("models: [m]\ntenants: [{name: admin, key: key-of-a-tenant}]", "the server's own"),
         ("models: [m]\napi_key: short", "at least 8"),
         ("models: [m]\napi_key: 12345678", "must be of type str"),
         ("models: [m]\napi_key: same-key-twice\nadmin_key: same-key-twice", "are the same"),
