@@ -6,7 +6,7 @@ from typing import Any
 
 from infer.completion import Piece, TokenLogprob
 from infer.engine.request import Request, Started
-from infer.params import SamplingParams
+from infer.params import DEFAULT_MAX_TOKENS, SamplingParams
 from infer.server.answers import Answer, Choice, token_text
 from infer.server.api_types import CompletionRequest
 from infer.server.errors import ApiError
@@ -52,7 +52,8 @@ def start_completion(
 def within_ceilings(
     context: Context, params: SamplingParams, *, num_prompts: int = 1
 ) -> SamplingParams:
-    """The same, with as many tokens as a request may have where it did not say. Raises ApiError."""
+    """The same, with no more tokens than a request may have where it did not say. Raises
+    ApiError."""
     settings = context.settings
     choices = params.n * num_prompts
     if choices > settings.max_choices:
@@ -69,7 +70,9 @@ def within_ceilings(
         value = getattr(params, name)
         if value is not None and value > ceiling:
             raise ApiError(400, f"{name} is {value}; the limit is {ceiling}", param=name)
-    return params if params.max_tokens is not None else replace(params, max_tokens=ceiling)
+    if params.max_tokens is None and ceiling < DEFAULT_MAX_TOKENS:
+        return replace(params, max_tokens=ceiling)
+    return params
 
 
 def prompt_ids(lease: Lease, prompt: str | list[int], field: str) -> tuple[int, ...]:

@@ -512,6 +512,9 @@ def test_the_ceiling_of_tokens_holds_for_who_does_not_ask():  # R95
             status, body, _ = server.complete("x", **{name: 6})
             assert (status, body["error"]["param"]) == (400, name)
             assert body["error"]["message"] == f"{name} is 6; the limit is 5"
+    with running(max_tokens=1000) as server:  # which is no reason for more than 256
+        assert server.complete("x")[0] == 200
+        assert server.engine.seen[-1].params.max_tokens is None
 
 
 def test_too_many_choices_name_what_makes_them(server):
