@@ -77,7 +77,9 @@ class Gate:
                 403, "the admin routes are off: start the server with an admin key", code="no_admin"
             )
         if not caller.is_admin and caller.tenant == ANONYMOUS:
-            raise ApiError(401, "no admin key: send 'Authorization: Bearer KEY'", code="no_key")
+            raise ApiError(
+                401, "this needs the admin key: send 'Authorization: Bearer KEY'", code="no_key"
+            )
         if not caller.is_admin:
             raise ApiError(403, "this needs the admin key", code="not_admin")
 
