@@ -77,7 +77,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    args = make_parser().parse_args(argv)
+    args = _parse(argv)
     logging.basicConfig(
         level=logging.WARNING, stream=sys.stderr, format="%(levelname)s: %(message)s", force=True
     )
@@ -98,6 +98,22 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         complain(args.command, error)
         return code
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """key=value may also stand behind flags, where argparse gives a positional nothing more."""
+    parser = make_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and hasattr(args, "overrides"):
+        args.overrides += [text for text in rest if _is_override(text)]
+        rest = [text for text in rest if not _is_override(text)]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not text.startswith("-")
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -198,3 +198,13 @@ def test_the_offered_schemes_are_those_of_the_library() -> None:
 
     # Stated twice so that --help needs no JAX.
     assert set(SCHEMES) == {*quantize.SCHEMES, *quantize.INTEGER_SCHEMES, "qat"}
+
+
+def test_overrides_may_stand_behind_flags(capsys):
+    words = ["train", "tiny-lora-cpu.yaml", "train.steps=7", "--json", "train.batch_size=9"]
+    args = cli._parse(words)
+    assert args.overrides == ["train.steps=7", "train.batch_size=9"] and args.json
+    for wrong in ("--steps=7", "steps"):
+        with pytest.raises(SystemExit):
+            cli._parse([*words, wrong])
+        assert f"unrecognized arguments: {wrong}" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 Exits with 1 when something is wrong that stops work."""
 
 import argparse
+import threading
 from typing import Any
 
 HELP = "devices, versions, environment, what is wrong and how to mend it"
@@ -25,6 +26,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.timeout <= 0:
         raise ValueError(f"--timeout must be more than 0 seconds, not {args.timeout}")
+    if not args.timeout <= threading.TIMEOUT_MAX:
+        raise ValueError(f"--timeout must be a number of seconds, not {args.timeout}")
     return examine(cache_dir=cache_dir(), timeout_seconds=args.timeout).to_json()
 
 

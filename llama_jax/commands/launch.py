@@ -114,12 +114,13 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 def _check_together(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that the chosen kind of launch would not read."""
     unread = {
-        True: ("reserved", "runtime_version", "network", "subnetwork", "internal_ips", "iap",
-               "forward", "keep", "detach", "status", "logs", "stop", "delete"),
+        True: ("project", "zone", "reserved", "runtime_version", "network", "subnetwork",
+               "internal_ips", "iap", "forward", "keep", "detach", "status", "logs", "stop",
+               "delete"),
         False: ("image", "queue", "manifest", "apply"),
     }[args.gke]  # fmt: skip
     for name in unread:
-        if getattr(args, name):
+        if getattr(args, name) not in (None, False, []):
             kind = "on GKE" if args.gke else "without --gke"
             raise ValueError(f"--{name.replace('_', '-')} means nothing {kind}; leave it out")
     if args.retries < 0:

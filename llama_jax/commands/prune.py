@@ -121,7 +121,10 @@ def _check(args: argparse.Namespace) -> tuple[int, int] | None:
             f"{flag} is about single weights; give --sparsity or --pattern, or drop it"
         )
     if args.calibration is None:
-        for needs, flag in ((args.method == "wanda", "--method wanda"), (args.layers, "--layers")):
+        for needs, flag in (
+            (args.method == "wanda", "--method wanda"),
+            (args.layers is not None, "--layers"),
+        ):
             if needs:
                 raise ValueError(f"{flag} judges by activations; give --calibration F.jsonl")
     elif not structure and args.method != "wanda":

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from qwix import QArray
 
 from llama_jax import tree
@@ -316,7 +316,9 @@ def loss_rules(vocab_size: int, rules: LogicalRules = DEFAULT_RULES) -> LogicalR
     return (*rules, ("loss_batch", rest), ("loss_vocab", tuple(taken)))
 
 
-def check_batch(batch: int, length: int, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> None:
+def check_batch(
+    batch: int, length: int, mesh: Mesh | AbstractMesh, rules: LogicalRules = DEFAULT_RULES
+) -> None:
     """Raises ValueError when rows or their tokens cannot be dealt out evenly."""
     names, parts = mesh_axes(rules, "batch"), _batch_parts(mesh, rules)
     if batch % parts:

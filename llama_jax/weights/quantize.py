@@ -168,6 +168,11 @@ class Quantization:
         else:
             skipped = match_weights(rows, self.skip) if self.skip else set()
         paths = {path for path, row in rows.items() if row.role in _QUANTIZABLE} - skipped
+        if not paths:
+            raise ValueError(
+                f"skip {', '.join(self.skip or ())} leaves nothing to quantize; skip less, or do "
+                f"not quantize"
+            )
         for path, leaf in tree.flatten(params).items():
             if path in paths:
                 _check_leaf(path, leaf, self)

@@ -10,7 +10,7 @@ from llama_jax import cli
 from tests.train.launch.cloud import Cloud
 
 WHERE = ["--project", "my-project", "--zone", "us-west4-a"]
-CONFIG = ["tiny-lora-cpu.yaml", "output=gs://bucket/runs/a"]
+CONFIG = ["tiny-lora-cpu.yaml", "output=gs://bucket/runs/a", "train.batch_size=128"]
 
 
 @pytest.fixture(autouse=True)

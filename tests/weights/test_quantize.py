@@ -194,6 +194,8 @@ def test_quantize_chooses_by_role_and_pattern():
     assert quantized(skip=[]) == {p for p, row in roles.items() if row.role not in ("norm", "bias")}
     with pytest.raises(ValueError, match="did you mean 'self_attn'"):
         quantized(skip=["selfattn"])
+    with pytest.raises(ValueError, match=r"skip \* leaves nothing to quantize"):
+        quantized(skip=["*"])
 
 
 def test_stacked_layers_are_quantized_each_for_itself():

@@ -31,6 +31,9 @@ CONFIG_FOLDER = "/etc/llama-jax"
 # libtpu's, JAX's coordinator's, and that between slices.
 _PORTS = {"tpu": 8471, "jax": 8482, "slices": 8080}
 
+_OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+_IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
+
 
 @dataclass(frozen=True)
 class ClusterJob:
@@ -54,6 +57,21 @@ class ClusterJob:
         check_name(self.name)
         if not self.image.strip():
             raise ValueError("--image is empty; name the container image that holds llama-jax")
+        for flag, value in (
+            ("--namespace", self.namespace),
+            ("--queue", self.queue),
+            ("--service-account", self.service_account),
+        ):
+            if value is not None and not _OBJECT.fullmatch(value):
+                raise ValueError(
+                    f"{flag} {value!r} must be lower-case letters, digits, hyphens and dots"
+                )
+        if not _IMAGE.fullmatch(self.image):
+            raise ValueError(f"--image {self.image!r} is no name of an image")
+        variables = [*self.environment, *(each.variable for each in self.secrets)]
+        for name in variables:
+            if variables.count(name) > 1:
+                raise ValueError(f"{name} is set twice, by --env or --secret")
         if self.max_restarts < 0:
             raise ValueError(f"--retries must be 0 or more, not {self.max_restarts}")
         if self.placed.copies:

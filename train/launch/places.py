@@ -5,6 +5,7 @@ ordinary files there, whichever part of the program reads them.
 """
 
 import glob
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,14 @@ GS = "gs://"
 COPY_LIMIT_BYTES = 512 * 2**20
 
 _FILE_ENDINGS = (
-    ".jsonl", ".json", ".csv", ".parquet", ".arrayrecord", ".array_record", ".gz", ".zst",
-    ".gguf", ".txt",
+    ".jsonl", ".ndjson", ".json", ".csv", ".parquet", ".arrayrecord", ".array_record", ".gz",
+    ".bz2", ".xz", ".zst", ".gguf", ".txt",
 )  # fmt: skip
+
+# Fields that name a model: a preset, one of the Hub, or a folder.
+_MODELS = ("model.name", "distill.teacher")
+
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # cloud.google.com/storage/docs/buckets
 
 # What of a source of rows may be a path.
 _SOURCE_PATHS = ("path", "datasets", "array_record", "data_dir")
@@ -53,6 +59,8 @@ def place(run: RunConfig, *, may_copy: bool) -> Placed:
     config["model"]["name"] = move(run.model.name, "model.name")
     if run.model.tokenizer is not None:
         config["model"]["tokenizer"] = move(run.model.tokenizer, "model.tokenizer")
+    if run.distill is not None:
+        config["distill"]["teacher"] = move(run.distill.teacher, "distill.teacher")
     for name in ("train", "eval"):
         config["data"][name] = [
             _moved_source(entry, f"data.{name}[{number}]", move)
@@ -86,7 +94,7 @@ def _output(placed: Placed, output: str) -> str:
 def _in_bucket(placed: Placed, url: str, where: str) -> str:
     """`gs://bucket/a/b` -> `/mnt/gcs/bucket/a/b`, and the bucket noted."""
     bucket, _, path = url.removeprefix(GS).partition("/")
-    if not bucket or "." in path.split("/") or ".." in path.split("/"):
+    if not _BUCKET.fullmatch(bucket) or "." in path.split("/") or ".." in path.split("/"):
         raise ValueError(f"{where} {url} is not of the form gs://BUCKET/PATH")
     if where == "output" and not path.strip("/"):
         raise ValueError(f"{where} {url} is a whole bucket; name a folder in it: {url}/runs/first")
@@ -105,10 +113,11 @@ def _mover(placed: Placed, may_copy: bool) -> Callable[[str, str], str]:
         if text.startswith(PACKAGE_PREFIX) or "://" in text:
             return text
         local = Path(text).expanduser()
-        if not local.exists() or not (_is_path(text) or local.is_file() or where == "model.name"):
+        is_model = where in _MODELS
+        if not local.exists() or not (_is_path(text) or local.is_file() or is_model):
             _refuse_missing(text, where)
             return text
-        if where == "model.name" and not _is_path(text):
+        if is_model and not _is_path(text):
             # The name of a preset or of a Hub model that a folder here happens to share.
             raise ValueError(
                 f"{where} {text} is a folder here and may be a model's name; write ./{text} to "

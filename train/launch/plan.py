@@ -5,8 +5,12 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from jax.sharding import AbstractMesh
+
+from llama_jax.mesh.sharding import check_batch
 from llama_jax.mesh.slices import Slice, slice_named
 from train.config import MeshSection, RunConfig
+from train.setup import rows_per_item
 
 # The software each generation's VMs boot with (cloud.google.com/tpu/docs/runtimes). tpu7x is
 # missing: Cloud offers it on GKE alone.
@@ -141,22 +145,32 @@ def slice_of(run: RunConfig, named: str | None) -> Slice:
 
 
 def check_fits_slice(run: RunConfig, wanted: Slice) -> None:
-    """Raises ValueError for a mesh that the slice's devices cannot form, before they are paid."""
+    """Raises ValueError for a mesh that the slice's devices cannot form, and for a batch that the
+    mesh cannot share, before they are paid."""
     if run.mesh.cpu_devices is not None:
         raise ValueError(
             f"mesh.cpu_devices is {run.mesh.cpu_devices}: this config emulates devices on a CPU. "
             f"Override it with mesh.cpu_devices=null, or take a config made for a TPU slice"
         )
-    counts = wanted.device_counts
-    if not any(_forms(run.mesh, count) for count in counts):
+    meshes = [mesh for count in wanted.device_counts if (mesh := _formed(run.mesh, count))]
+    if not meshes:
         sizes = " × ".join(f"{axis} {size}" for axis, size in run.mesh.sizes().items())
         raise ValueError(
             f"the mesh ({sizes}) cannot be formed by the {wanted.num_devices} devices of "
             f"{wanted.name}; change mesh, or --slice"
         )
+    rows = run.train.batch_size // run.train.gradient_accumulation_steps * rows_per_item(run)
+    for mesh in meshes:
+        check_batch(rows, run.train.sequence_length, mesh, run.compute.rules)
 
 
-def _forms(mesh: MeshSection, devices: int) -> bool:
-    sizes = mesh.sizes().values()
-    fixed = math.prod(size for size in sizes if size != -1)
-    return devices % fixed == 0 if -1 in sizes else devices == fixed
+def _formed(mesh: MeshSection, devices: int) -> AbstractMesh | None:
+    """The mesh over so many devices, if they can form it."""
+    sizes = mesh.sizes()
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    rest, left = divmod(devices, fixed)
+    if left or (rest != 1 and -1 not in sizes.values()):
+        return None
+    return AbstractMesh(
+        tuple(rest if size == -1 else size for size in sizes.values()), tuple(sizes)
+    )

@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_ID = re.compile(r"[A-Za-z0-9_-]{1,255}")
 _VERSION = re.compile(r"latest|\d+")
-_SOUNDS_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|PRIVATE", re.I)
+# Whole words of a name: TOKENIZERS_PARALLELISM and MAX_NEW_TOKENS are no secrets.
+_SOUNDS_SECRET = re.compile(
+    r"(?i)(^|_)(TOKEN|SECRETS?|PASS(WORD|WD|PHRASE)?|PWD|CREDENTIALS?|API_?KEYS?|KEY|PRIVATE)(_|$)"
+)
 HIDDEN = "***"
 
 # What tokens of these services look like, wherever they turn up.
 _KNOWN = re.compile(
-    r"hf_[A-Za-z0-9]{20,}|ya29\.[A-Za-z0-9_-]{20,}|AIza[A-Za-z0-9_-]{30,}|gh[pousr]_[A-Za-z0-9]{30,}"
+    r"hf_[A-Za-z0-9]{20,}|sk-[A-Za-z0-9_-]{16,}|AKIA[A-Z0-9]{16}|ya29\.[A-Za-z0-9_-]{20,}|AIza[A-Za-z0-9_-]{30,}|gh[pousr]_[A-Za-z0-9]{30,}"
 )
 
 
@@ -81,6 +84,8 @@ def read_environment(
                 f"--env {name} looks like a secret, and commands are logged; use --secret "
                 f"{name}=SECRET (Secret Manager) or --forward {name} (from this environment)"
             )
+        if name in values:
+            raise ValueError(f"{name} is set twice, by --env")
         values[name] = value
     stored = [_stored(text) for text in secrets]
     forwarded = {}

@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from train.launch.gcloud import Runner
 from train.launch.package import Package, build_wheel
@@ -36,8 +37,13 @@ class Cargo:
     def extras(self) -> str:
         """What the workers install beside the base: the TPU runtime, and what the config uses."""
         config = self.placed.config
+        models = [config["model"]["name"], config["model"]["tokenizer"]]
+        if config["distill"] is not None:
+            models.append(config["distill"]["teacher"])
+        sources = [*config["data"]["train"], *config["data"]["eval"]]
         uses = {
-            "demo": config["model"]["name"] == _DEMO_MODEL,
+            "demo": _DEMO_MODEL in models,
+            "data": any(map(_needs_data, sources)),
             "wandb": config["wandb"] is not None,
         }
         return ",".join(["tpu", *(name for name, used in uses.items() if used)])
@@ -52,6 +58,16 @@ class Cargo:
             "environment.sh": self.environment.script(project),
             SCRIPT: script(),
         }
+
+
+def _needs_data(source: Any) -> bool:
+    """Whether a source of rows is one of those that the extra `data` brings."""
+    if isinstance(source, str):
+        return source.endswith(".parquet") or "://" in source
+    return any(
+        (key in ("tfds", "datasets") and value) or (isinstance(value, str) and _needs_data(value))
+        for key, value in source.items()
+    )
 
 
 def stage(cargo: Cargo, folder: Path, *, project: str, runner: Runner, redact: Redactor) -> None:

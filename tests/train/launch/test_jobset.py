@@ -24,6 +24,30 @@ def make(slice_name, *overrides, **options):
     return list(yaml.safe_load_all(manifest(job)))
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"namespace": "Bad NS"}, "--namespace 'Bad NS' must be"),
+        ({"queue": "Q Q"}, "--queue 'Q Q' must be"),
+        ({"service_account": "a b"}, "--service-account 'a b' must be"),
+        ({"image": "a b"}, "--image 'a b' is no name"),
+        (
+            {"environment": {"X": "1"}, "secrets": [read_cluster_secret("X=a/b")]},
+            "X is set twice",
+        ),
+        (
+            {"secrets": [read_cluster_secret("X=a/b"), read_cluster_secret("X=c/d")]},
+            "X is set twice",
+        ),
+    ],
+)
+def test_names_that_a_cluster_refuses_are_refused(options, said):
+    run = load_run_config(find_config("tiny-lora-cpu.yaml"), ["output=gs://b/r"])
+    placed = place(run, may_copy=False)
+    with pytest.raises(ValueError, match=said):
+        ClusterJob("job", slice_named("v5e-4"), placed, **{"image": "img:1", **options})
+
+
 def pod_of(job_set):
     return job_set["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
 

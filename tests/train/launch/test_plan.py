@@ -1,5 +1,6 @@
 """What is checked before anything is rented: names, places, secrets, packages."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -106,15 +107,27 @@ def test_the_slice_is_named_or_the_configs_own_and_never_another():
 
 def test_a_mesh_that_the_slice_cannot_form():
     check_fits_slice(config("mesh.tensor=8"), slice_named("v5e-16"))
-    check_fits_slice(config("mesh.fsdp=16"), slice_named("v5e-16"))
+    check_fits_slice(config("mesh.fsdp=16", "train.batch_size=16"), slice_named("v5e-16"))
     # A v4 chip is one device or two.
-    check_fits_slice(config("mesh.fsdp=16"), slice_named("v4-16"))
-    check_fits_slice(config("mesh.fsdp=32"), slice_named("v4-16"))
+    check_fits_slice(config("mesh.fsdp=16", "train.batch_size=16"), slice_named("v4-16"))
+    check_fits_slice(config("mesh.fsdp=32", "train.batch_size=32"), slice_named("v4-16"))
     for mesh in ("mesh.fsdp=8", "mesh.tensor=3"):
         with pytest.raises(ValueError, match="cannot be formed by the 16 devices of v5e-16"):
             check_fits_slice(config(mesh), slice_named("v5e-16"))
     with pytest.raises(ValueError, match=r"mesh\.cpu_devices is 8: this config emulates"):
         check_fits_slice(config("mesh.cpu_devices=8"), slice_named("v5e-16"))
+
+
+def test_a_batch_that_the_mesh_cannot_share():
+    check_fits_slice(config("train.batch_size=32"), slice_named("v5e-16"))
+    with pytest.raises(ValueError, match="batch size 8 is not a multiple of 16"):
+        check_fits_slice(config(), slice_named("v5e-16"))
+    halves = ("train.batch_size=16", "train.gradient_accumulation_steps=2")
+    with pytest.raises(ValueError, match="batch size 8 is not a multiple of 16"):
+        check_fits_slice(config(*halves), slice_named("v5e-16"))
+    divided = ("mesh.context=4", "train.batch_size=4", "train.sequence_length=100")
+    with pytest.raises(ValueError, match="sequence length 100 is not a multiple of 8"):
+        check_fits_slice(config(*divided), slice_named("v5e-16"))
 
 
 def test_buckets_are_mounted_wherever_they_are_named():
@@ -184,6 +197,54 @@ def test_local_files_are_copied_small_and_refused_large(tmp_path, monkeypatch):
         place(config("output=gs://b/r", "model.name=model"), may_copy=True)
 
 
+def test_a_teacher_is_placed_as_a_model_is(tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/config.json").write_text("{}")
+    run = load_run_config(
+        find_config("tiny-distill-cpu.yaml"),
+        ["output=gs://b/r", f"distill.teacher={tmp_path}/teacher"],
+    )
+    placed = place(run, may_copy=True)
+    assert placed.config["distill"]["teacher"] == "./copied/0-teacher"
+    distill = dataclasses.replace(run.distill, teacher="gs://models/teacher")
+    placed = place(dataclasses.replace(run, distill=distill), may_copy=False)
+    assert placed.config["distill"]["teacher"] == "/mnt/gcs/models/teacher"
+    assert "models" in placed.buckets
+    distill = dataclasses.replace(run.distill, teacher="./nothere")
+    with pytest.raises(ValueError, match=r"distill.teacher ./nothere does not exist here"):
+        place(dataclasses.replace(run, distill=distill), may_copy=True)
+
+
+@pytest.mark.parametrize(
+    ("plain", "is_secret"),
+    [
+        ("TOKENIZERS_PARALLELISM=false", False),
+        ("MAX_NEW_TOKENS=5", False),
+        ("HF_TOKEN=x", True),
+        ("OPENAI_KEY=x", True),
+        ("AWS_KEY=AKIA", True),
+        ("DB_PASS=hunter22", True),
+        ("A=AKIA" + "A1B2" * 4, True),
+        ("A=sk-" + "ab12" * 6, True),
+    ],
+)
+def test_what_sounds_like_a_secret_is_not_said_aloud(plain, is_secret):
+    def read():
+        return read_environment(plain=[plain], secrets=[], forward=[], local={}).plain
+
+    if not is_secret:
+        assert read() == dict([plain.split("=")])
+        return
+    with pytest.raises(ValueError, match="looks like a secret") as raised:
+        read()
+    assert plain.partition("=")[2] not in str(raised.value) or plain.endswith("=x")
+
+
+def test_a_variable_is_set_once():
+    with pytest.raises(ValueError, match="A is set twice, by --env"):
+        read_environment(plain=["A=b", "A=c"], secrets=[], forward=[], local={})
+
+
 def test_secrets_that_are_given_as_values_are_refused_without_repeating_them():
     token = "hf_" + "a" * 34
     for options in (
@@ -237,6 +298,10 @@ def test_workers_install_what_the_config_uses():
     assert extras() == "tpu,demo"
     assert extras("model.name=gs://b/m") == "tpu"
     assert extras("model.name=gs://b/m", "wandb.project=p") == "tpu,wandb"
+    assert extras("model.name=gs://b/m", "model.tokenizer=smollm2-135m") == "tpu,demo"
+    held_out = ("model.name=gs://b/m", "data.eval=[]", "data.eval_fraction=0.1")
+    for source in ("gs://b/rows.parquet", "{datasets: gs://b/saved, split: train}"):
+        assert extras(*held_out, f"data.train=[{source}]") == "tpu,data"
 
 
 def test_packages(tmp_path, monkeypatch):
