@@ -22,12 +22,22 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import check_keys
-from llama_jax.formats.json_fields import parse_json
+from llama_jax.formats.json_fields import parse_json, shorten
 
 MANIFEST, STATE, ADAPTERS = "manifest.json", "state.json", "adapters"
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHUNK = 1 << 20
+
+Kind = tuple[str, tuple[type, ...]]
+_TEXT: Kind = ("a text", (str,))
+_TEXT_OR_NULL: Kind = ("a text or null", (str, type(None)))
+_STATE_KINDS: dict[str, Kind] = {
+    "active": _TEXT_OR_NULL,
+    "previous": ("a list", (list,)),
+    "canary": _TEXT_OR_NULL,
+    "share": ("a number", (int, float)),
+}
 
 
 class UnknownNameError(LookupError):
@@ -106,6 +116,30 @@ class State:
     canary: str | None = None
     share: float = 0.0
 
+    @classmethod
+    def from_json(cls, values: Any) -> "State":
+        """Raises ValueError."""
+        _check_fields("the state", values, _STATE_KINDS)
+        for version in values["previous"]:
+            if not isinstance(version, str) or not NAME.fullmatch(version):
+                raise ValueError(f"previous has {shorten(version)}, which is no version")
+        if not 0 <= values["share"] <= 1:
+            raise ValueError(f"share is {shorten(values['share'])}; it must be from 0 to 1")
+        return cls(**{**values, "previous": tuple(values["previous"])})
+
+
+def _check_fields(owner: str, values: Any, kinds: dict[str, Kind]) -> None:
+    """Raises ValueError unless `values` is an object of these fields, each of its kind."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{owner} is {shorten(values)}; it must be an object")
+    check_keys(owner, values, list(kinds))
+    missing = [name for name in kinds if name not in values]
+    if missing:
+        raise ValueError(f"{owner} lacks {', '.join(missing)}")
+    for name, (words, allowed) in kinds.items():
+        if type(values[name]) not in allowed:  # True is an int for isinstance
+            raise ValueError(f"{owner}: {name} is {shorten(values[name])}; it must be {words}")
+
 
 def _check_inside(path: Path, name: Any) -> None:
     parts = name.split("/") if isinstance(name, str) else []
@@ -181,17 +215,24 @@ class Registry:
         return manifest
 
     def state(self, name: str) -> State:
-        """A model with one version answers with it before anyone has activated any."""
+        """A model with one version answers with it before anyone has activated any. Raises
+        ValueError naming a file that is damaged, or whose active version is not there."""
         versions = self.versions(name)
         path = self.root / name / STATE
         if not versions or not path.is_file():
             return State(active=versions[0] if len(versions) == 1 else None)
         try:
-            values = parse_json(path.read_text(encoding="utf-8"))
-            check_keys(str(path), values, [each.name for each in dataclasses.fields(State)])
-            return State(**{**values, "previous": tuple(values["previous"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            state = State.from_json(parse_json(path.read_text(encoding="utf-8"), unique=True))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged: {error}; activate a version, which writes it anew"
+            ) from error
+        if state.active not in (None, *versions):
+            raise ValueError(
+                f"{path} says that {state.active!r} is active, which is not there (there is "
+                f"{', '.join(versions)}); activate another"
+            )
+        return state
 
     def set_state(self, name: str, state: State) -> None:
         """On the disk at once, or not at all."""

@@ -110,3 +110,31 @@ def test_the_state_is_kept_and_the_only_version_is_active(root, tmp_path):
         registry.state("m")
     with pytest.raises(UnknownNameError):
         registry.set_state("nothing", state)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('["1"]', r'the state is \["1"\]; it must be an object'),
+        ("{}", "lacks active, previous, canary, share"),
+        ('{"active": "1", "active": "2"}', "'active' appears twice"),
+        ({"active": 5}, "active is 5; it must be a text or null"),
+        ({"active": ["1"]}, "it must be a text or null"),
+        ({"active": "9"}, "says that '9' is active, which is not there"),
+        ({"previous": "12"}, 'previous is "12"; it must be a list'),
+        ({"previous": [1]}, "previous has 1, which is no version"),
+        ({"previous": ["../1"]}, "which is no version"),
+        ({"canary": 1}, "canary is 1"),
+        ({"share": "x"}, 'share is "x"; it must be a number'),
+        ({"share": True}, "share is true; it must be a number"),
+        ({"share": 1.5}, "share is 1.5; it must be from 0 to 1"),
+        ({"share": float("nan")}, "it must be from 0 to 1"),
+        ({"speed": 1}, "no field 'speed'"),
+    ],
+)
+def test_states_are_read_strictly(root, text, said):
+    if isinstance(text, dict):
+        text = json.dumps({"active": "1", "previous": [], "canary": None, "share": 0.0, **text})
+    (root / "m" / "state.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"state\.json .*{said}.*; activate"):
+        Registry(root).state("m")
