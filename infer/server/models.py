@@ -378,7 +378,12 @@ class Models:
 
     async def _set_state(self, name: str, state: State) -> State:
         assert self._registry is not None
-        await asyncio.to_thread(self._registry.set_state, name, state)
+        try:
+            await asyncio.to_thread(self._registry.set_state, name, state)
+        except (OSError, UnknownNameError) as error:
+            logger.error("state not written", extra={"model": name, "reason": str(error)})
+            message = f"which version of {name} is active stays as it was: {error}"
+            raise ApiError(503, message, code="state_not_written") from error
         self._states[name] = state
         return state
 

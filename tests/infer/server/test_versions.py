@@ -344,6 +344,18 @@ def test_a_damaged_state_is_named_to_admins_and_mended(models_dir, fleet, state,
     assert Registry(models_dir).state("m") == State(active="2")
 
 
+def test_a_state_that_cannot_be_written_changes_nothing(models_dir, fleet):
+    path = models_dir / "m" / "state.json"
+    with serving(models_dir, fleet) as server:
+        assert said(server) == "1"
+        path.unlink()
+        path.mkdir()
+        status, body, _ = admin(server, "models/activate", version="2")
+        assert (status, body["error"]["code"]) == (503, "state_not_written")
+        assert str(path) in body["error"]["message"]
+        assert said(server) == "1"
+
+
 def test_a_canary_that_is_not_there_is_ignored(models_dir, fleet):
     Registry(models_dir).set_state("m", State(active="1", canary="9", share=0.9999))
     with serving(models_dir, fleet) as server:
