@@ -151,9 +151,11 @@ class ChatAnswer(Answer):
         self._n = generation.requests[0].params.n
         may_call = bool(body.tools) and body.tool_choice != "none"
         self._choices = {index: Choice() for index in range(self._n)}
-        self._parsers = (
-            {index: ToolParser(body.tools or []) for index in range(self._n)} if may_call else {}
-        )
+        parallel = body.parallel_tool_calls is not False
+        self._parsers = {
+            index: ToolParser(body.tools or [], parallel=parallel)
+            for index in range(self._n if may_call else 0)
+        }
         # Log probabilities of tokens whose text is held back: they go out with the next chunk.
         self._held: dict[int, list[TokenLogprob]] = {index: [] for index in range(self._n)}
 
