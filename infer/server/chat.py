@@ -88,7 +88,11 @@ def _tool_structure(body: ChatRequest, asked: Structure | None, max_bytes: int) 
         raise ApiError(400, f"tool_choice names {name!r}, which is no tool", param="tool_choice")
     if choice != "required" and name is None:
         return asked
-    schema = forced_schema(body.tools, name=name, parallel=body.parallel_tool_calls is not False)
+    parallel = body.parallel_tool_calls is not False
+    try:
+        schema = forced_schema(body.tools, name=name, parallel=parallel)
+    except RecursionError:
+        raise ApiError(400, "tools has a schema nested too deeply", param="tools") from None
     if len(schema) > max_bytes:
         raise ApiError(400, f"the schemas of tools are over {max_bytes} bytes", param="tools")
     return Structure("json_schema", schema)
