@@ -146,6 +146,8 @@ def test_tokens_that_are_no_characters_are_told_apart():
 def test_a_message_may_be_an_empty_text(client):
     messages = [{"role": "user", "content": ""}]
     assert client("Chat", model="m", messages=messages).choices[0].message.content
+    error = refused(lambda: client("Chat", model="m", messages=[{"role": "tool", "content": "x"}]))
+    assert "tool_call_id" in error.details()
 
 
 def test_the_other_calls(client):
