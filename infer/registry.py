@@ -22,12 +22,36 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import check_keys
-from llama_jax.formats.json_fields import parse_json
+from llama_jax.formats.json_fields import is_equal, parse_json, shorten
 
 MANIFEST, STATE, ADAPTERS = "manifest.json", "state.json", "adapters"
+_RESERVED = (STATE, ADAPTERS)  # what lies beside a model's versions
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _CHUNK = 1 << 20
+
+Kind = tuple[str, tuple[type, ...]]
+_TEXT: Kind = ("a text", (str,))
+_TEXT_OR_NULL: Kind = ("a text or null", (str, type(None)))
+_WHOLE: Kind = ("a whole number", (int,))
+_MANIFEST_KINDS: dict[str, Kind] = {
+    "name": _TEXT,
+    "version": _TEXT,
+    "model": _TEXT,
+    "adapter": _TEXT_OR_NULL,
+    "template": _TEXT_OR_NULL,
+    "source": _TEXT,
+    "quantization": _TEXT_OR_NULL,
+    "created": _WHOLE,
+    "files": ("an object", (dict,)),
+}
+_FILE_KINDS: dict[str, Kind] = {"bytes": _WHOLE, "sha256": _TEXT}
+_STATE_KINDS: dict[str, Kind] = {
+    "active": _TEXT_OR_NULL,
+    "previous": ("a list", (list,)),
+    "canary": _TEXT_OR_NULL,
+    "share": ("a number", (int, float)),
+}
 
 
 class UnknownNameError(LookupError):
@@ -63,28 +87,19 @@ class Manifest:
         """Raises ValueError naming the file and what is wrong with it."""
         path = folder / MANIFEST
         try:
-            values = parse_json(path.read_text(encoding="utf-8"))
+            values = parse_json(path.read_text(encoding="utf-8"), unique=True)
         except OSError as error:
             raise ValueError(f"{path} cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
-        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+        if not isinstance(values, dict) or not is_equal(values.pop("format", None), FORMAT):
             raise ValueError(f"{path} is no manifest of format {FORMAT}")
-        fields = [each.name for each in dataclasses.fields(cls)]
-        check_keys(str(path), values, fields)
-        missing = [name for name in fields if name not in values]
-        if missing:
-            raise ValueError(f"{path} lacks {', '.join(missing)}")
-        files = values.pop("files")
-        if not isinstance(files, dict):
-            raise ValueError(f"{path}: files must be an object")
+        _check_fields(str(path), values, _MANIFEST_KINDS)
         entries = {}
-        for name, entry in files.items():
+        for name, entry in values.pop("files").items():
             _check_inside(path, name)
-            try:
-                entries[name] = FileEntry(**entry)
-            except TypeError as error:
-                raise ValueError(f"{path}: files: {name}: {error}") from error
+            _check_fields(f"{path}: {name}", entry, _FILE_KINDS)
+            entries[name] = FileEntry(**entry)
         manifest = cls(**values, files=entries)
         for name in (manifest.model, manifest.adapter, manifest.template):
             if name is not None:
@@ -105,6 +120,30 @@ class State:
     previous: tuple[str, ...] = ()
     canary: str | None = None
     share: float = 0.0
+
+    @classmethod
+    def from_json(cls, values: Any) -> "State":
+        """Raises ValueError."""
+        _check_fields("the state", values, _STATE_KINDS)
+        for version in values["previous"]:
+            if not isinstance(version, str) or not NAME.fullmatch(version):
+                raise ValueError(f"previous has {shorten(version)}, which is no version")
+        if not 0 <= values["share"] <= 1:
+            raise ValueError(f"share is {shorten(values['share'])}; it must be from 0 to 1")
+        return cls(**{**values, "previous": tuple(values["previous"])})
+
+
+def _check_fields(owner: str, values: Any, kinds: dict[str, Kind]) -> None:
+    """Raises ValueError unless `values` is an object of these fields, each of its kind."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{owner} is {shorten(values)}; it must be an object")
+    check_keys(owner, values, list(kinds))
+    missing = [name for name in kinds if name not in values]
+    if missing:
+        raise ValueError(f"{owner} lacks {', '.join(missing)}")
+    for name, (words, allowed) in kinds.items():
+        if type(values[name]) not in allowed:  # True is an int for isinstance
+            raise ValueError(f"{owner}: {name} is {shorten(values[name])}; it must be {words}")
 
 
 def _check_inside(path: Path, name: Any) -> None:
@@ -132,7 +171,7 @@ class Registry:
         return [
             version
             for version in _folders(folder)
-            if version != ADAPTERS and (folder / version / MANIFEST).is_file()
+            if version not in _RESERVED and (folder / version / MANIFEST).is_file()
         ]
 
     def adapters(self, name: str) -> dict[str, Path]:
@@ -165,9 +204,16 @@ class Registry:
         return manifest
 
     def verify(self, name: str, version: str, *, hashes: bool) -> Manifest:
-        """The manifest, after every file it lists was found whole. Raises ValueError naming the
-        first file that is missing, of another size or (with `hashes`) of other contents."""
+        """The manifest, after every file it lists was found whole, and no other. Raises ValueError
+        naming the first file that is missing, not listed, a link, of another size or (with
+        `hashes`) of other contents."""
         folder, manifest = self.folder(name, version), self.manifest(name, version)
+        for path in _contents(folder):
+            if path.relative_to(folder).as_posix() not in (MANIFEST, *manifest.files):
+                raise ValueError(
+                    f"{path} is not in the manifest, and versions never change; remove it, or "
+                    f"register a version that has it"
+                )
         for relative, entry in manifest.files.items():
             path = folder / relative
             if not path.is_file():
@@ -181,17 +227,24 @@ class Registry:
         return manifest
 
     def state(self, name: str) -> State:
-        """A model with one version answers with it before anyone has activated any."""
+        """A model with one version answers with it before anyone has activated any. Raises
+        ValueError naming a file that is damaged, or whose active version is not there."""
         versions = self.versions(name)
         path = self.root / name / STATE
         if not versions or not path.is_file():
             return State(active=versions[0] if len(versions) == 1 else None)
         try:
-            values = parse_json(path.read_text(encoding="utf-8"))
-            check_keys(str(path), values, [each.name for each in dataclasses.fields(State)])
-            return State(**{**values, "previous": tuple(values["previous"])})
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            state = State.from_json(parse_json(path.read_text(encoding="utf-8"), unique=True))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{path} is damaged: {error}; activate a version, which writes it anew"
+            ) from error
+        if state.active not in (None, *versions):
+            raise ValueError(
+                f"{path} says that {state.active!r} is active, which is not there (there is "
+                f"{', '.join(versions)}); activate another"
+            )
+        return state
 
     def set_state(self, name: str, state: State) -> None:
         """On the disk at once, or not at all."""
@@ -199,11 +252,15 @@ class Registry:
             raise UnknownNameError(f"there is no model {name!r}")
         folder = self.root / name
         descriptor, temporary = tempfile.mkstemp(prefix=".state-", dir=folder)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(state), file, indent=2)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(folder / STATE)
+        try:
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump(dataclasses.asdict(state), file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(folder / STATE)
+        except BaseException:
+            Path(temporary).unlink()
+            raise
 
 
 def register(
@@ -223,10 +280,10 @@ def register(
     a name that is not allowed and a version that exists.
     """
     for what, text in (("name", name), ("version", version)):
-        if not NAME.fullmatch(text) or text == ADAPTERS:
+        if not NAME.fullmatch(text) or text in _RESERVED:
             raise ValueError(
                 f"the {what} {text!r} must be 1 to 64 letters, digits, dots, dashes and "
-                f"underscores, beginning with a letter or digit, and not {ADAPTERS!r}"
+                f"underscores, beginning with a letter or digit, and not {' or '.join(_RESERVED)}"
             )
     target = Path(root) / name / version
     if target.exists():
@@ -238,7 +295,7 @@ def register(
         adapter_path = None if adapter is None else _copy(adapter, temporary / "adapter")
         if template is not None:
             shutil.copyfile(template, temporary / "template.jinja")
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
+        files = _contents(temporary)
         Manifest(
             name=name,
             version=version,
@@ -272,6 +329,15 @@ def _copy(source: Path, target: Path) -> Path:
         return target
     target.mkdir()
     return Path(shutil.copyfile(source, target / source.name))
+
+
+def _contents(folder: Path) -> list[Path]:
+    """The files below a folder. Raises ValueError for a link, or what else is neither."""
+    paths = sorted(folder.rglob("*"))
+    for path in paths:
+        if path.is_symlink() or not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is a link or no file; a version has files of its own only")
+    return [path for path in paths if not path.is_dir()]
 
 
 def _folders(folder: Path) -> list[str]:

@@ -88,15 +88,18 @@ class Admin:
 
     async def load_adapter(self, request: Request) -> Response:
         body = await self._body(request, AdapterBody)
-        version = body.version or self._models.active_version(body.model)
+        version = self._version(body)
         await self._models.add_adapter(body.model, version, body.adapter)
         return JSONResponse({"model": f"{body.model}:{body.adapter}", "version": version})
 
     async def unload_adapter(self, request: Request) -> Response:
         body = await self._body(request, AdapterBody)
-        version = body.version or self._models.active_version(body.model)
+        version = self._version(body)
         await self._models.remove_adapter(body.model, version, body.adapter)
         return JSONResponse({"model": body.model, "version": version, "removed": body.adapter})
+
+    def _version(self, body: AdapterBody) -> str:
+        return self._models.active_version(body.model) if body.version is None else body.version
 
     def _check(self, request: Request) -> None:
         self._context.gate.check_admin(request.scope["visit"].arrival.caller)

@@ -6,9 +6,10 @@ names of `SamplingParams`.
 """
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from infer.engine.request import Structure
 from infer.params import SamplingParams
@@ -39,8 +40,15 @@ def _each(name: str, given: str | Ids | list[str] | list[Ids]) -> list[str | lis
 
 
 Body = TypeVar("Body", bound=BaseModel)
-# Fields of several types: what pydantic says of each type is no part of the field's name.
-_UNIONS = {"prompt", "input", "stop", "content", "tool_choice"}
+_TEXTS = f"a text, a list of texts, a list of at most {2**20} token ids or a list of such lists"
+# Fields of several types, of which pydantic complains one by one: what may stand there.
+_UNIONS = {
+    "prompt": _TEXTS,
+    "input": _TEXTS,
+    "stop": "a text or a list of texts",
+    "content": 'a text or a list of parts, all {"type": "text", "text": …}',
+    "tool_choice": '"none", "auto", "required" or {"type": "function", "function": {"name": …}}',
+}
 
 
 class _Body(BaseModel):
@@ -197,7 +205,23 @@ class Message(_Body):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    refusal: str | None = None
+    # The openai package sends these back as nulls.
+    annotations: None = None
+    audio: None = None
+    function_call: None = None
+    refusal: None = None
+
+    @model_validator(mode="after")
+    def _check_role(self) -> Self:
+        for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(self, field) is not None and self.role != role:
+                raise _wrong(f"{field} goes only with role {role!r}, not {self.role!r}")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise _wrong("role 'tool' needs tool_call_id, the id of the call that it answers")
+        if self.content in (None, []) and not self.tool_calls:
+            also = " or tool_calls" if self.role == "assistant" else ""
+            raise _wrong(f"role {self.role!r} needs content{also}")
+        return self
 
     def to_template(self) -> dict[str, Any]:
         """The message as chat templates expect it: texts joined, arguments as values."""
@@ -214,6 +238,10 @@ class Message(_Body):
         if self.tool_calls:
             message["tool_calls"] = [_to_template(call) for call in self.tool_calls]
         return message
+
+
+def _wrong(message: str) -> PydanticCustomError:
+    return PydanticCustomError("message", message)
 
 
 def _to_template(call: ToolCall) -> dict[str, Any]:
@@ -351,13 +379,12 @@ def invalid(error: ValidationError) -> ApiError:
     """The first problem of a body, with what was given where that is a number or should be a word;
     texts, which may be long and private, are not repeated."""
     first = error.errors(include_url=False, include_context=False)[0]
-    loc = list(first["loc"])
-    for place, part in enumerate(loc):
+    loc, message = first["loc"], first["msg"]
+    for place, part in enumerate(loc[:-1]):
         if part in _UNIONS:
-            loc = loc[: place + 1]
+            loc, message = loc[: place + 1], f"Input should be {_UNIONS[str(part)]}"
             break
     param = ".".join(map(str, loc)) or None
-    message = first["msg"]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {message}", code="invalid_json")
     if first["type"] == "extra_forbidden":

@@ -88,7 +88,11 @@ def _tool_structure(body: ChatRequest, asked: Structure | None, max_bytes: int) 
         raise ApiError(400, f"tool_choice names {name!r}, which is no tool", param="tool_choice")
     if choice != "required" and name is None:
         return asked
-    schema = forced_schema(body.tools, name=name, parallel=body.parallel_tool_calls is not False)
+    parallel = body.parallel_tool_calls is not False
+    try:
+        schema = forced_schema(body.tools, name=name, parallel=parallel)
+    except RecursionError:
+        raise ApiError(400, "tools has a schema nested too deeply", param="tools") from None
     if len(schema) > max_bytes:
         raise ApiError(400, f"the schemas of tools are over {max_bytes} bytes", param="tools")
     return Structure("json_schema", schema)
@@ -153,9 +157,11 @@ class ChatAnswer(Answer):
         self._n = generation.requests[0].params.n
         may_call = bool(body.tools) and body.tool_choice != "none"
         self._choices = {index: Choice() for index in range(self._n)}
-        self._parsers = (
-            {index: ToolParser(body.tools or []) for index in range(self._n)} if may_call else {}
-        )
+        parallel = body.parallel_tool_calls is not False
+        self._parsers = {
+            index: ToolParser(body.tools or [], parallel=parallel)
+            for index in range(self._n if may_call else 0)
+        }
         # Log probabilities of tokens whose text is held back: they go out with the next chunk.
         self._held: dict[int, list[TokenLogprob]] = {index: [] for index in range(self._n)}
 

@@ -56,6 +56,11 @@ class Models:
         # The states of models whose registry must not be asked for every request.
         self._states: dict[str, State] = {}
         self._changing = asyncio.Lock()
+        # The version that is to answer; nothing unloads it.
+        self._switching: Key | None = None
+        # Versions that have been given room and are not loaded yet.
+        self._building: set[Key] = set()
+        self._making_room = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self.is_draining = False
         self.has_started = False
@@ -114,10 +119,14 @@ class Models:
         name, _, version = rest.partition("@")
         if rest.endswith("@") or model.endswith(":"):
             raise _unknown(model, f"there is no model {model!r}: nothing follows its @ or :")
-        if name not in self._sources and name not in self._states:
-            # The registry may lie on a slow disk; its answer is remembered.
-            await asyncio.to_thread(self._state, name, model)
-        key = (name, version) if version else (name, self._choose(name, model, request_id))
+        if not version:
+            unreadable = f"which version of {name} is active cannot be read"
+            with _without_reason("registry_damaged", unreadable):
+                if name not in self._sources and name not in self._states:
+                    # The registry may lie on a slow disk; its answer is remembered.
+                    await asyncio.to_thread(self._state, name, model)
+                version = self._choose(name, model, request_id)
+        key = (name, version)
         loaded = self._loaded.get(key)
         if loaded is None:
             loaded = await self._load_for_request(key, model)
@@ -137,25 +146,36 @@ class Models:
             lease.loaded.last_used = self._clock()
 
     def _choose(self, name: str, model: str, request_id: str) -> str:
+        if name not in self._sources:
+            state = self._state(name, model)
+            if state.canary is not None and _share_of(request_id) < state.share:
+                return state.canary
+        return self._active(name, model)
+
+    def _active(self, name: str, model: str) -> str:
         if name in self._sources:
             return self._sources[name].version
         state = self._state(name, model)
-        if state.canary is not None and _share_of(request_id) < state.share:
-            return state.canary
         if state.active is None:
             raise _unknown(model, f"no version of {name} is active")
         return state.active
 
     def _state(self, name: str, model: str) -> State:
         if name not in self._states:
-            if self._registry is None or not self._registry.versions(name):
+            versions = self._versions(name)
+            if self._registry is None or not versions:
                 raise _unknown(model, f"there is no model {model[:100]!r}")
             try:
-                self._states[name] = self._registry.state(name)
+                state = self._registry.state(name)
             except ValueError as error:
                 logger.error("state not read", extra={"model": name, "reason": str(error)})
-                message = f"which version of {name} is active cannot be read"
-                raise ApiError(503, message, code="registry_damaged") from error
+                raise ApiError(503, str(error), code="registry_damaged") from error
+            if state.canary not in (None, *versions):
+                extra = {"model": name, "version": state.canary}
+                logger.warning("canary ignored; the version is not there", extra=extra)
+                state = replace(state, canary=None, share=0.0)
+            # Not what a switch has set meanwhile.
+            self._states.setdefault(name, state)
         return self._states[name]
 
     async def _load_for_request(self, key: Key, model: str) -> Loaded:
@@ -168,14 +188,8 @@ class Models:
             raise _unknown(model, f"there is no model {model[:100]!r}")
         if not self._settings.load_on_demand:
             raise ApiError(503, f"{name} version {version} is not loaded", code="model_not_loaded")
-        try:
+        with _without_reason("load_failed", f"{name} version {version} cannot be loaded"):
             return await self._load(key)
-        except ApiError as error:
-            if error.code != "load_failed":
-                raise
-            # The reason names files, which are for the log and for admins.
-            message = f"{name} version {version} cannot be loaded"
-            raise ApiError(503, message, code="load_failed") from error
 
     # What there is
 
@@ -264,13 +278,13 @@ class Models:
         """Lets a version answer: all requests, or `share` of them beside the active one.
 
         It is loaded and has answered a probe before anything changes; until then, and where that
-        fails, the version before answers. Raises ApiError with the reason.
+        fails, the version before answers. A state that is damaged is written anew. Raises ApiError
+        with the reason.
         """
         self._registered(name, version)
         self._check_switchable(name)
         async with self._changing:
-            await self._load((name, version))
-            state = self._state(name, name)
+            state = await asyncio.to_thread(self._known_state, name)
             if share is not None and share < 1:
                 if version == state.active or state.active is None:
                     raise ApiError(
@@ -282,7 +296,7 @@ class Models:
                 if state.active is not None and state.active != version:
                     previous = (*(each for each in previous if each != version), state.active)
                 new = State(active=version, previous=previous)
-            return await self._set_state(name, new)
+            return await self._switch(name, version, new)
 
     async def roll_back(self, name: str) -> State:
         """Ends a canary if there is one; else the version that answered before answers again."""
@@ -293,9 +307,8 @@ class Models:
                 return await self._set_state(name, replace(state, canary=None, share=0.0))
             if not state.previous:
                 raise ApiError(409, f"no version of {name} was active before {state.active}")
-            await self._load((name, state.previous[-1]))
             new = State(active=state.previous[-1], previous=state.previous[:-1])
-            return await self._set_state(name, new)
+            return await self._switch(name, state.previous[-1], new)
 
     async def unload(self, name: str, version: str) -> None:
         """Waits for the version's running requests. Raises ApiError for one that answers."""
@@ -329,7 +342,7 @@ class Models:
         await asyncio.to_thread(loaded.engine.remove_adapter, adapter)
 
     def active_version(self, name: str) -> str:
-        return self._choose(name, name, "")
+        return self._active(name, name)
 
     def _known_adapters(self, loaded: Loaded) -> Mapping[str, Path]:
         if loaded.name in self._sources or self._registry is None:
@@ -355,45 +368,66 @@ class Models:
         if name in self._sources:
             raise ApiError(409, f"{name} was given at the start and has one version only")
 
+    async def _switch(self, name: str, version: str, state: State) -> State:
+        self._switching = (name, version)
+        try:
+            await self._load(self._switching, state)
+            return await self._set_state(name, state)
+        finally:
+            self._switching = None
+
     async def _set_state(self, name: str, state: State) -> State:
         assert self._registry is not None
-        await asyncio.to_thread(self._registry.set_state, name, state)
+        try:
+            await asyncio.to_thread(self._registry.set_state, name, state)
+        except (OSError, UnknownNameError) as error:
+            logger.error("state not written", extra={"model": name, "reason": str(error)})
+            message = f"which version of {name} is active stays as it was: {error}"
+            raise ApiError(503, message, code="state_not_written") from error
         self._states[name] = state
         return state
 
     # Loading
 
-    async def _load(self, key: Key) -> Loaded:
-        """The loaded version; callers that come together wait for one load. Raises ApiError."""
+    async def _load(self, key: Key, switch: State | None = None) -> Loaded:
+        """The loaded version; callers that come together wait for one load. Raises ApiError.
+
+        switch: the state it is loaded for, where it is to answer.
+        """
         if key in self._loaded:
             return self._loaded[key]
         if key not in self._loading:
-            task = asyncio.create_task(self._load_alone(key))
+            task = asyncio.create_task(self._load_alone(key, switch))
             self._loading[key] = task
             task.add_done_callback(lambda _: self._loading.pop(key, None))
         # Who waits may give up; the load goes on for the others.
         return await asyncio.shield(self._loading[key])
 
-    async def _load_alone(self, key: Key) -> Loaded:
+    async def _load_alone(self, key: Key, switch: State | None) -> Loaded:
         name, version = key
-        await self._make_room()
         begin = time.monotonic()
         try:
-            loaded = await asyncio.to_thread(self._build_version, key)
+            await asyncio.to_thread(self._known_state, name)
+            self._in_the_way(key, switch)
+            # Files that are damaged are no reason to unload anything.
+            source = await asyncio.to_thread(self._source, key)
+            await self._make_room(key, switch)
+            loaded = await asyncio.to_thread(self._build_version, source)
+            loaded.last_used = self._clock()
+            self._loaded[key] = loaded
         except (ValueError, OSError, RuntimeError, UnknownNameError) as error:
             extra = {"model": name, "version": version, "reason": str(error)}
             logger.error("version not loaded", extra=extra)
             reason = f"{name} version {version} cannot be loaded: {error}"
             raise ApiError(503, reason, code="load_failed") from error
-        loaded.last_used = self._clock()
-        self._loaded[key] = loaded
+        finally:
+            self._building.discard(key)
         seconds = round(time.monotonic() - begin, 3)
         logger.info("version loaded", extra={"model": name, "version": version, "seconds": seconds})
         return loaded
 
-    def _build_version(self, key: Key) -> Loaded:
+    def _build_version(self, source: Source) -> Loaded:
         """In a thread: from files to an engine that has answered."""
-        source = self._source(key)
         built = self._build(source)
         try:
             built.engine.start()
@@ -430,20 +464,56 @@ class Models:
             created=manifest.created,
         )
 
-    async def _make_room(self) -> None:
+    async def _make_room(self, key: Key, switch: State | None) -> None:
         """Unloads the version unused for longest when as many are loaded as may be."""
-        while len(self._loaded) >= self._settings.max_loaded:
-            idle = [
-                each for each in self._loaded.values() if not each.is_pinned and not each.in_use
-            ]
-            if not idle:
-                raise ApiError(
-                    503,
-                    f"{len(self._loaded)} versions are loaded and in use, as many as may be",
-                    code="no_room",
-                    retry_after_seconds=10,
-                )
-            await self._unload(min(idle, key=lambda each: each.last_used), 0)
+        async with self._making_room:
+            while (loaded := self._in_the_way(key, switch)) is not None:
+                await self._unload(loaded, 0)
+            self._building.add(key)
+
+    def _in_the_way(self, key: Key, switch: State | None) -> Loaded | None:
+        """What must be unloaded before a version is loaded. Raises ApiError where all is in use.
+
+        A version that answers is not unloaded for one that is to answer, nor where no request
+        would load it again. One that takes the place of another is loaded beside it, one more
+        than may be; the other is unloaded when nobody uses it any more.
+        """
+        name, version = key
+        count, most = len(self._loaded) + len(self._building), self._settings.max_loaded
+        if count < most:
+            return None
+        keeps = switch is not None or not self._settings.load_on_demand
+        idle = self._idle(but_answering=keeps)
+        if idle:
+            return idle[0]
+        replaced = (name, self._states.get(name, State()).active)
+        is_replacing = switch is not None and switch.canary is None and replaced in self._loaded
+        if is_replacing and count == most:
+            return None
+        raise ApiError(
+            503,
+            f"there is no room for {name} version {version}: {len(self._loaded)} versions are "
+            f"loaded and in use, {len(self._building)} are being loaded, and max_loaded is "
+            f"{self._settings.max_loaded}; unload one, or raise it",
+            code="no_room",
+            retry_after_seconds=10,
+        )
+
+    def _idle(self, *, but_answering: bool) -> list[Loaded]:
+        """The versions that may be unloaded, that unused for longest first."""
+        idle = [
+            each
+            for each in self._loaded.values()
+            if not each.is_pinned
+            and not each.in_use
+            and (each.name, each.version) != self._switching
+            and not (but_answering and self._answers(each))
+        ]
+        return sorted(idle, key=lambda each: each.last_used)
+
+    def _answers(self, loaded: Loaded) -> bool:
+        state = self._states.get(loaded.name, State())
+        return loaded.version in (state.active, state.canary)
 
     async def _unload(self, loaded: Loaded, drain_seconds: float) -> None:
         self._loaded.pop((loaded.name, loaded.version), None)
@@ -463,6 +533,10 @@ class Models:
                     self._restarting[key] = task
                     task.add_done_callback(functools.partial(self._restarted, key))
                 elif self._is_idle(loaded):
+                    await self._unload(loaded, 0)
+            # What a switch has replaced.
+            if len(self._loaded) > self._settings.max_loaded:
+                for loaded in self._idle(but_answering=True)[:1]:
                     await self._unload(loaded, 0)
 
     def _restarted(self, key: Key, task: asyncio.Task[None]) -> None:
@@ -489,6 +563,17 @@ class Models:
             else:
                 logger.info("engine started again", extra=extra)
                 return
+
+
+@contextmanager
+def _without_reason(code: str, message: str) -> Iterator[None]:
+    """For clients: a reason names files, which are for the log and for admins."""
+    try:
+        yield
+    except ApiError as error:
+        if error.code != code:
+            raise
+        raise ApiError(503, message, code=code) from error
 
 
 def _share_of(request_id: str) -> float:

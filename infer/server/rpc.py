@@ -135,6 +135,8 @@ class _Keys(grpc.aio.ServerInterceptor):
 
 def _identify(identify: Callable[[str | None], Caller], metadata: Any) -> Caller:
     values = [value for key, value in metadata or () if key == "authorization"]
+    if len(values) > 1:
+        raise ApiError(400, "more than one authorization in the metadata; send one")
     return identify(str(values[0]) if values else None)
 
 

@@ -13,6 +13,8 @@ from typing import Any
 from google.protobuf import descriptor_pb2, descriptor_pool, json_format, message_factory
 from google.protobuf.message import DecodeError, Message
 
+from infer.completion import Alternative
+from infer.server.answers import token_text
 from infer.server.errors import ApiError
 
 SERVICE = "llama_jax.v1.Inference"
@@ -104,6 +106,8 @@ def completion_body(message: Message) -> dict[str, Any]:
 def chat_body(message: Message) -> dict[str, Any]:
     values = _as_dict(message)
     for each in values.get("messages", []):
+        # A text that is empty is not sent.
+        each.setdefault("content", "")
         for call in each.get("tool_calls", []):
             call["type"] = "function"
             call.get("function", {}).setdefault("arguments", "{}")
@@ -156,14 +160,20 @@ def chat_message(answer: Mapping[str, Any]) -> Message:
         if choice["logprobs"] is not None:
             row["logprobs"] = [
                 {
-                    "token": entry["token"],
+                    "token": _token_text(entry),
                     "logprob": entry["logprob"],
-                    "top": {top["token"]: top["logprob"] for top in entry["top_logprobs"]},
+                    "top": {_token_text(top): top["logprob"] for top in entry["top_logprobs"]},
                 }
                 for entry in choice["logprobs"]["content"]
             ]
         choices.append(row)
     return _answer("ChatCompletion", answer, choices)
+
+
+def _token_text(entry: Mapping[str, Any]) -> str:
+    """As in a completion: bytes that are no whole characters would all look alike."""
+    raw = bytes(entry["bytes"])
+    return token_text(Alternative(-1, entry["token"], raw, entry["logprob"]))
 
 
 def _reason(choice: Mapping[str, Any]) -> dict[str, Any]:

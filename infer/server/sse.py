@@ -40,15 +40,18 @@ class EventStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         error: BaseException | None = None
         try:
-            await run_while_connected(receive, self._send_all(send))
+            error = await run_while_connected(
+                receive, self._send_all(send, scope["visit"].arrival.request_id)
+            )
         except BaseException as raised:
             error = raised
-            if not isinstance(raised, ClientLeftError | ApiError):
+            if not isinstance(raised, ClientLeftError):
                 raise
         finally:
             await self._close(error)
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, request_id: str) -> Exception | None:
+        """Gives what ended the stream early, which the client has been told."""
         headers = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
@@ -64,8 +67,14 @@ class EventStream:
                     await _write(send, event(chunk), more=True)
         except ApiError as error:
             await _write(send, event(error.to_json()), more=False)
-            raise
+            return error
+        except Exception as error:
+            logger.error("unexpected", exc_info=error, extra={"request_id": request_id})
+            told = ApiError(500, f"internal error (request {request_id})", code="internal")
+            await _write(send, event(told.to_json()), more=False)
+            return error
         await _write(send, DONE, more=False)
+        return None
 
 
 async def _write(send: Send, body: bytes, *, more: bool) -> None:

@@ -7,6 +7,7 @@ held back until it is known to be one.
 """
 
 import json
+import re
 import secrets
 from collections.abc import Sequence
 from typing import Any
@@ -18,13 +19,28 @@ _OPENERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 _CLOSER = "</tool_call>"
 # These only at its beginning: elsewhere they are ordinary text.
 _BARE = ("{", "[")
+# What may stand around the objects.
+_BETWEEN = re.compile(rf"(?:[\s;,]|{'|'.join(map(re.escape, (*_OPENERS, _CLOSER)))})*")
+# Keys of a JSON Schema under which data stand, and those under which schemas have names.
+_DATA = ("const", "default", "enum", "examples")
+_NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+# Without NaN and Infinity, which Python reads and JSON has not.
+_DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 
 class ToolParser:
-    """Reads one choice's text as it comes. tools: those that may be called."""
+    """Reads one choice's text as it comes. tools: those that may be called; parallel: whether more
+    than one at once, else the first call is kept."""
 
-    def __init__(self, tools: Sequence[Tool]):
+    def __init__(self, tools: Sequence[Tool], *, parallel: bool = True):
         self._names = {tool.function.name for tool in tools}
+        self._parallel = parallel
         self._held = ""
         self._has_shown = False
         self._in_call = False
@@ -47,7 +63,9 @@ class ToolParser:
     def finish(self) -> tuple[str, list[dict[str, Any]]]:
         """The rest of the text, and the calls. A text that is no call after all comes out whole."""
         calls = parse_calls(self._held, self._names) if self._in_call else []
-        return ("", calls) if calls else (self._held, [])
+        if not calls:
+            return self._held, []
+        return "", calls if self._parallel else calls[:1]
 
     def _show(self, length: int) -> str:
         shown, self._held = self._held[:length], self._held[length:]
@@ -65,20 +83,24 @@ def _num_begun(text: str) -> int:
 
 def parse_calls(text: str, names: set[str]) -> list[dict[str, Any]]:
     """OpenAI's tool calls; empty unless the whole text is calls of known tools."""
-    for mark in (*_OPENERS, _CLOSER):
-        text = text.replace(mark, " ")
-    decoder = json.JSONDecoder()
     found: list[Any] = []
-    rest = text.strip().strip(";").strip()
-    while rest:
+    place = _after_marks(text, 0)
+    while place < len(text):
         try:
-            value, end = decoder.raw_decode(rest)
+            value, place = _DECODER.raw_decode(text, place)
         except (ValueError, RecursionError):
             return []
         found += value if isinstance(value, list) else [value]
-        rest = rest[end:].lstrip().lstrip(";,").lstrip()
+        place = _after_marks(text, place)
     calls = [_call(each, names) for each in found]
     return [] if None in calls else [call for call in calls if call is not None]
+
+
+def _after_marks(text: str, place: int) -> int:
+    """Where the next value begins, if there is one."""
+    found = _BETWEEN.match(text, place)
+    assert found is not None
+    return found.end()
 
 
 def _call(value: Any, names: set[str]) -> dict[str, Any] | None:
@@ -87,11 +109,9 @@ def _call(value: Any, names: set[str]) -> dict[str, Any] | None:
     if isinstance(value.get("function"), dict):
         value = value["function"]
     name = value.get("name")
-    arguments = value.get("arguments", value.get("parameters", {}))
-    if name not in names:
+    arguments = _as_json(value.get("arguments", value.get("parameters", {})))
+    if not isinstance(name, str) or name not in names or arguments is None:
         return None
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
     return {
         "id": f"call_{secrets.token_hex(12)}",
         "type": "function",
@@ -99,21 +119,55 @@ def _call(value: Any, names: set[str]) -> dict[str, Any] | None:
     }
 
 
+def _as_json(arguments: Any) -> str | None:
+    """Arguments as JSON text, which some models give; None where JSON cannot say them."""
+    try:
+        if isinstance(arguments, str):
+            _DECODER.decode(arguments)
+            text = arguments
+        else:
+            text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        text.encode()  # half of a pair of surrogates is no text
+    except (ValueError, RecursionError):
+        return None
+    return text
+
+
 def forced_schema(tools: Sequence[Tool], *, name: str | None, parallel: bool) -> str:
     """The JSON Schema of an answer that must call a tool: the one of that name, or any."""
-    calls = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool.function.name},
-                "arguments": tool.function.parameters or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-        if name in (None, tool.function.name)
-    ]
-    one = calls[0] if len(calls) == 1 else {"anyOf": calls}
-    many = {"type": "array", "items": one, "minItems": 1}
-    return json.dumps(many if parallel and name is None else one)
+    is_list = parallel and name is None
+    called = [tool.function for tool in tools if name in (None, tool.function.name)]
+    calls = []
+    for number, function in enumerate(called):
+        place = f"{'/items' if is_list else ''}/anyOf/{number}/properties/arguments"
+        calls.append(
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": function.name},
+                    "arguments": _moved(function.parameters, place) or {"type": "object"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
+    one = {"anyOf": calls}
+    return json.dumps({"type": "array", "items": one, "minItems": 1} if is_list else one)
+
+
+def _moved(schema: Any, place: str) -> Any:
+    """A schema for a place inside another: its `#` and `#/…` point to what they did before."""
+    if isinstance(schema, list):
+        return [_moved(each, place) for each in schema]
+    # Pointers inside what has an address of its own begin there, wherever it stands.
+    if not isinstance(schema, dict) or not str(schema.get("$id", "#")).startswith("#"):
+        return schema
+    moved: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key == "$ref" and (value == "#" or str(value).startswith("#/")):
+            moved[key] = f"#{place}{value[1:]}"
+        elif key in _NAMED and isinstance(value, dict):
+            moved[key] = {name: _moved(each, place) for name, each in value.items()}
+        else:
+            moved[key] = value if key in _DATA else _moved(value, place)
+    return moved

@@ -5,7 +5,10 @@ manifest lists every file with its SHA-256, and the server checks them before it
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama_jax.load import Model
 
 HELP = "add a version of a model to a registry"
 EXAMPLE = "llama-jax register smollm2-135m --models-dir models --name smollm2 --version 1"
@@ -30,6 +33,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             raise ValueError(f"{path} does not exist")
     # What cannot be read is refused before anything is copied.
     model, path = load_abstract(args.model), find_model(args.model)
+    if args.adapter is not None:
+        _check_adapter(Path(args.adapter), model)
+    if args.template is not None:
+        _check_template(Path(args.template), model)
     target = register(
         args.models_dir,
         args.name,
@@ -49,6 +56,39 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "bytes": sum(entry.bytes for entry in manifest.files.values()),
         "quantization": manifest.quantization,
     }
+
+
+def _check_adapter(folder: Path, model: "Model") -> None:
+    """Raises ValueError for what is no PEFT adapter of such a model."""
+    from llama_jax.formats.peft import load_adapter, stores_embeddings
+    from llama_jax.formats.peft_config import read_adapter_config
+    from llama_jax.weights.table import abstract_params
+
+    read_adapter_config(folder)
+    # Stored embeddings are compared with the model's own, which are not read here.
+    if not stores_embeddings(folder):
+        load_adapter(folder, model.config, abstract_params(model.config))
+
+
+def _check_template(path: Path, model: "Model") -> None:
+    """Raises ValueError for a template that does not compile or reaches out of its sandbox."""
+    from llama_jax.formats.chat import ChatTemplate, TemplateError
+    from llama_jax.formats.json_fields import read_text
+
+    text = read_text(path)
+    if not text.strip():
+        raise ValueError(f"{path} is empty; give a chat template, or leave --template out")
+    tokens = None if model.tokenizer is None else model.tokenizer.special_tokens
+    try:
+        template = ChatTemplate(text, special_tokens=tokens)
+    except TemplateError as error:
+        raise ValueError(f"{path}: {error}") from error
+    try:
+        template.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+    except TemplateError as error:
+        # A template may refuse a conversation; only the sandbox's own words count.
+        if str(error).startswith("chat template reaches for "):
+            raise ValueError(f"{path}: {error}") from error
 
 
 def _block_types(path: Path) -> str | None:

@@ -12,6 +12,7 @@ from llama_jax import cli, tree
 from llama_jax.demo.make_tokenizer import FOLDER as TOKENIZER
 from llama_jax.formats.gguf import save_gguf
 from llama_jax.formats.hf import save_hf
+from llama_jax.formats.peft import save_adapter
 from llama_jax.formats.tokenizer import load_tokenizer
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
@@ -19,9 +20,13 @@ from llama_jax.weights.quantize import quantize, stored_types
 from tests.tiny import tiny_config, tiny_params
 
 
+def model_config(**changes):
+    return tiny_config(vocab_size=264, bos_token_id=None, eos_token_id=(258,), **changes)
+
+
 @pytest.fixture
 def model(tmp_path):
-    config = tiny_config(vocab_size=264, bos_token_id=None, eos_token_id=(258,))
+    config = model_config()
     folder = tmp_path / "tiny"
     save_hf(folder, config, tiny_params(config), tokenizer=load_tokenizer(TOKENIZER))
     return folder
@@ -67,6 +72,61 @@ def test_adapters_do_not_hide_how_their_base_is_quantized():
     params = quantize(config, tiny_params(config), scheme="nf4")
     adapted = add_lora(config, params, LoraConfig(r=2), jax.random.key(0))
     assert stored_types(adapted) == "nf4"
+
+
+def refused(model, root, capsys, *options):
+    """What register says; it leaves nothing, so the version may be used again."""
+    argv = ["register", str(model), "--models-dir", str(root), "--name", "m", "--version", "1"]
+    assert cli.main([*argv, *map(str, options)]) == 2
+    assert not root.exists()
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (b"{% for %}", "chat.jinja: chat template, line 1"),
+        (b"caf\xe9", "chat.jinja is not a text in UTF-8"),
+        (b" \n", "chat.jinja is empty"),
+        (b'{{ "".__class__.__mro__ }}', "chat.jinja: chat template reaches for '__class__'"),
+    ],
+)
+def test_templates_that_no_chat_can_use_are_refused(
+    model, tmp_path, capsys, template, said
+):  # R113
+    path = tmp_path / "chat.jinja"
+    path.write_bytes(template)
+    assert said in refused(model, tmp_path / "models", capsys, "--template", path)
+
+
+def test_a_template_may_refuse_a_conversation(model, tmp_path):
+    path, root = tmp_path / "chat.jinja", tmp_path / "models"
+    path.write_text("{{ raise_exception('give a system message') }}")
+    argv = ["register", str(model), "--models-dir", str(root), "--name", "m", "--version", "1"]
+    assert cli.main([*argv, "--template", str(path)]) == 0
+    assert Registry(root).verify("m", "1", hashes=True).template == "template.jinja"
+
+
+def test_what_is_no_adapter_of_the_model_is_refused(model, tmp_path, capsys):
+    root, empty, file = tmp_path / "models", tmp_path / "empty", tmp_path / "file"
+    empty.mkdir()
+    file.write_text("x")
+    for path in (empty, file, model):
+        said = refused(model, root, capsys, "--adapter", path)
+        assert f"{path} holds no adapter_config.json, so it is not a PEFT adapter" in said
+    own, other = tmp_path / "own", tmp_path / "other"
+    for folder, config in ((own, model_config()), (other, model_config(hidden_size=32))):
+        params = add_lora(config, tiny_params(config), LoraConfig(r=2), jax.random.key(0))
+        save_adapter(folder, config, params, base_model_name_or_path=None)
+    assert "shape" in refused(model, root, capsys, "--adapter", other)
+    argv = ["register", str(model), "--models-dir", str(root), "--name", "m", "--version", "1"]
+    assert cli.main([*argv, "--adapter", str(own)]) == 0
+    manifest = Registry(root).verify("m", "1", hashes=True)
+    folder = Registry(root).folder("m", "1")
+    lj.load(folder / manifest.model, adapter=folder / manifest.adapter)
+    (own / "adapter_model.safetensors").unlink()
+    assert cli.main([*argv[:-1], "2", "--adapter", str(own)]) == 2
+    assert "holds no adapter_model.safetensors" in capsys.readouterr().err
 
 
 def test_what_is_no_model_is_not_copied(tmp_path, capsys):

@@ -276,6 +276,87 @@ def test_a_refusal_says_what_was_given(server, fields, given):
     assert status == 400 and body["error"]["message"].endswith(given)
 
 
+PART = {"type": "image_url", "image_url": {"url": "https://x/y.png"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"messages": [{"role": "user", "content": [PART]}]}, '{"type": "text", "text": …}'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]},
+            '{"type": "text", "text": …}',
+        ),
+        ({"tool_choice": {}}, '"required" or {"type": "function", "function": {"name": …}}'),
+        ({"tool_choice": "any"}, ', not "any"'),
+        ({"stop": 5}, "stop: Input should be a text or a list of texts, not 5"),
+        ({"prompt": [1, [2]]}, "a list of at most 1048576 token ids or a list of such lists"),
+        ({"prompt": None}, "prompt: Input should be a text, a list of texts"),
+        ({"input": None}, "input: Input should be a text, a list of texts"),
+        ({"logit_bias": {"prompt": "x"}}, "logit_bias.prompt: Input should be a valid number"),
+    ],
+)
+def test_where_several_types_are_allowed_all_are_told(server, fields, said):
+    routes = {"prompt": "completions", "input": "embeddings"}
+    path = "/v1/" + routes.get(next(iter(fields)), "chat/completions")
+    given = {"messages": MESSAGES} if "chat" in path else {}
+    status, body, _ = server.call(path, {"model": "m", **given, **fields})
+    assert status == 400 and said in body["error"]["message"], body
+
+
+CALLS = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "user"}, "messages.1: role 'user' needs content"),
+        ({"role": "user", "content": None}, "role 'user' needs content"),
+        ({"role": "user", "content": []}, "role 'user' needs content"),
+        ({"role": "system", "content": None}, "role 'system' needs content"),
+        ({"role": "developer", "content": []}, "role 'developer' needs content"),
+        ({"role": "assistant", "content": None}, "needs content or tool_calls"),
+        ({"role": "assistant", "tool_calls": []}, "needs content or tool_calls"),
+        ({"role": "tool", "tool_call_id": "c"}, "role 'tool' needs content"),
+        ({"role": "tool", "content": "x"}, "role 'tool' needs tool_call_id"),
+        (
+            {"role": "user", "content": "x", "tool_call_id": "c"},
+            "tool_call_id goes only with role 'tool', not 'user'",
+        ),
+        (
+            {"role": "user", "content": "x", "tool_calls": CALLS},
+            "tool_calls goes only with role 'assistant', not 'user'",
+        ),
+        (
+            {"role": "tool", "content": "x", "tool_call_id": "c", "tool_calls": CALLS},
+            "tool_calls goes only with role 'assistant', not 'tool'",
+        ),
+        ({"role": "assistant", "refusal": "no"}, "messages.1.refusal is not offered"),
+        ({"role": "assistant", "content": "x", "refusal": "no"}, "refusal is not offered"),
+    ],
+)
+def test_no_part_of_a_message_is_dropped(server, message, said):
+    before = len(server.engine.seen)
+    for path in ("/v1/chat/completions", "/tokenize"):
+        status, body, _ = server.call(path, {"model": "m", "messages": [*MESSAGES, message]})
+        assert status == 400 and said in body["error"]["message"], body
+    assert len(server.engine.seen) == before
+
+
+def test_what_the_openai_client_sends_back_is_taken(client):
+    said = client.chat.completions.create(model="m", messages=MESSAGES).choices[0].message
+    nulls = {"content": None, "name": None, "refusal": None}
+    for message in (
+        said,
+        said.model_dump(),
+        {"role": "assistant", **nulls, "tool_calls": CALLS},
+        {"role": "assistant", "content": [], "tool_calls": CALLS},
+        {"role": "tool", "content": "", "tool_call_id": "c", "tool_calls": None},
+        {"role": "user", "content": "", "tool_calls": None, "tool_call_id": None},
+    ):
+        client.chat.completions.create(model="m", messages=[*MESSAGES, message])
+
+
 def test_a_refusal_repeats_no_text(server):
     status, body, _ = server.call("/v1/chat/completions", {"model": "m", "messages": "my secret"})
     assert status == 400 and "secret" not in body["error"]["message"]
@@ -298,6 +379,8 @@ def test_a_refusal_repeats_no_text(server):
         ({"functions": []}, "functions"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required", "tools": []}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"self": 1, "x": 2}}, "chat_template_kwargs"),
     ],

@@ -502,6 +502,24 @@ def test_what_nobody_foresaw_is_an_error_object_too(monkeypatch):
         assert server.call("/healthz")[0] == 200
 
 
+def test_what_nobody_foresaw_ends_a_stream_with_an_error_event(monkeypatch, caplog):
+    def broken(*given):
+        raise ZeroDivisionError("a secret word")
+
+    monkeypatch.setattr("infer.server.completions.CompletionAnswer._chunk_choices", broken)
+    with running() as server:
+        connection, response = open_stream(server)
+        *_, last = data_lines(response)
+        connection.close()
+        error = json.loads(last)["error"]
+        assert (error["type"], error["code"]) == ("server_error", "internal")
+        assert "secret" not in last
+        until(lambda: server.metric("llama_jax_requests_total", outcome="error") == 1)
+        assert server.engine.is_idle
+    [logged] = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert logged.message == "unexpected" and logged.request_id in error["message"]
+
+
 def test_an_engine_that_breaks_is_reported_and_started_again():
     with running(engine_options=slow(0.01)) as server:
         connection, response = open_stream(server, max_tokens=8000)

@@ -13,7 +13,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 import infer.server
 from infer.server.rpc_messages import SERVICE, message_class, service
 from infer.server.settings import Secret, Tenant
-from tests.infer.server.running import running, until
+from tests.infer.server.running import byte_tokenizer, running, until
+from tests.infer.server.scripted_engine import saying
 from tests.infer.server.test_operation import KEY, slow
 
 FOLDER = Path(infer.server.__file__).parent
@@ -72,6 +73,9 @@ def test_bytes_that_are_no_message_are_refused(client, name, raw):  # R100
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 
 
+DEEP = {"name": "f", "parameters": '{"allOf": [' * 400 + "]}" * 400}
+
+
 def test_the_compiled_description_is_that_of_the_source(tmp_path):
     from grpc_tools import protoc
 
@@ -127,6 +131,25 @@ def test_parameters_reach_the_engine(client, server):
     assert server.engine.seen[-1].params.logprobs == 1
 
 
+def test_tokens_that_are_no_characters_are_told_apart():
+    tokenizer = byte_tokenizer()
+    text = "é"
+    with running(grpc_port=0, engine_options={"script": saying(tokenizer, text)}) as server:
+        client = Client(server)
+        chat = client("Chat", **CHAT, top_logprobs=2).choices[0].logprobs
+        whole = client("Complete", model="m", prompt="x", logprobs=2).choices[0].logprobs
+        client.channel.close()
+    assert [entry.token for entry in chat[:2]] == ["bytes:\\xc3", "bytes:\\xa9"]
+    assert [(e.token, dict(e.top)) for e in chat] == [(e.token, dict(e.top)) for e in whole]
+
+
+def test_a_message_may_be_an_empty_text(client):
+    messages = [{"role": "user", "content": ""}]
+    assert client("Chat", model="m", messages=messages).choices[0].message.content
+    error = refused(lambda: client("Chat", model="m", messages=[{"role": "tool", "content": "x"}]))
+    assert "tool_call_id" in error.details()
+
+
 def test_the_other_calls(client):
     assert [(m.id, m.max_model_len) for m in client("ListModels").data] == [("m", 256)]
     answer = client("Embed", model="m", input=["a", "abc"])
@@ -152,6 +175,7 @@ def test_the_other_calls(client):
         ("Chat", {**CHAT, "sampling": {"logit_bias": {5: float("inf")}}}, "INVALID_ARGUMENT"),
         ("Chat", {**CHAT, "response_format": {"json_schema": "{"}}, "INVALID_ARGUMENT"),
         ("Chat", {**CHAT, "tools": [{"name": "f", "parameters": "{"}]}, "INVALID_ARGUMENT"),
+        ("Chat", {**CHAT, "tools": [DEEP], "tool_choice": "required"}, "INVALID_ARGUMENT"),
         ("Chat", {"model": "m"}, "INVALID_ARGUMENT"),
         ("Detokenize", {"model": "m", "tokens": [-1]}, "INVALID_ARGUMENT"),
     ],
@@ -198,6 +222,16 @@ def test_every_call_but_health_needs_a_key():  # R119
         client = Client(server, key=KEY)
         assert client("Complete", model="m", prompt="x").choices[0].text == "Hello there"
         assert server.engine.seen[-1].tenant == "a"
+        client.channel.close()
+
+
+def test_two_keys_are_refused_as_by_rest():
+    with running(grpc_port=0, tenants=(Tenant("a", Secret(KEY)),)) as server:
+        client = Client(server, key=KEY)
+        client.metadata *= 2
+        error = refused(lambda: client("Complete", model="m", prompt="x"))
+        assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+        assert "more than one authorization" in error.details()
         client.channel.close()
 
 

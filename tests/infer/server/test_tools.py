@@ -1,6 +1,7 @@
 """Tool calls: what the template sees, what is forced, what comes back in OpenAI's form."""
 
 import json
+import sys
 
 import openai
 import pytest
@@ -104,6 +105,22 @@ def test_several_calls(server, says, text):
     assert len({call["id"] for call in choice["message"]["tool_calls"]}) == 2
 
 
+def test_calls_that_may_not_be_parallel_are_one(server, says):
+    for text in (f"{CALL};{CALL.replace('Bern', 'Basel')}", CALL):
+        choice = chat(server, says, text, parallel_tool_calls=False)
+        [call] = choice["message"]["tool_calls"]
+        assert "Bern" in call["function"]["arguments"]
+        assert choice["message"]["content"] is None
+
+
+@pytest.mark.parametrize("mark", ["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>"])
+def test_marks_inside_arguments_stay(server, says, mark):
+    call = CALL.replace("Bern", f"the mark {mark} opens")
+    for text in (call, f"<tool_call>{call}</tool_call>"):
+        [made] = chat(server, says, text)["message"]["tool_calls"]
+        assert json.loads(made["function"]["arguments"]) == {"place": f"the mark {mark} opens"}
+
+
 def test_text_before_a_call_is_content(server, says):
     choice = chat(server, says, f"Let me see. <tool_call>{CALL}</tool_call>")
     assert choice["message"]["content"] == "Let me see. "
@@ -123,6 +140,14 @@ def test_text_before_a_call_is_content(server, says):
         '"text"',
         f"{CALL} and then some",
         "<tool_call>{broken}</tool_call>",
+        '{"name": {"first": "Ada"}, "age": 3}',
+        '{"name": ["weather"]}',
+        '{"name": null}',
+        '{"name": "weather", "arguments": {"place": NaN}}',
+        '{"name": "weather", "arguments": {"place": -Infinity}}',
+        '{"name": "weather", "arguments": {"place": 1e999}}',
+        '{"name": "weather", "arguments": {"place": "\\ud800"}}',
+        '{"name": "weather", "arguments": "{\\"place\\": NaN}"}',
     ],
 )
 def test_what_is_no_call_comes_out_as_it_is(server, says, text):
@@ -149,6 +174,11 @@ def test_the_parser_does_not_depend_on_how_text_is_cut(cut):
 
 def test_calls_nested_without_end_are_no_calls():
     assert parse_calls("[" * 100_000, {"weather"}) == []
+
+
+def test_calls_nested_too_deep_to_write_are_no_calls():
+    for depth in range(sys.getrecursionlimit() - 200, sys.getrecursionlimit()):
+        parse_calls(f'{{"name": "weather", "arguments": {"[" * depth}{"]" * depth}}}', {"weather"})
 
 
 def test_without_tools_json_is_text(server, says):
@@ -199,6 +229,50 @@ def test_a_call_can_be_forced(server, says):
         options = one.get("anyOf", [one])
         assert [each["properties"]["name"]["const"] for each in options] == names
         assert options[0]["properties"]["arguments"] == WEATHER["function"]["parameters"]
+
+
+PLACE = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+# As Pydantic makes them, with data that look like a reference.
+TREE = {
+    "$defs": {"Place": PLACE},
+    "type": "object",
+    "properties": {
+        "place": {"$ref": "#/$defs/Place"},
+        "default": {"items": {"$ref": "#/$defs/Place"}, "type": "array"},
+        "inner": {"anyOf": [{"$ref": "#"}, {"type": "null"}], "default": {"$ref": "#"}},
+        "kind": {"const": {"$ref": "#/x"}},
+        "own": {"$id": "http://x/y", "items": {"$ref": "#/$defs/A"}, "$defs": {"A": PLACE}},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("fields", "place"),
+    [
+        ({"tool_choice": "required"}, "/items/anyOf/1"),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, "/anyOf/1"),
+        ({"tool_choice": {"type": "function", "function": {"name": "tree"}}}, "/anyOf/0"),
+    ],
+)
+def test_references_in_a_forced_schema_point_to_what_they_did(server, says, fields, place):
+    llguidance = pytest.importorskip("llguidance")
+    says.text = "ok"
+    tree = {"type": "function", "function": {"name": "tree", "parameters": TREE}}
+    fields = {"tools": [WEATHER, tree], "chat_template": TEMPLATE, **fields}
+    assert server.chat(**fields)[0] == 200
+    source = server.engine.seen[-1].structure.source
+    schema = json.loads(source)
+    for key in place.split("/")[1:]:
+        schema = schema[int(key) if key.isdigit() else key]
+    moved = schema["properties"]["arguments"]
+    root = f"#{place}/properties/arguments"
+    assert moved["$defs"] == TREE["$defs"]
+    fields, given = moved["properties"], TREE["properties"]
+    assert fields["place"] == fields["default"]["items"] == {"$ref": f"{root}/$defs/Place"}
+    assert fields["inner"] == {**given["inner"], "anyOf": [{"$ref": root}, {"type": "null"}]}
+    assert (fields["kind"], fields["own"]) == (given["kind"], given["own"])
+    matcher = llguidance.LLMatcher
+    assert not matcher.validate_grammar(matcher.grammar_from_json_schema(source))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -145,6 +146,63 @@ def test_a_switch_that_fails_says_why_and_changes_nothing(models_dir, fleet, rea
         assert status == 503 and reason not in body["error"]["message"]
 
 
+@pytest.mark.parametrize("load_on_demand", [True, False])
+@pytest.mark.parametrize("reason", ["shard-2 is missing", "the engine is sick"])
+def test_a_switch_without_room_keeps_the_old_version(
+    models_dir, fleet, reason, load_on_demand
+):  # R109
+    if "shard" in reason:
+        _remove(models_dir)
+    else:
+        fleet.options["2"] = {"start_error": ValueError(reason)}
+    with serving(models_dir, fleet, max_loaded=1, load_on_demand=load_on_demand) as server:
+        assert admin(server, "models/load", version="1")[0] == 200
+        status, body, _ = admin(server, "models/activate", version="2")
+        assert status == 503 and reason in body["error"]["message"]
+        assert said(server) == "1"
+        assert admin(server, "models/activate", version="3")[0] == 200
+        assert said(server) == "3"
+        # Beside the old one for a moment only.
+        until(lambda: fleet.built[0][1].state == "stopped")
+        assert admin(server, "models/rollback")[1]["active"] == "1"
+        assert said(server) == "1"
+        assert [version for version, _ in fleet.built if version != "2"] == ["1", "3", "1"]
+
+
+def test_a_version_that_answers_makes_no_room_for_a_canary(models_dir, fleet):
+    with serving(models_dir, fleet, max_loaded=1) as server:
+        assert said(server) == "1"
+        status, body, headers = admin(server, "models/activate", version="2", share=0.5)
+        assert (status, body["error"]["code"]) == (503, "no_room")
+        assert "max_loaded is 1; unload one, or raise it" in body["error"]["message"]
+        assert headers["retry-after"] == "10"
+        assert {said(server) for _ in range(10)} == {"1"}
+        assert [version for version, _ in fleet.built] == ["1"]
+
+
+def test_a_version_that_nobody_would_load_again_makes_no_room(models_dir, fleet):
+    with serving(models_dir, fleet, max_loaded=1, load_on_demand=False) as server:
+        assert admin(server, "models/load", version="1")[0] == 200
+        status, body, _ = admin(server, "models/load", version="2")
+        assert (status, body["error"]["code"]) == (503, "no_room")
+        assert said(server) == "1"
+
+
+def test_loads_at_once_are_no_more_than_may_be(models_dir, fleet):
+    fleet.options = {version: {"start_seconds": 0.3} for version in "123"}
+    with serving(models_dir, fleet, max_loaded=2) as server:
+
+        def ask(version):
+            body = {"model": f"m@{version}", "prompt": "x"}
+            return server.call("/v1/completions", body)[:2]
+
+        with ThreadPoolExecutor(3) as pool:
+            answers = list(pool.map(ask, "123"))
+        assert sorted(status for status, _ in answers) == [200, 200, 503]
+        assert {body["error"]["code"] for status, body in answers if status == 503} == {"no_room"}
+        assert len(fleet.built) == 2
+
+
 def _remove(root):
     path = root / "m" / "2" / "model" / "shard-2"
     path.parent.chmod(0o755)
@@ -257,6 +315,64 @@ def test_a_damaged_model_harms_no_other(models_dir, fleet, tmp_path):
         assert (status, body["error"]["code"]) == (503, "registry_damaged")
         assert "state.json" not in body["error"]["message"]
         assert server.call("/v1/completions", {"model": "n", "prompt": "x"})[0] == 200
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ({"share": "x"}, 'share is \\"x\\"; it must be a number'),
+        ({"active": ["1"]}, "active is"),
+        ({"active": 5}, "active is 5; it must be a text or null"),
+        ({"active": "9"}, "'9' is active, which is not there"),
+        ({"previous": "12"}, "previous is"),
+    ],
+)
+def test_a_damaged_state_is_named_to_admins_and_mended(models_dir, fleet, state, reason):
+    path = models_dir / "m" / "state.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **state}))
+    with serving(models_dir, fleet) as server:
+        status, body, _ = server.call("/v1/completions", {"model": "m", "prompt": "x"})
+        assert (status, body["error"]["code"]) == (503, "registry_damaged")
+        assert str(path) not in body["error"]["message"]
+        assert said(server, "m@3") == "3"
+        status, body, _ = admin(server, "models/rollback")
+        assert (status, body["error"]["code"]) == (503, "registry_damaged")
+        message = json.dumps(body["error"]["message"])
+        assert str(path) in message and reason in message
+        assert admin(server, "models/activate", version="2")[0] == 200
+        assert said(server) == "2"
+    assert Registry(models_dir).state("m") == State(active="2")
+
+
+def test_a_state_that_cannot_be_written_changes_nothing(models_dir, fleet):
+    path = models_dir / "m" / "state.json"
+    with serving(models_dir, fleet) as server:
+        assert said(server) == "1"
+        path.unlink()
+        path.mkdir()
+        status, body, _ = admin(server, "models/activate", version="2")
+        assert (status, body["error"]["code"]) == (503, "state_not_written")
+        assert str(path) in body["error"]["message"]
+        assert said(server) == "1"
+
+
+def test_a_canary_that_is_not_there_is_ignored(models_dir, fleet):
+    Registry(models_dir).set_state("m", State(active="1", canary="9", share=0.9999))
+    with serving(models_dir, fleet) as server:
+        assert {said(server) for _ in range(5)} == {"1"}
+        (row,) = server.call("/admin/models", key=ADMIN)[1]["models"]
+        assert (row["active"], row["canary"], row["share"]) == ("1", None, 0.0)
+
+
+def test_adapters_are_loaded_beside_the_active_version(models_dir, fleet):
+    (models_dir / "m" / "adapters" / "poet").mkdir(parents=True)
+    with serving(models_dir, fleet) as server:
+        assert said(server) == "1"
+        assert admin(server, "models/activate", version="2", share=0.5)[0] == 200
+        for what in ("load", "unload"):
+            assert admin(server, f"adapters/{what}", adapter="poet", version="")[0] == 404
+            status, body, _ = admin(server, f"adapters/{what}", adapter="poet")
+            assert (status, body["version"]) == (200, "1")
 
 
 def test_adapters_come_and_go_while_the_model_serves(models_dir, fleet):
