@@ -5,7 +5,6 @@ Hugging Face's. How each parameter acts on the logits, and in which order, is in
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -24,6 +23,10 @@ MAX_BIAS_ENTRIES = 1024
 # A temperature below this is greedy: the division would only amplify rounding.
 GREEDY_BELOW = 1e-5
 
+# Beyond these, logits in float32 become infinite or NaN, of which no token can be chosen.
+MAX_TEMPERATURE = 1e30
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 1e-3, 1e3
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -31,13 +34,14 @@ class SamplingParams:
 
     max_tokens: new tokens at most. None is 256 (`DEFAULT_MAX_TOKENS`); both are capped by what the
       context has left. 0 gives an empty completion, which with `echo` and `logprobs` scores a text.
-    temperature: 0 (and anything below 1e-5) is greedy; among equal logits the lowest id wins.
+    temperature: 0 (and anything below 1e-5) is greedy; among equal logits the lowest id wins. At
+      most 1e30.
     top_k: the k most likely tokens; 0, -1 and anything from the vocabulary's size up is off, 1 is
       greedy.
     top_p: the most likely tokens until their probabilities reach p; 1 is off, 0 leaves one token.
     min_p: tokens of at least this fraction of the largest probability; 0 is off.
     repetition_penalty: divides positive and multiplies negative logits of every token seen in the
-      prompt or the output; 1 is off.
+      prompt or the output; 1 is off, 0.001 to 1000 are allowed.
     frequency_penalty, presence_penalty: subtracted per occurrence, and once, of a token in the
       output; the prompt does not count.
     seed: same prompt, seed and choice give the same tokens, whatever else is in the batch. None
@@ -71,13 +75,16 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         _check_int("max_tokens", self.max_tokens, low=0, high=None, optional=True)
-        _check_number("temperature", self.temperature, low=0.0, high=math.inf)
+        _check_number("temperature", self.temperature, low=0.0, high=MAX_TEMPERATURE)
         _check_int("top_k", self.top_k, low=-1, high=None)
         _check_number("top_p", self.top_p, low=0.0, high=1.0)
         _check_number("min_p", self.min_p, low=0.0, high=1.0)
-        _check_number("repetition_penalty", self.repetition_penalty, low=0.0, high=math.inf)
-        if self.repetition_penalty == 0:
-            raise ValueError("repetition_penalty is 0; it must be above 0 (1 is off)")
+        _check_number(
+            "repetition_penalty",
+            self.repetition_penalty,
+            low=MIN_REPETITION_PENALTY,
+            high=MAX_REPETITION_PENALTY,
+        )
         _check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
         _check_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
         _check_int("seed", self.seed, low=-(2**63), high=2**64 - 1, optional=True)
@@ -139,8 +146,7 @@ def _check_int(
 
 def _check_number(name: str, value: Any, *, low: float, high: float) -> None:
     if not is_finite_number(value) or not low <= value <= high:
-        allowed = f"in [{low:g}, {high:g}]" if math.isfinite(high) else f"of at least {low:g}"
-        raise ValueError(f"{name} is {value!r}; it must be a finite number {allowed}")
+        raise ValueError(f"{name} is {value!r}; it must be a finite number in [{low:g}, {high:g}]")
 
 
 def _checked_stop(stop: Any) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ import asyncio
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,12 +18,17 @@ from starlette.types import ASGIApp, Message
 
 from infer.server.app import make_app
 from infer.server.errors import ApiError
+from infer.server.generation import Context
 from infer.server.loaded import Build, Source
 from infer.server.run import make_context
 from infer.server.settings import Settings
 from llama_jax.formats.json_fields import parse_json, read_text
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+
+# What a line of answers begins with, and its fields.
+_BEGINNING = b'{"id": "batch_req_'
+_ANSWER = {"id", "custom_id", "response", "error"}
 
 # Answers that say "not now": the request is asked again.
 _BUSY = (429, 503)
@@ -41,7 +46,7 @@ class Line:
 
 @dataclass
 class Counts:
-    """total: of the file; before: of them answered by earlier runs; failed: refused for good."""
+    """total: of the file; before: of them answered by earlier runs; failed: with an error."""
 
     total: int
     before: int
@@ -66,7 +71,7 @@ def read_batch(path: Path) -> list[Line]:
 
 def _read_line(text: str, where: str) -> Line:
     try:
-        row = parse_json(text)
+        row = parse_json(text, unique=True)
     except ValueError as error:
         raise ValueError(f"{where}: not JSON: {error}") from error
     wanted = {"custom_id", "method", "url", "body"}
@@ -74,6 +79,12 @@ def _read_line(text: str, where: str) -> Line:
         raise ValueError(f"{where}: a request has the fields {', '.join(sorted(wanted))}")
     if not isinstance(row["custom_id"], str) or not row["custom_id"]:
         raise ValueError(f"{where}: custom_id must be a text, not empty")
+    try:
+        row["custom_id"].encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: custom_id holds half a surrogate pair, which is no character"
+        ) from error
     if row["method"] != "POST" or row["url"] not in URLS:
         raise ValueError(f"{where}: method must be POST and url one of {', '.join(URLS)}")
     if not isinstance(row["body"], dict) or row["body"].get("stream"):
@@ -92,19 +103,26 @@ def open_answers(path: Path) -> Iterator[tuple[BinaryIO, set[str]]]:
         file.seek(0)
         content = file.read()
         # What comes after the last line's end was being written when the run was killed.
-        whole = content[: content.rfind(b"\n") + 1]
-        done = {_answered_id(text, path, n) for n, text in enumerate(whole.splitlines(), start=1)}
-        file.truncate(len(whole))
+        *whole, unfinished = content.split(b"\n")
+        done = {_answered_id(text, path, number) for number, text in enumerate(whole, start=1)}
+        if not _BEGINNING.startswith(unfinished[: len(_BEGINNING)]):
+            raise _no_answer(path, len(whole) + 1)
+        file.truncate(len(content) - len(unfinished))
         yield file, done
 
 
 def _answered_id(text: bytes, path: Path, number: int) -> str:
     try:
-        return str(json.loads(text)["custom_id"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}, line {number} is no answer of a batch; give another file"
-        ) from error
+        row = parse_json(text)
+    except ValueError as error:
+        raise _no_answer(path, number) from error
+    if not isinstance(row, dict) or set(row) != _ANSWER or not isinstance(row["custom_id"], str):
+        raise _no_answer(path, number)
+    return row["custom_id"]
+
+
+def _no_answer(path: Path, number: int) -> ValueError:
+    return ValueError(f"{path}, line {number} is no answer of a batch; give another file")
 
 
 async def run_batch(
@@ -122,29 +140,36 @@ async def run_batch(
     answered stays, and another run goes on.
     """
     lines = read_batch(source)
-    with open_answers(target) as (file, done):
+
+    def unanswered(done: set[str]) -> list[Line]:
         strangers = done - {line.custom_id for line in lines}
         if strangers:
             raise ValueError(
                 f"{target} answers {min(strangers)!r}, which {source} does not ask; give another "
                 f"file"
             )
-        counts = Counts(len(lines), len(done))
-        todo = [line for line in lines if line.custom_id not in done]
-        if todo:
-            await _answer_all(todo, file, counts, settings, build, model, on_done)
-        return counts
+        return [line for line in lines if line.custom_id not in done]
+
+    # What is wrong with the file is said before the model is loaded, which may take long. A new
+    # one is made only when it is loaded.
+    if target.exists():
+        with open_answers(target) as (_, done):
+            if not unanswered(done):
+                return Counts(len(lines), len(done))
+    elif not (target.parent.is_dir() and os.access(target.parent, os.W_OK)):
+        raise ValueError(
+            f"{target} cannot be made: {target.parent} is no folder that you may write in; give "
+            f"another file"
+        )
+    async with _started(settings, build, model) as context:
+        with open_answers(target) as (file, done):
+            counts = Counts(len(lines), len(done))
+            await _answer_all(unanswered(done), file, counts, context, on_done)
+            return counts
 
 
-async def _answer_all(
-    todo: list[Line],
-    file: BinaryIO,
-    counts: Counts,
-    settings: Settings,
-    build: Build,
-    model: Source,
-    on_done: Callable[[Counts], None],
-) -> None:
+@asynccontextmanager
+async def _started(settings: Settings, build: Build, model: Source) -> AsyncIterator[Context]:
     context = make_context(settings, build, [model])
     try:
         await context.models.start()
@@ -153,34 +178,49 @@ async def _answer_all(
         kind = ValueError if isinstance(error.__cause__, ValueError) else RuntimeError
         raise kind(error.message) from error
     try:
-        app, waiting = make_app(context), iter(todo)
-
-        async def work() -> None:
-            for line in waiting:
-                status, request_id, body = await _answer(app, line)
-                _append(file, line, status, request_id, body)
-                counts.done += 1
-                counts.failed += status != 200
-                on_done(counts)
-
-        # Twice as many as are computed at once, so that no slot waits for the next request.
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(len(todo), 2 * settings.max_slots)):
-                group.create_task(work())
-    except* RuntimeError as errors:
-        raise errors.exceptions[0] from errors
+        yield context
     finally:
         await context.models.stop(0)
 
 
-async def _answer(app: ASGIApp, line: Line) -> tuple[int, str, Any]:
+async def _answer_all(
+    todo: list[Line],
+    file: BinaryIO,
+    counts: Counts,
+    context: Context,
+    on_done: Callable[[Counts], None],
+) -> None:
+    app, waiting = make_app(context), iter(todo)
+
+    async def work() -> None:
+        for line in waiting:
+            status, request_id, body = await _answer(app, context, line)
+            _append(file, line, status, request_id, body)
+            counts.done += 1
+            counts.failed += status != 200
+            on_done(counts)
+
+    try:
+        # Twice as many as are computed at once, so that no slot waits for the next request.
+        async with asyncio.TaskGroup() as group:
+            for _ in range(min(len(todo), 2 * context.settings.max_slots)):
+                group.create_task(work())
+    except* RuntimeError as errors:
+        raise errors.exceptions[0] from errors
+
+
+async def _answer(app: ASGIApp, context: Context, line: Line) -> tuple[int, str, Any]:
     while True:
         status, headers, raw = await _post(app, line.url, json.dumps(line.body).encode())
-        if status >= 500 and status not in _BUSY:
+        if status in _BUSY:
+            await asyncio.sleep(_PAUSE_SECONDS)
+            continue
+        body = json.loads(raw)
+        # An engine that is ready afterwards failed at this request alone, and would again.
+        is_alone = status == 500 and body["error"]["code"] == "engine_failed"
+        if status >= 500 and not (is_alone and context.models.is_ready):
             raise RuntimeError(f"{line.custom_id} was not answered: {raw.decode()[:500]}")
-        if status not in _BUSY:
-            return status, headers.get("x-request-id", ""), json.loads(raw)
-        await asyncio.sleep(_PAUSE_SECONDS)
+        return status, headers.get("x-request-id", ""), body
 
 
 async def _post(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, str], bytes]:

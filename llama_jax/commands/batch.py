@@ -86,5 +86,5 @@ def _report(counts: "Counts") -> None:
 def show(report: dict[str, Any], args: argparse.Namespace) -> None:
     print(
         f"{report['done']} answered in {report['seconds']:.1f} s, {report['before']} were answered "
-        f"before, {report['failed']} refused"
+        f"before, {report['failed']} with an error"
     )

@@ -406,12 +406,15 @@ def test_nothing_compiles_when_parameters_change():
         ("temperature", float("nan")),
         ("temperature", "hot"),
         ("temperature", True),
+        ("temperature", 1e39),
         ("top_p", -0.01),
         ("top_p", 1.01),
         ("min_p", 1.5),
         ("top_k", -2),
         ("top_k", 1.5),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-38),
+        ("repetition_penalty", 1e39),
         ("frequency_penalty", 2.5),
         ("presence_penalty", float("inf")),
         ("max_tokens", -1),
@@ -433,6 +436,23 @@ def test_nothing_compiles_when_parameters_change():
 def test_a_parameter_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=name):
         SamplingParams(**{name: value})
+
+
+def test_the_most_that_may_be_asked_for_keeps_logits_finite():
+    values = np.array([[100.0, -100.0, 0.0, -np.inf]], np.float32)
+    logits, nothing = padded(values), np.zeros(ROWS, np.int32)
+    prompts = np.tile(np.arange(4, dtype=np.int32), (ROWS, 1))
+    seen = Seen.of_prompts(prompts, nothing + 4, vocab_size=512)
+    for name, value in (
+        ("repetition_penalty", 1e-3),
+        ("repetition_penalty", 1e3),
+        ("temperature", 1e30),
+    ):
+        rows = rows_of([SamplingParams(**{name: value})], 512)
+        edited = run_edit(logits, rows, step=nothing, seen=seen, end_tokens=NO_END)
+        got = np.asarray(run_filters(edited, rows))[0, :4]
+        assert np.isfinite(np.asarray(edited)[0, :3]).all(), name
+        assert np.isfinite(got[:3]).all() and got[3] == -np.inf, name
 
 
 def test_unknown_parameters_are_named_with_the_nearest():

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from infer.engine.request import Failed
 from infer.server.batch import open_answers, read_batch, run_batch
 from infer.server.build import given_sources
 from infer.server.loaded import Built, Source
@@ -31,6 +32,11 @@ def write(path, rows):
     return path
 
 
+def answer(custom_id):
+    row = {"id": "batch_req_1", "custom_id": custom_id, "response": {}, "error": None}
+    return json.dumps(row).encode() + b"\n"
+
+
 def answers(path):
     return [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()]
 
@@ -43,6 +49,8 @@ def answers(path):
         ("[]", "line 1: a request has the fields"),
         (json.dumps({**line(1), "more": 1}), "a request has the fields"),
         (json.dumps({**line(1), "custom_id": 5}), "custom_id must be a text"),
+        (json.dumps({**line(1), "custom_id": "\ud800"}), "custom_id holds half a surrogate"),
+        ('{"custom_id": "a", ' + json.dumps(line(1))[1:], "line 1: not JSON: 'custom_id' appears"),
         (json.dumps({**line(1), "url": "/v1/models"}), "url one of"),
         (json.dumps({**line(1), "method": "GET"}), "method must be POST"),
         (json.dumps({**line(1), "body": []}), "body must be an object"),
@@ -59,17 +67,40 @@ def test_a_file_that_is_no_batch_is_refused(tmp_path, text, message):
 
 def test_an_unfinished_line_is_cut_off(tmp_path):
     path = tmp_path / "out.jsonl"
-    path.write_bytes(b'{"custom_id": "a"}\n{"custom_id": "b"')
-    with open_answers(path) as (file, done):
-        assert done == {"a"}
-        file.write(b'{"custom_id": "b"}\n')
-        with pytest.raises(ValueError, match="another run"), open_answers(path):
-            pass
-    assert [each["custom_id"] for each in answers(path)] == ["a", "b"]
-    path.write_bytes(b"something else\n")
-    with pytest.raises(ValueError, match="line 1 is no answer"), open_answers(path):
-        pass
-    assert path.read_bytes() == b"something else\n"
+    first, second = answer("a"), answer("b")
+    for size in range(len(second)):
+        path.write_bytes(first + second[:size])
+        with open_answers(path) as (file, done):
+            assert done == {"a"}
+            file.write(second)
+            with pytest.raises(ValueError, match="another run"), open_answers(path):
+                pass
+        assert [each["custom_id"] for each in answers(path)] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "content, number",
+    [
+        (b"something else\n", 1),
+        (b"something else", 1),
+        (b'{"name": "no answer"}', 1),
+        (b'{"custom_id": "a"}\n', 1),
+        (json.dumps(line(1)).encode() + b"\n", 1),
+        (json.dumps(line(1)).encode(), 1),
+        (b"[" * 100000 + b"\n", 1),
+        (answer("a") + b"more", 2),
+        (b"something else\n" + answer("b")[:30], 1),
+    ],
+)
+def test_a_file_of_something_else_stays_as_it_is(tmp_path, capsys, content, number):
+    source = write(tmp_path / "in.jsonl", [line(1)])
+    path = tmp_path / "out.jsonl"
+    path.write_bytes(content)
+    command = ["batch", "smollm2-135m", str(source), str(path)]
+    assert cli.main(command) == cli.WRONG_INPUT
+    message = f"{path}, line {number} is no answer of a batch; give another file"
+    assert message in capsys.readouterr().err
+    assert path.read_bytes() == content
 
 
 def scripted():
@@ -106,6 +137,45 @@ def test_answers_are_those_of_the_server_and_refusals_are_answers(tmp_path):
     write(source, rows[1:])
     with pytest.raises(ValueError, match="answers 'c0', which"):
         run(source, target, scripted())
+
+
+def test_a_request_that_the_engine_fails_at_is_answered_with_its_error(tmp_path):
+    rows = [line(0, seed=7), line(1), line(2)]
+    source, target = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
+    engine = scripted()
+    submit = engine.submit
+
+    def submit_or_fail(request, on_event):
+        if request.params.seed == 7:
+            on_event(Failed("engine", "no token can be chosen"))
+        else:
+            submit(request, on_event)
+
+    engine.submit = submit_or_fail
+    counts = run(source, target, engine)
+    assert (counts.done, counts.failed) == (3, 1)
+    found = {each["custom_id"]: each["response"] for each in answers(target)}
+    assert {each: found[each]["status_code"] for each in found} == {"c0": 500, "c1": 200, "c2": 200}
+    assert found["c0"]["body"]["error"]["code"] == "engine_failed"
+    assert run(source, target, engine).done == 0
+
+
+def test_an_engine_that_breaks_ends_the_run(tmp_path):
+    source, target = write(tmp_path / "in.jsonl", [line(0), line(1)]), tmp_path / "out.jsonl"
+    engine = scripted()
+    submit = engine.submit
+
+    def submit_and_break(request, on_event):
+        submit(request, on_event)
+        if request.id != "probe":
+            engine.break_down()
+
+    engine.step_seconds = 0.05
+    engine.submit = submit_and_break
+    with pytest.raises(RuntimeError, match="was not answered: .*boom"):
+        run(source, target, engine)
+    assert answers(target) == []
+    assert run(source, target, scripted()).done == 2
 
 
 @pytest.mark.slow
@@ -156,6 +226,13 @@ def test_a_model_that_is_wrong_is_the_callers_to_mend(tmp_path):
                 model=Source("m", "1", "m"),
             )
         )
+    assert not target.exists()
+
+
+def test_a_folder_that_is_not_there_is_refused_before_the_model_is_loaded(tmp_path):
+    source = write(tmp_path / "in.jsonl", [line(0)])
+    with pytest.raises(ValueError, match="nowhere is no folder that you may write in"):
+        run(source, tmp_path / "nowhere" / "out.jsonl", engine=None)
 
 
 def test_what_is_no_model_is_refused_before_anything_starts(tmp_path, capsys):
