@@ -110,6 +110,7 @@ _INERT = frozenset(
 # What transformers takes when the field is absent. Sizes have no default.
 _RMS_NORM_EPS = {"llama": 1e-6, "mistral": 1e-6, "mixtral": 1e-5}
 _MISTRAL_SLIDING_WINDOW = 4096
+_KEY_VALUE_HEADS = {"llama": None, "mistral": 8, "mixtral": 8}
 
 
 def read_config(folder: Path, *, stored_dtype: str | None = None) -> ModelConfig:
@@ -165,7 +166,7 @@ def from_hf(
     theta, scaling = read_rope(values, family)
     return ModelConfig(
         model_type=family,
-        num_key_value_heads=values.get("num_key_value_heads", heads),
+        num_key_value_heads=_key_value_heads(raw, family),
         head_dim=values.get("head_dim", hidden // heads),
         rms_norm_eps=to_number("rms_norm_eps", values.get("rms_norm_eps", _RMS_NORM_EPS[family])),
         rope_theta=theta,
@@ -271,8 +272,14 @@ def _check_dropout(values: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _key_value_heads(raw: dict[str, Any], family: str) -> Any:
+    """Here null says something: as many as query heads, while an absent field is the family's."""
+    given = raw.get("num_key_value_heads", _KEY_VALUE_HEADS[family])
+    return raw["num_attention_heads"] if given is None else given
+
+
 def _sliding_window(raw: dict[str, Any], family: str) -> int | None:
-    """The one field where null says something: no window, while an absent one is Mistral's."""
+    """Here too: null is no window, while an absent field is Mistral's."""
     if family == "mistral":
         return raw.get("sliding_window", _MISTRAL_SLIDING_WINDOW)
     return raw.get("sliding_window") if family == "mixtral" else None

@@ -257,11 +257,26 @@ def test_R1_null_is_absent(name):
     assert from_hf(absent).head_dim == 16
 
 
-@pytest.mark.parametrize("given", [{}, {"num_key_value_heads": None}])
+def test_R2_key_value_heads_default_to_the_query_heads():
+    raw = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+    assert from_hf(raw).num_key_value_heads == 4
+    for base in (BASE, MISTRAL, MIXTRAL):
+        assert from_hf(base | {"num_key_value_heads": None}).num_key_value_heads == 4
+
+
 @pytest.mark.parametrize("base", [BASE, MISTRAL, MIXTRAL])
-def test_R2_key_value_heads_default_to_the_query_heads(base, given):
-    raw = {key: value for key, value in base.items() if key != "num_key_value_heads"}
-    assert from_hf(raw | given).num_key_value_heads == 4
+def test_absent_fields_are_what_transformers_takes(base):
+    optional = ("num_key_value_heads", "rms_norm_eps")
+    raw = {key: value for key, value in base.items() if key not in optional}
+    raw |= {"num_attention_heads": 16}
+    ours, theirs = from_hf(raw), AutoConfig.for_model(**raw)
+    assert ours.num_key_value_heads == (16 if base is BASE else 8)
+    written = to_hf(ours)
+    assert theirs.head_dim in (None, ours.head_dim)  # Mixtral's model derives it
+    # No token is guessed, the dtype is the weights', and theta stands in rope_parameters too.
+    apart = ("head_dim", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "rope_theta")
+    for name in written.keys() - {*apart, "rope_scaling"}:
+        assert getattr(theirs, name) == written[name], name
 
 
 LLAMA3 = {
