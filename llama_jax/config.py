@@ -31,6 +31,10 @@ _CEILINGS = {
     "max_position_embeddings": 1_000_000_000,
 }
 
+# Rotary numbers between these keep every angle finite in float32.
+_ROPE_THETAS = (1e-6, 1e18)
+_ROPE_NUMBERS = (1e-6, 1e6)
+
 LogicalRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
 MESH_AXES = ("data", "fsdp", "tensor", "context", "expert")
@@ -71,6 +75,14 @@ def is_finite_number(value: Any) -> bool:
 def _require_number(owner: str, name: str, value: Any, *, above: float) -> None:
     if not is_finite_number(value) or not value > above:
         raise ValueError(f"{owner}.{name} is {value!r}; it must be a finite number above {above}")
+
+
+def _require_within(owner: str, name: str, value: Any, bounds: tuple[float, float]) -> None:
+    low, high = bounds
+    if not is_finite_number(value) or not low <= value <= high:
+        raise ValueError(
+            f"{owner}.{name} is {value!r}; it must be a finite number between {low} and {high}"
+        )
 
 
 def _require_choice(owner: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -117,7 +129,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _require_choice("rope_scaling", "rope_type", self.rope_type, ROPE_TYPES)
-        _require_number("rope_scaling", "factor", self.factor, above=0.0)
+        _require_within("rope_scaling", "factor", self.factor, _ROPE_NUMBERS)
         reads = self._READS[self.rope_type]
         for option in dataclasses.fields(self)[2:]:
             name, value = option.name, getattr(self, option.name)
@@ -134,7 +146,7 @@ class RopeScaling:
             elif name == "original_max_position_embeddings":
                 _require_int("rope_scaling", name, value, low=1, high=1_000_000_000)
             else:
-                _require_number("rope_scaling", name, value, above=0.0)
+                _require_within("rope_scaling", name, value, _ROPE_NUMBERS)
         if self.rope_type == "llama3":
             for name in reads:
                 if getattr(self, name) is None:
@@ -216,8 +228,20 @@ class ModelConfig:
             raise ValueError(
                 f"config.head_dim is {self.head_dim}; rotary embedding needs an even number"
             )
-        for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+        for name in ("rms_norm_eps", "initializer_range"):
             _require_number("config", name, getattr(self, name), above=0.0)
+        _require_within("config", "rope_theta", self.rope_theta, _ROPE_THETAS)
+        rope_type = None if self.rope_scaling is None else self.rope_scaling.rope_type
+        if rope_type == "yarn" and self.rope_theta == 1:
+            raise ValueError(
+                f"config.rope_theta is {self.rope_theta}; rope_type 'yarn' divides by its "
+                f"logarithm, so give another number"
+            )
+        if rope_type == "dynamic" and self.head_dim == 2:
+            raise ValueError(
+                "config.head_dim is 2; rope_type 'dynamic' divides by head_dim - 2, so give more "
+                "or choose another rope_type"
+            )
         for name in ("attention_bias", "mlp_bias", "tie_word_embeddings"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"config.{name} is {getattr(self, name)!r}; it must be a boolean")

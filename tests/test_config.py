@@ -32,6 +32,8 @@ def test_json_round_trip(family):
         ("rms_norm_eps", float("nan")),
         ("rope_theta", -1.0),
         ("rope_theta", "10000"),
+        ("rope_theta", 1e-308),
+        ("rope_theta", 1e300),
         ("sliding_window", 0),
         ("tie_word_embeddings", "yes"),
         ("eos_token_id", 2),
@@ -56,6 +58,11 @@ def test_unknown_fields_get_a_suggestion():
     [
         ({"rope_type": "longrope", "factor": 2.0}, "longrope"),
         ({"rope_type": "linear", "factor": 0.0}, "factor"),
+        ({"rope_type": "dynamic", "factor": 1e300}, "factor is 1e\\+300"),
+        ({"rope_type": "llama3", "factor": 1e-300}, "factor is 1e-300"),
+        ({"rope_type": "yarn", "factor": 4.0, "beta_slow": 1e-320}, "beta_slow"),
+        ({"rope_type": "yarn", "factor": 4.0, "beta_fast": 1e308}, "beta_fast"),
+        ({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1e300}, "attention_factor"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3.0}, "does not read it"),
         ({"rope_type": "llama3", "factor": 8.0}, "is missing; rope_type llama3 needs it"),
         (
@@ -73,6 +80,13 @@ def test_unknown_fields_get_a_suggestion():
 def test_rope_scaling_is_checked(values, message):
     with pytest.raises(ValueError, match=message):
         RopeScaling(**values)
+
+
+def test_rope_scalings_that_divide_by_zero():
+    with pytest.raises(ValueError, match=r"rope_theta is 1.0; rope_type 'yarn'"):
+        tiny_config(rope_theta=1.0, rope_scaling=RopeScaling("yarn", 4.0))
+    with pytest.raises(ValueError, match="head_dim is 2; rope_type 'dynamic'"):
+        tiny_config(head_dim=2, rope_scaling=RopeScaling("dynamic", 4.0))
 
 
 def test_more_chosen_experts_than_there_are():

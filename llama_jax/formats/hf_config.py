@@ -82,12 +82,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 # They act in training alone, and no training here drops anything: said aloud where not 0.
 _DROPOUT = ("attention_dropout", "hidden_dropout")
 
-# Refused with a better reason than being unknown.
-_REFUSED = {
-    "quantization_config": "the weights are quantized in a format that is only written; load the "
-    "unquantized model and use `llama-jax quantize`",
-}
-
 # Bookkeeping, or defaults of generation that older transformers kept here: never read, any value.
 _INERT = frozenset(
     """
@@ -110,6 +104,7 @@ _INERT = frozenset(
 # What transformers takes when the field is absent. Sizes have no default.
 _RMS_NORM_EPS = {"llama": 1e-6, "mistral": 1e-6, "mixtral": 1e-5}
 _MISTRAL_SLIDING_WINDOW = 4096
+_KEY_VALUE_HEADS = {"llama": None, "mistral": 8, "mixtral": 8}
 
 
 def read_config(folder: Path, *, stored_dtype: str | None = None) -> ModelConfig:
@@ -127,22 +122,19 @@ def read_config(folder: Path, *, stored_dtype: str | None = None) -> ModelConfig
                 f"convert_llama_weights_to_hf, or download the Hugging Face version of the model"
             )
         raise ValueError(f"{folder} has no config.json, so it is not a Hugging Face model folder")
+    raw = read_json(path)
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
-    raw = read_json(path)
     try:
-        return from_hf(raw, generation=generation, stored_dtype=stored_dtype)
+        config = from_hf(raw, stored_dtype=stored_dtype)
+        path = generation_path
+        return _with_generation(config, generation)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def from_hf(
-    raw: dict[str, Any],
-    *,
-    generation: dict[str, Any] | None = None,
-    stored_dtype: str | None = None,
-) -> ModelConfig:
-    """`ModelConfig` from the contents of config.json and generation_config.json.
+def from_hf(raw: dict[str, Any], *, stored_dtype: str | None = None) -> ModelConfig:
+    """`ModelConfig` from the contents of config.json.
 
     Raises ValueError naming the field for anything missing, contradictory or unknown.
     """
@@ -165,7 +157,7 @@ def from_hf(
     theta, scaling = read_rope(values, family)
     return ModelConfig(
         model_type=family,
-        num_key_value_heads=values.get("num_key_value_heads", heads),
+        num_key_value_heads=_key_value_heads(raw, family),
         head_dim=values.get("head_dim", hidden // heads),
         rms_norm_eps=to_number("rms_norm_eps", values.get("rms_norm_eps", _RMS_NORM_EPS[family])),
         rope_theta=theta,
@@ -176,9 +168,9 @@ def from_hf(
         sliding_window=_sliding_window(raw, family),
         moe=_moe(values) if family == "mixtral" else None,
         initializer_range=to_number("initializer_range", values.get("initializer_range", 0.02)),
-        bos_token_id=_token(values, generation or {}, "bos_token_id"),
-        eos_token_id=_end_tokens(values, generation or {}),
-        pad_token_id=_token(values, generation or {}, "pad_token_id"),
+        bos_token_id=values.get("bos_token_id"),
+        eos_token_id=_end_tokens(values),
+        pad_token_id=values.get("pad_token_id"),
         dtype=declared_dtype(raw) or stored_dtype or "float32",
         **{name: values[name] for name in _SIZES},
     )
@@ -231,8 +223,8 @@ def _check_fields(values: dict[str, Any], family: str) -> None:
     for name, value in values.items():
         if name in read or name in _INERT or name in (*_DROPOUT, "layer_types"):
             continue
-        if name in _REFUSED:
-            raise ValueError(f"{name} = {shorten(value)}: {_REFUSED[name]}")
+        if name == "quantization_config":
+            raise ValueError(f"{name} = {shorten(value)}: {_quantized(value)}")
         if name not in _FIXED:
             problems.append(f"{name} = {shorten(value)} is unknown")
         elif not any(is_equal(value, allowed) for allowed in _FIXED[name]):
@@ -255,6 +247,16 @@ def _check_fields(values: dict[str, Any], family: str) -> None:
         )
 
 
+def _quantized(settings: Any) -> str:
+    method = settings.get("quant_method") if isinstance(settings, dict) else None
+    how = "in an unnamed format" if method is None else f"by {method}"
+    use = "only written" if method == "compressed-tensors" else "not read"
+    return (
+        f"the weights are quantized {how}, which is {use}; load the unquantized model and use "
+        f"`llama-jax quantize`"
+    )
+
+
 def _check_dropout(values: dict[str, Any]) -> list[str]:
     problems = []
     for name in _DROPOUT:
@@ -271,8 +273,14 @@ def _check_dropout(values: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _key_value_heads(raw: dict[str, Any], family: str) -> Any:
+    """Here null says something: as many as query heads, while an absent field is the family's."""
+    given = raw.get("num_key_value_heads", _KEY_VALUE_HEADS[family])
+    return raw["num_attention_heads"] if given is None else given
+
+
 def _sliding_window(raw: dict[str, Any], family: str) -> int | None:
-    """The one field where null says something: no window, while an absent one is Mistral's."""
+    """Here too: null is no window, while an absent field is Mistral's."""
     if family == "mistral":
         return raw.get("sliding_window", _MISTRAL_SLIDING_WINDOW)
     return raw.get("sliding_window") if family == "mixtral" else None
@@ -291,23 +299,24 @@ def _moe(values: dict[str, Any]) -> MoeConfig:
     )
 
 
-def _token(values: dict[str, Any], generation: dict[str, Any], name: str) -> int | None:
-    """generation_config.json speaks where config.json does not."""
-    value = values.get(name)
-    return generation.get(name) if value is None else value
+def _with_generation(config: ModelConfig, generation: dict[str, Any]) -> ModelConfig:
+    """generation_config.json speaks where config.json does not, and may name further ends."""
+    spoken: dict[str, Any] = {
+        name: generation.get(name)
+        for name in ("bos_token_id", "pad_token_id")
+        if getattr(config, name) is None
+    }
+    ends = dict.fromkeys((*config.eos_token_id, *_end_tokens(generation)))
+    return config.replace(eos_token_id=tuple(ends), **spoken)
 
 
-def _end_tokens(values: dict[str, Any], generation: dict[str, Any]) -> tuple[int, ...]:
-    union: dict[int, None] = {}
-    for source in (values, generation):
-        ids = source.get("eos_token_id")
-        for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise ValueError(
-                    f"eos_token_id is {shorten(ids)}; it must be an id or a list of ids"
-                )
-            union[token] = None
-    return tuple(union)
+def _end_tokens(source: dict[str, Any]) -> tuple[int, ...]:
+    ids = source.get("eos_token_id")
+    tokens = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    for token in tokens:
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise ValueError(f"eos_token_id is {shorten(ids)}; it must be an id or a list of ids")
+    return tuple(dict.fromkeys(tokens))
 
 
 def to_hf(config: ModelConfig, *, declare_dtype: bool = True) -> dict[str, Any]:

@@ -6,7 +6,7 @@ transformers 5 has `rope_parameters` with everything inside.
 
 from typing import Any
 
-from llama_jax.config import ModelConfig, RopeScaling
+from llama_jax.config import ROPE_TYPES, ModelConfig, RopeScaling
 from llama_jax.formats.json_fields import field_names, is_equal, shorten, to_number
 
 # What transformers takes when no theta is given.
@@ -60,6 +60,11 @@ def _scaling(owner: str, entries: dict[str, Any], max_positions: Any) -> RopeSca
     kind = kinds[0]
     if kinds[-1] != kind:
         raise ValueError(f"{owner}.rope_type {kind!r} and {owner}.type {kinds[-1]!r} disagree")
+    if kind not in ("default", *ROPE_TYPES):
+        raise ValueError(
+            f"{owner}.rope_type {shorten(kind)} is not supported; allowed are default, "
+            f"{', '.join(ROPE_TYPES)}"
+        )
     if is_equal(entries.get("partial_rotary_factor"), 1):
         del entries["partial_rotary_factor"]
     if kind == "default":

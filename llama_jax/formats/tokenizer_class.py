@@ -15,12 +15,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, models
 
 from llama_jax.formats import save_tokenizer
 from llama_jax.formats.control_tokens import AliasedEncoder, find_control_tokens
 from llama_jax.formats.detokenize import make_detokenizer
 from llama_jax.formats.tokenizer_files import TokenizerSettings
+
+# Every byte of UTF-8, and characters that few vocabularies have.
+_ANY_TEXT = "".join(
+    map(chr, (*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)))
+)
 
 
 class Tokenizer:
@@ -45,9 +50,11 @@ class Tokenizer:
         end_tokens: Iterable[int] = (),
         gguf_pre: str | None = None,
     ):
-        # Files may carry the truncation and padding of a training run.
+        # Files may carry the truncation, padding and dropout of a training run.
         backend.no_truncation()
         backend.no_padding()
+        if isinstance(backend.model, models.BPE):
+            backend.model.dropout = None
         self._backend = backend
         self.source = source
         self.prefix_rule = prefix_rule
@@ -216,6 +223,8 @@ class Tokenizer:
         """
         bos_flag = self.settings.flag("add_bos_token")
         eos_flag = self.settings.flag("add_eos_token")
+        if adds_bos is None:
+            _check_any_text(self._backend, self.source)
         before, after = self._around() if adds_bos is None else ([], [])
         bos = bool(adds_bos) if bos_flag is None else bos_flag
         eos = bool(adds_eos) if eos_flag is None else eos_flag
@@ -249,6 +258,17 @@ class StreamDecoder:
     def flush(self) -> str:
         """The end of the text: bytes of an unfinished character come out as U+FFFD."""
         return self._stream.flush()
+
+
+def _check_any_text(backend: tokenizers.Tokenizer, source: str) -> None:
+    """Raises ValueError where some texts have no ids, before one of them comes."""
+    try:
+        backend.encode(_ANY_TEXT, add_special_tokens=False)
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(
+            f"{source}: the vocabulary cannot spell every text ({error}); give the model an "
+            f"unknown token that its vocabulary has"
+        ) from error
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:

@@ -86,11 +86,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _token_text(value: Any, where: str) -> str | None:
     """Tokens are written as text or as an object with the field content."""
-    if isinstance(value, dict):
-        value = value.get("content")
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where} must be text or an object with content, got {value!r}")
-    return value
+    if value is None:
+        return None
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str) or not text:
+        raise ValueError(
+            f"{where} must be text or an object with content, neither empty, got "
+            f"{shorten(value)}; where there is no such token, remove it or set it to null"
+        )
+    return text
 
 
 def _added_tokens(config: Mapping[str, Any], folder: Path) -> dict[int, Mapping[str, Any]]:
@@ -153,12 +157,18 @@ def named_templates(value: Any, where: str) -> dict[str, str]:
     if isinstance(value, str):
         return {"default": value}
     if isinstance(value, list):
-        try:
-            value = {entry["name"]: entry["template"] for entry in value}
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{where}: every template in a list needs name and template"
-            ) from error
+        named: dict[str, Any] = {}
+        for entry in value:
+            name = entry.get("name") if isinstance(entry, dict) else None
+            if not isinstance(name, str) or "template" not in entry:
+                raise ValueError(
+                    f"{where}: every template in a list needs name and template, both text, got "
+                    f"{shorten(entry)}"
+                )
+            if name in named:
+                raise ValueError(f"{where}: two templates are called {name!r}; remove one")
+            named[name] = entry["template"]
+        value = named
     if not isinstance(value, dict) or not all(isinstance(t, str) for t in value.values()):
         raise ValueError(f"{where} must be text or a list of named texts, got {value!r:.100}")
     return dict(value)

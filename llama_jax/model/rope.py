@@ -57,7 +57,8 @@ def _yarn(base: np.ndarray, scaling: RopeScaling, config: ModelConfig) -> np.nda
     if scaling.truncate is not False:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, config.head_dim - 1)
-    ramp = (np.arange(len(base)) - low) / (high - low if high > low else 0.001)
+    # As transformers does. A negative width is kept: the ramp then falls.
+    ramp = (np.arange(len(base)) - low) / (0.001 if low == high else high - low)
     stretch = np.clip(ramp, 0.0, 1.0)
     return stretch * base / scaling.factor + (1 - stretch) * base
 

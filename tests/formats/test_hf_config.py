@@ -257,11 +257,26 @@ def test_R1_null_is_absent(name):
     assert from_hf(absent).head_dim == 16
 
 
-@pytest.mark.parametrize("given", [{}, {"num_key_value_heads": None}])
+def test_R2_key_value_heads_default_to_the_query_heads():
+    raw = {key: value for key, value in BASE.items() if key != "num_key_value_heads"}
+    assert from_hf(raw).num_key_value_heads == 4
+    for base in (BASE, MISTRAL, MIXTRAL):
+        assert from_hf(base | {"num_key_value_heads": None}).num_key_value_heads == 4
+
+
 @pytest.mark.parametrize("base", [BASE, MISTRAL, MIXTRAL])
-def test_R2_key_value_heads_default_to_the_query_heads(base, given):
-    raw = {key: value for key, value in base.items() if key != "num_key_value_heads"}
-    assert from_hf(raw | given).num_key_value_heads == 4
+def test_absent_fields_are_what_transformers_takes(base):
+    optional = ("num_key_value_heads", "rms_norm_eps")
+    raw = {key: value for key, value in base.items() if key not in optional}
+    raw |= {"num_attention_heads": 16}
+    ours, theirs = from_hf(raw), AutoConfig.for_model(**raw)
+    assert ours.num_key_value_heads == (16 if base is BASE else 8)
+    written = to_hf(ours)
+    assert theirs.head_dim in (None, ours.head_dim)  # Mixtral's model derives it
+    # No token is guessed, the dtype is the weights', and theta stands in rope_parameters too.
+    apart = ("head_dim", "bos_token_id", "eos_token_id", "dtype", "torch_dtype", "rope_theta")
+    for name in written.keys() - {*apart, "rope_scaling"}:
+        assert getattr(theirs, name) == written[name], name
 
 
 LLAMA3 = {
@@ -352,8 +367,7 @@ def test_R6_end_tokens_are_the_union(tmp_path, config, generation, expected):
     folder = _folder(tmp_path, BASE | {"eos_token_id": config}, {"eos_token_id": generation})
     read = read_config(folder)
     assert read.eos_token_id == expected
-    written = generation_to_hf(read)
-    assert from_hf(to_hf(read), generation=written).eos_token_id == expected
+    assert read_config(_folder(tmp_path, to_hf(read), generation_to_hf(read))) == read
 
 
 def test_tokens_of_generation_config_fill_in(tmp_path):
@@ -362,6 +376,17 @@ def test_tokens_of_generation_config_fill_in(tmp_path):
     assert (read.pad_token_id, read.bos_token_id) == (3, 1)
     with pytest.raises(ValueError, match="eos_token_id"):
         from_hf(BASE | {"eos_token_id": ["</s>"]})
+
+
+@pytest.mark.parametrize(
+    "bad", [{"eos_token_id": [-1]}, {"bos_token_id": "1"}, {"pad_token_id": -2}]
+)
+def test_a_bad_token_is_told_of_the_file_that_names_it(tmp_path, bad):
+    (field,) = bad
+    with pytest.raises(ValueError, match=rf"generation_config\.json: .*{field} is"):
+        read_config(_folder(tmp_path, BASE, bad))
+    with pytest.raises(ValueError, match=rf"/config\.json: .*{field} is"):
+        read_config(_folder(tmp_path, BASE | bad, {}))
 
 
 @pytest.mark.parametrize("flag", ["attention_bias", "mlp_bias"])
@@ -482,6 +507,19 @@ def test_fields_that_change_the_mathematics_are_refused(field, value):
     assert str(value)[:5].strip("[{'\"").lower() in str(error.value).lower()
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"quant_method": "compressed-tensors"}, "by compressed-tensors, which is only written"),
+        ({"quant_method": "bitsandbytes"}, "by bitsandbytes, which is not read; load the unq"),
+        ({"load_in_8bit": True}, "in an unnamed format, which is not read"),
+    ],
+)
+def test_quantized_weights_are_refused_by_their_method(settings, words):
+    with pytest.raises(ValueError, match=words):
+        from_hf(BASE | {"quantization_config": settings})
+
+
 def test_dropout_acts_in_training_alone_and_is_said_aloud(caplog):
     with caplog.at_level("WARNING"):
         assert from_hf(BASE | {"attention_dropout": 0.1}) == from_hf(BASE)
@@ -560,6 +598,9 @@ def test_family_follows_from_the_architecture():
     ("scaling", "word"),
     [
         ({"rope_type": "linear"}, "factor"),
+        ({"rope_type": "longrope", "long_factor": [1.0]}, 'rope_type "longrope" is not supp'),
+        ({"type": "mrope", "mrope_section": [1]}, 'rope_type "mrope" is not supported; allowed'),
+        ({"rope_type": "axial"}, 'rope_type "axial" is not supported'),
         ({"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}, "low_freq_factor"),
         ({"rope_type": "linear", "factor": 2.0, "finetuned": True}, "finetuned"),
         ({"rope_type": "linear", "factor": True}, "factor"),

@@ -123,14 +123,31 @@ def test_special_tokens_map_and_templates_are_read(tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path).chat_templates["default"] == "file"
 
 
-def test_truncation_and_padding_of_a_training_run_are_not_applied(tmp_path: Path) -> None:
+def test_truncation_padding_and_dropout_of_training_are_not_applied(tmp_path: Path) -> None:
     tiny.llama3_folder(tmp_path)
     backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     before = backend.encode("hello world hello world").ids
     backend.enable_truncation(3)
     backend.enable_padding(length=8)
+    backend.model.dropout = 0.9
     backend.save(str(tmp_path / "tokenizer.json"))
     assert load_tokenizer(tmp_path).encode("hello world hello world") == before
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.Unigram([("a", -1.0)], byte_fallback=False),
+        models.WordPiece({}, unk_token="[UNK]"),
+        models.BPE({"a": 0}, [], unk_token="<unk>"),
+    ],
+)
+def test_a_vocabulary_that_cannot_spell_every_text_is_refused(
+    tmp_path: Path, model: models.Model
+) -> None:
+    tiny.write_folder(tmp_path, tokenizers.Tokenizer(model), {})
+    with pytest.raises(ValueError, match=r"tokenizer.json: the vocabulary cannot spell every"):
+        load_tokenizer(tmp_path)
 
 
 # tokenizer.model
@@ -239,9 +256,22 @@ def test_broken_model_files_are_refused(tmp_path: Path, content: bytes, message:
         ("tokenizer.json", "{", "the tokenizers library cannot read it"),
         ("tokenizer_config.json", "[]", "must hold a JSON object"),
         ("tokenizer_config.json", '{"bos_token": 3}', "bos_token must be text"),
+        ("tokenizer_config.json", '{"eos_token": {}}', "eos_token must be text or an object with"),
+        ("tokenizer_config.json", '{"eos_token": {"a": 1}}', "eos_token must be text or an"),
+        ("tokenizer_config.json", '{"eos_token": ""}', "eos_token must be .* neither empty"),
         ("tokenizer_config.json", '{"add_bos_token": "yes"}', "add_bos_token must be true or"),
         ("tokenizer_config.json", '{"split_special_tokens": true}', "split_special_tokens"),
         ("tokenizer_config.json", '{"chat_template": [{"name": "x"}]}', "name and template"),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"name": 5, "template": "t"}]}',
+            "needs name and template, both text",
+        ),
+        (
+            "tokenizer_config.json",
+            '{"chat_template": [{"name": "x", "template": "t"}, {"name": "x", "template": "u"}]}',
+            "two templates are called 'x'",
+        ),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {}}}', "must be a token id"),
         ("special_tokens_map.json", "no json", "special_tokens_map.json is not valid JSON"),
         ("tokenizer_config.json", "[" * 100_000, "tokenizer_config.json is not valid JSON"),

@@ -53,6 +53,7 @@ def test_llama3_frequencies():
     np.testing.assert_allclose(cos[0, 0, 29], np.cos(3 * expected[29]), atol=1e-7)
 
 
+@pytest.mark.parametrize("theta", [10000.0, 0.5])
 @pytest.mark.parametrize(
     "scaling",
     [
@@ -60,12 +61,14 @@ def test_llama3_frequencies():
         LLAMA3,
         RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=64),
         RopeScaling(rope_type="yarn", factor=8.0, beta_fast=16.0, beta_slow=2.0),
+        RopeScaling(rope_type="yarn", factor=8.0, beta_fast=1.0, beta_slow=32.0),
+        RopeScaling(rope_type="yarn", factor=8.0, beta_fast=4.0, beta_slow=4.0, truncate=False),
         RopeScaling(rope_type="yarn", factor=8.0, attention_factor=1.3, truncate=False),
         RopeScaling(rope_type="yarn", factor=8.0, mscale=0.7, mscale_all_dim=0.9),
     ],
 )
-def test_scalings_equal_transformers(scaling):
-    config = tiny_config(head_dim=64, rope_theta=10000.0, rope_scaling=scaling)
+def test_scalings_equal_transformers(scaling, theta):
+    config = tiny_config(head_dim=64, rope_theta=theta, rope_scaling=scaling)
     reference = reference_config(config)
     frequencies, factor = ROPE_INIT_FUNCTIONS[scaling.rope_type](reference, device="cpu")
     np.testing.assert_allclose(
