@@ -274,8 +274,10 @@ def save_adapter(
     arrays: dict[str, np.ndarray] = {}
     for path, part in parts.items():
         arrays.update(_tensors_of(config, weight_table(config)[path], part))
+    values = to_json(lora, base_model_name_or_path)
+    if config.moe is not None:
+        values, arrays = peft_mixtral.fuse_without_down(config, lora, values, arrays)
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        values = to_json(lora, base_model_name_or_path)
         (temporary / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         named = {PREFIX + name: array for name, array in arrays.items()}
         write_arrays(temporary / WEIGHTS_NAME, named, metadata={"format": "pt"})

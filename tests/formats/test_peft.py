@@ -96,6 +96,10 @@ CASES = {
     ),
     "untied": ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "experts": ("mixtral", {"target_modules": "all-linear"}),
+    "gate-up": (
+        "mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    ),
 }
 
 
@@ -382,6 +386,22 @@ def test_adapters_on_experts(tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, load_adapter(tmp_path / "b", config, params), adapted
     )
+
+
+@pytest.mark.parametrize("modules", [("w1", "w3"), ("w1", "w3", "gate", "q_proj")])
+def test_adapters_on_w1_and_w3_alone_are_written_fused(tmp_path, modules):
+    """PEFT places a pair for each expert's w1 and w3 inside w2's, and finds nothing without it."""
+    config = FAMILIES["mixtral"]
+    params = tiny_params(config)
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=modules)
+    adapted = trained(config, add_lora(config, params, lora, jax.random.key(0)))
+    save_adapter(tmp_path / "a", config, adapted, base_model_name_or_path=None)
+    assert settings(tmp_path / "a")["target_parameters"] == ["mlp.experts.gate_up_proj"]
+    theirs = peft.PeftModel.from_pretrained(reference_model(config, params), tmp_path / "a").eval()
+    expected = reference_logits(theirs, TOKENS)
+    np.testing.assert_allclose(forward(config, adapted), expected, atol=1e-5)
+    again = load_adapter(tmp_path / "a", config, params)
+    jax.tree.map(np.testing.assert_array_equal, again, adapted)
 
 
 @pytest.mark.parametrize(
