@@ -29,12 +29,15 @@ def to_experts(
     targets = raw.get("target_parameters")
     if not targets:
         return raw, tensors
+    modules = raw.get("target_modules")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"target_parameters is {targets!r}; give a list of parameter names")
     known = {target.removeprefix("mlp.").removeprefix("experts.") for target in targets}
     unknown = known - {*_EXPERTS, "gate.weight"}
-    if unknown or isinstance(raw.get("target_modules"), str):
+    if unknown or not isinstance(modules, list | None):
         raise ValueError(
             f"target_parameters {targets!r} of the adapter beside target_modules "
-            f"{raw.get('target_modules')!r} cannot be read; known parameters are gate_up_proj, "
+            f"{modules!r} cannot be read; known parameters are gate_up_proj, "
             f"down_proj and gate.weight, beside a list of modules"
         )
     lora = LoraConfig(
@@ -44,6 +47,7 @@ def to_experts(
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
     )
+    given = set(tensors)
     tensors = dict(tensors)
     layers = [f"model.layers.{layer}" for layer in range(config.num_hidden_layers)]
     ranks: dict[str, int] = {}
@@ -72,7 +76,7 @@ def to_experts(
             for factor in ("lora_A.weight", "lora_B.weight"):
                 tensor = _take(tensors, f"{layer}.mlp.gate.{factor}")
                 tensors[f"{layer}.block_sparse_moe.gate.{factor}"] = tensor
-    return _described(raw, ranks, alphas), tensors
+    return _described(raw, ranks, alphas, set(tensors) - given), tensors
 
 
 def _take(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -91,8 +95,8 @@ def _per_expert(
     b = _take(tensors, f"{prefix}.lora_B.weight")
     d, f = config.hidden_size, config.intermediate_size
     out, inner = (2 * f, d) if name == "gate_up_proj" else (d, f)
-    rank = a.shape[0] // experts
-    if a.shape != (rank * experts, inner) or b.shape != (out, rank * experts):
+    rank = a.size // (experts * inner)
+    if not rank or a.shape != (rank * experts, inner) or b.shape != (out, rank * experts):
         raise ValueError(
             f"the adapter of {prefix} ({name}) has factors {a.shape} and {b.shape}; for {experts} "
             f"experts they must be [{experts} r, {inner}] and [{out}, {experts} r]"
@@ -119,18 +123,22 @@ def _modules(
 
 
 def _described(
-    raw: dict[str, Any], ranks: dict[str, int], alphas: dict[str, float]
+    raw: dict[str, Any], ranks: dict[str, int], alphas: dict[str, float], added: set[str]
 ) -> dict[str, Any]:
+    """`added` are the tensors by their names in modules."""
     fused = tuple(_EXPERTS)
 
     def kept(patterns: dict[str, Any] | None) -> dict[str, Any]:
         # Patterns for the fused parameters have done their work.
         return {k: v for k, v in (patterns or {}).items() if not k.endswith(fused)}
 
+    # PEFT takes the parameters of all layers; only modules in full are not held to a list of them.
+    is_listed = raw.get("layers_to_transform") not in (None, [])
+    modules = sorted({name.partition(".lora_")[0] for name in added}) if is_listed else ranks
     return {
         **raw,
         "target_parameters": None,
-        "target_modules": [*(raw.get("target_modules") or []), *ranks],
+        "target_modules": [*(raw.get("target_modules") or []), *modules],
         "rank_pattern": {**ranks, **kept(raw.get("rank_pattern"))},
         "alpha_pattern": {**alphas, **kept(raw.get("alpha_pattern"))},
     }
