@@ -291,11 +291,12 @@ def _entries(
         Entry("general.quantization_version", uint32, _QUANTIZATION_VERSION),
         *config_entries(config),
     ]
-    tokens = token_entries(config)
     if tokenizer is None:
-        entries += tokens
+        entries += token_entries(config)
     else:
-        entries += vocabulary_entries(tokenizer, vocab_size=config.vocab_size, token_entries=tokens)
+        entries += vocabulary_entries(
+            tokenizer, vocab_size=config.vocab_size, end_tokens=config.eos_token_id
+        )
     if config.sliding_window and config.sliding_window < config.max_position_embeddings:
         logger.warning(
             "the file says sliding_window %d, but llama.cpp attends to the whole context for this "

@@ -224,10 +224,11 @@ def tokenizer_fields(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(tokens, list) and isinstance(types, np.ndarray) and len(tokens) == len(types):
         used = np.flatnonzero(types != TokenType.UNUSED)
         count = int(used[-1]) + 1 if used.size else 0
-        for name in ("tokens", "token_type", "scores"):
+        for name in ("token_type", "scores"):
             key = f"tokenizer.ggml.{name}"
-            if len(fields.get(key, ())) == len(tokens) and key != "tokenizer.ggml.tokens":
-                fields[key] = fields[key][:count]
+            value = fields.get(key)
+            if isinstance(value, np.ndarray) and len(value) == len(tokens):
+                fields[key] = value[:count]
         fields["tokenizer.ggml.tokens"] = tokens[:count]
     return fields
 

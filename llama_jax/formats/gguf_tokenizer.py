@@ -2,8 +2,9 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import tokenizers
 from tokenizers import AddedToken
 
@@ -20,6 +21,17 @@ logger = logging.getLogger(__name__)
 
 _PREFIX = "tokenizer.ggml."
 
+# Named tokens and the …_token_id keys they have here; one is misspelled in GGUF.
+NAMED_IDS = {
+    "bos_token": "bos",
+    "eos_token": "eos",
+    "unk_token": "unknown",
+    "pad_token": "padding",
+    "sep_token": "seperator",
+    "cls_token": "cls",
+    "mask_token": "mask",
+}
+
 # tokenizer.ggml.pre: the pattern that cuts text, whether a piece that is a token as a whole is
 # taken before merging, and whether BOS is added when the file does not say.
 # "smollm" is read as transformers reads it, by GPT-2's pattern. llama.cpp isolates digits first;
@@ -34,45 +46,82 @@ _BYTE_LEVEL_RULES: dict[str, tuple[str | None, bool, bool]] = {
 }
 
 
+_KINDS = {str: "a string", bool: "true or false", int: "an integer"}
+Kind = TypeVar("Kind", str, bool, int)
+
+
+def typed(fields: Mapping[str, Any], key: str, kind: type[Kind]) -> Kind | None:
+    """A value of a GGUF file, None where it has none. Raises ValueError for another kind."""
+    value = fields.get(key)
+    if value is not None and type(value) is not kind:  # to Python a boolean is an integer
+        raise _other_kind(key, value, _KINDS[kind])
+    return value
+
+
+def strings(fields: Mapping[str, Any], key: str) -> list[str] | None:
+    """The same for an array of strings."""
+    value = fields.get(key)
+    if value is not None and not (
+        isinstance(value, list) and all(isinstance(item, str) for item in value)
+    ):
+        raise _other_kind(key, value, "an array of strings")
+    return value
+
+
+def _other_kind(key: str, value: Any, allowed: str) -> ValueError:
+    return ValueError(f"GGUF: {key} is {value!r:.80}; it must be {allowed}")
+
+
 class GgufVocabulary:
     """The vocabulary keys of a GGUF file, checked. `fields` maps full keys to Python values."""
 
     def __init__(self, fields: Mapping[str, Any]):
         self._fields = fields
-        self.kind = str(self._required("model"))
-        self.tokens = [str(token) for token in self._required("tokens")]
-        self.types = [int(kind) for kind in self._per_token("token_type")]
+        self.kind = self._required("model", self.text("model"))
+        self.tokens = self._required("tokens", strings(fields, _PREFIX + "tokens"))
+        self.types = self._required("token_type", self._per_token("token_type", "integers", "iu"))
+        # Each kind needs some of these; all are checked.
+        self.pre = self.text("pre")
+        self._scores = self._per_token("scores", "numbers", "iuf")
+        self._merges = strings(fields, _PREFIX + "merges")
+        self._has_prefix = self.flag("add_space_prefix")
+        self._removes_spaces = self.flag("remove_extra_whitespaces")
         if len(set(self.tokens)) != len(self.tokens):
             raise ValueError(f"GGUF: {_PREFIX}tokens holds the same token twice")
 
-    def get(self, name: str) -> Any:
-        return self._fields.get(_PREFIX + name)
+    def text(self, name: str) -> str | None:
+        return typed(self._fields, _PREFIX + name, str)
+
+    def flag(self, name: str) -> bool | None:
+        return typed(self._fields, _PREFIX + name, bool)
 
     def token_id(self, name: str) -> int | None:
         """One of the …_token_id keys, checked against the table."""
-        index = self.get(f"{name}_token_id")
-        if index is None:
-            return None
-        if not 0 <= int(index) < len(self.tokens):
+        index = typed(self._fields, f"{_PREFIX}{name}_token_id", int)
+        if index is not None and not 0 <= index < len(self.tokens):
             raise ValueError(
                 f"GGUF: {_PREFIX}{name}_token_id is {index}, but the vocabulary has "
                 f"{len(self.tokens)} tokens"
             )
-        return int(index)
+        return index
 
-    def _required(self, name: str) -> Any:
-        value = self.get(name)
+    def _required(self, name: str, value: Any) -> Any:
         if value is None:
             raise ValueError(f"GGUF: {_PREFIX}{name} is missing, so the file has no tokenizer")
         return value
 
-    def _per_token(self, name: str) -> Any:
-        values = self._required(name)
+    def _per_token(self, name: str, items: str, kinds: str) -> list[Any] | None:
+        """An array of `items`, whose dtypes are of these `kinds` of numpy's."""
+        values = self._fields.get(_PREFIX + name)
+        if values is None:
+            return None
+        if not isinstance(values, list | np.ndarray) or np.asarray(values).dtype.kind not in kinds:
+            raise _other_kind(_PREFIX + name, values, f"an array of {items}")
         if len(values) != len(self.tokens):
             raise ValueError(
                 f"GGUF: {_PREFIX}{name} has {len(values)} entries for {len(self.tokens)} tokens"
             )
-        return values
+        return np.asarray(values).tolist()
 
     def build(self) -> tuple[tokenizers.Tokenizer, str, bool]:
         """(tokenizer, the rule in use in words, whether BOS is added by default)."""
@@ -86,7 +135,7 @@ class GgufVocabulary:
         )
 
     def _byte_level(self) -> tuple[tokenizers.Tokenizer, str, bool]:
-        pre = self.get("pre")
+        pre = self.pre
         if pre is None:
             logger.warning(
                 "GGUF: %spre is missing; text is cut by GPT-2's pattern. If this is a Llama 3 "
@@ -101,8 +150,8 @@ class GgufVocabulary:
         split, is_whole_first, adds_bos = _BYTE_LEVEL_RULES[pre]
         vocab = {token: index for index, token in enumerate(self.tokens)}
         merges = []
-        for number, merge in enumerate(self._required("merges")):
-            left, _, right = str(merge).partition(" ")
+        for number, merge in enumerate(self._required("merges", self._merges)):
+            left, _, right = merge.partition(" ")
             if not (left in vocab and right in vocab and left + right in vocab):
                 raise ValueError(
                     f"GGUF: {_PREFIX}merges[{number}] is {merge!r}, but the vocabulary does not "
@@ -120,9 +169,8 @@ class GgufVocabulary:
         return tokenizer, f"byte-level, no prefix, cut as {pre}", adds_bos
 
     def _sentencepiece(self) -> tuple[tokenizers.Tokenizer, str, bool]:
-        scores = self._per_token("scores")
-        has_prefix = self.get("add_space_prefix")
-        rule: PrefixRule = "none" if has_prefix is False else "every chunk"
+        scores = self._required("scores", self._scores)
+        rule: PrefixRule = "none" if self._has_prefix is False else "every chunk"
         unk = self.token_id("unknown")
         model = SentencePieceModel(
             pieces=[
@@ -131,7 +179,7 @@ class GgufVocabulary:
             ],
             kind="bpe",
             has_dummy_prefix=rule != "none",
-            remove_extra_whitespaces=bool(self.get("remove_extra_whitespaces")),
+            remove_extra_whitespaces=bool(self._removes_spaces),
             byte_fallback=PieceType.BYTE in self.types,
             unk_id=unk if unk is not None else self._unknown_id(),
         )

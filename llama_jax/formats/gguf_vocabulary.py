@@ -6,12 +6,14 @@ that no such name fits is refused, because a reader would give other ids without
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from gguf.constants import GGUFValueType, TokenType
 
 from llama_jax.formats.byte_level import LLAMA3_SPLIT, TEKKEN_SPLIT
 from llama_jax.formats.gguf_fields import Entry
+from llama_jax.formats.gguf_tokenizer import NAMED_IDS
 from llama_jax.formats.tokenizer import Tokenizer, from_gguf_fields
 
 logger = logging.getLogger(__name__)
@@ -36,11 +38,12 @@ _PROBES = (
 
 
 def vocabulary_entries(
-    tokenizer: Tokenizer, *, vocab_size: int, token_entries: list[Entry]
+    tokenizer: Tokenizer, *, vocab_size: int, end_tokens: Sequence[int]
 ) -> list[Entry]:
     """The metadata of `tokenizer` for a model with `vocab_size` embedding rows.
 
-    `token_entries` are the ids the model's config names; they go before the tokenizer's own.
+    `end_tokens` are those of the model's config. Named tokens are the tokenizer's own, since chats
+    are written with them; where the config names others, `llama_jax.config` keeps its ids.
     Raises ValueError for a tokenizer that GGUF cannot describe.
     """
     tokenizer.check_vocab(vocab_size)
@@ -67,8 +70,7 @@ def vocabulary_entries(
             GGUFValueType.BOOL,
             not is_byte_level and tokenizer.prefix_rule != "none",
         ),
-        *token_entries,
-        *_named_tokens(tokenizer, {entry.key for entry in token_entries}),
+        *_named_tokens(tokenizer, end_tokens),
         *_templates(tokenizer),
     ]
     _verify(tokenizer, entries)
@@ -176,21 +178,26 @@ def _scores(names: list[str], types: list[TokenType], merges: list[tuple[str, ..
     ]
 
 
-def _named_tokens(tokenizer: Tokenizer, present: set[str]) -> list[Entry]:
-    """Ids of the tokenizer's named tokens that the model's config leaves open."""
-    keys = {
-        "bos_token": "bos_token_id",
-        "eos_token": "eos_token_id",
-        "unk_token": "unknown_token_id",
-        "pad_token": "padding_token_id",
+def _named_tokens(tokenizer: Tokenizer, end_tokens: Sequence[int]) -> list[Entry]:
+    """Ids of the tokenizer's named tokens; other ends as the ends of a turn and of a message."""
+    named = tokenizer.special_tokens
+    ids = {
+        key: tokenizer.token_to_id(named[name]) for name, key in NAMED_IDS.items() if name in named
     }
-    entries = []
-    for name, key in keys.items():
-        text = tokenizer.special_tokens.get(name)
-        index = None if text is None else tokenizer.token_to_id(text)
-        if index is not None and _PREFIX + key not in present:
-            entries.append(_entry(key, GGUFValueType.UINT32, index))
-    return entries
+    ends = [
+        end
+        for end in end_tokens
+        if end != ids.get("eos") and tokenizer.id_to_token(end) is not None
+    ]
+    if "eos" not in ids and ends:
+        logger.warning(
+            "the tokenizer names no eos_token; in the GGUF file it is %r, the model's first end "
+            "token, because llama.cpp would take another one",
+            tokenizer.id_to_token(ends[0]),
+        )
+    free = [key for key in ("eos", "eot", "eom") if key not in ids]
+    ids.update(zip(free, ends, strict=False))
+    return [_entry(f"{key}_token_id", GGUFValueType.UINT32, index) for key, index in ids.items()]
 
 
 def _templates(tokenizer: Tokenizer) -> list[Entry]:
@@ -209,8 +216,15 @@ def _templates(tokenizer: Tokenizer) -> list[Entry]:
 
 
 def _verify(tokenizer: Tokenizer, entries: list[Entry]) -> None:
-    """Reads the entries back: the ids of some texts must be the tokenizer's own."""
+    """Reads the entries back: named tokens and ids of some texts must be the tokenizer's own."""
     again = from_gguf_fields({entry.key: entry.value for entry in entries})
+    for name, token in tokenizer.special_tokens.items():
+        if again.special_tokens.get(name) != token:
+            raise ValueError(
+                f"the tokenizer ({tokenizer.source}) names {name} {token!r}, which GGUF cannot "
+                f"keep; named tokens there are {', '.join(NAMED_IDS)}. Remove {name}, or export to "
+                f"Hugging Face's format instead"
+            )
     for text in _PROBES:
         wanted = tokenizer.encode(text, add_special_tokens=False)
         got = again.encode(text, add_special_tokens=False)

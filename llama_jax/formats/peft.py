@@ -79,15 +79,18 @@ def load_adapter(
     folder = Path(folder)
     raw = read_adapter_config(folder)
     tensors = _read_tensors(folder)
-    if config.moe is not None:
-        raw, tensors = peft_mixtral.to_experts(config, raw, tensors)
-    elif raw.get("target_parameters"):
-        raise ValueError(
-            f"{folder / CONFIG_NAME}: target_parameters is {raw['target_parameters']!r}, but this "
-            f"model has no parameters outside of modules"
-        )
-    _check_modules(folder, config, tensors)
-    plan = plan_adapter(config, to_lora_config(config, raw))
+    try:
+        if config.moe is not None:
+            raw, tensors = peft_mixtral.to_experts(config, raw, tensors)
+        elif raw.get("target_parameters"):
+            raise ValueError(
+                f"target_parameters is {raw['target_parameters']!r}, but this model has no "
+                f"parameters outside of modules"
+            )
+        _check_modules(config, tensors)
+        plan = plan_adapter(config, to_lora_config(config, raw))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
     _check_names(folder, config, plan, set(tensors))
     params = with_vocabulary(folder, config, params, tensors, resize=resize)
     rows, leaves = weight_table(config), tree.flatten(params)
@@ -141,7 +144,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def _check_modules(folder: Path, config: ModelConfig, tensors: Iterable[str]) -> None:
+def _check_modules(config: ModelConfig, tensors: Iterable[str]) -> None:
     modules = {m for row in weight_table(config).values() for m, _ in module_names(row)}
     modules.add("lm_head")  # a tied head has a name in files
     unknown = [
@@ -151,7 +154,7 @@ def _check_modules(folder: Path, config: ModelConfig, tensors: Iterable[str]) ->
     ]
     if unknown:
         raise ValueError(
-            f"{folder / WEIGHTS_NAME}: these tensors belong to no module of this model, so the "
+            f"{WEIGHTS_NAME}: these tensors belong to no module of this model, so the "
             f"adapter is for another one: {_listed(PREFIX + name for name in unknown)}"
         )
 
@@ -274,8 +277,10 @@ def save_adapter(
     arrays: dict[str, np.ndarray] = {}
     for path, part in parts.items():
         arrays.update(_tensors_of(config, weight_table(config)[path], part))
+    values = to_json(lora, base_model_name_or_path)
+    if config.moe is not None:
+        values, arrays = peft_mixtral.fuse_without_down(config, lora, values, arrays)
     with atomic_folder(folder, overwrite=overwrite) as temporary:
-        values = to_json(lora, base_model_name_or_path)
         (temporary / CONFIG_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         named = {PREFIX + name: array for name, array in arrays.items()}
         write_arrays(temporary / WEIGHTS_NAME, named, metadata={"format": "pt"})

@@ -69,6 +69,14 @@ _REASONS = {
     "use_qalora": "it is QA-LoRA, not LoRA",
     "velora_config": "it is VeLoRA, not LoRA",
 }
+# How PEFT says that something is not asked for; the others are null.
+_NOTHING = {
+    "bias": "'none'",
+    "fan_in_fan_out": "false",
+    "lora_bias": "false",
+    "use_dora": "false",
+    "use_qalora": "false",
+}
 
 
 def read_adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -88,6 +96,10 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path}: {name} is missing")
     for name, value in raw.items():
         if name not in _READ and name not in _NEUTRAL and not _is_default(name, value):
+            if name in _REASONS and not value:  # it asks for nothing, but not in PEFT's words
+                raise ValueError(
+                    f"{path}: {name} is {value!r}; it must be {_NOTHING.get(name, 'null')}"
+                )
             reason = f": {_REASONS[name]}" if name in _REASONS else ", a field unknown here"
             raise ValueError(
                 f"{path}: {name} is {value!r}{reason}. Such adapters cannot be loaded; merge it "

@@ -3,7 +3,8 @@
 There the experts of a layer are two stacked parameters, `gate_up_proj` [E, 2F, D] and `down_proj`
 [E, D, F], and PEFT keeps one pair of factors for all experts of a layer: A is [E * r, in] with the
 expert outermost, B is [out, r * E] with the expert innermost. Files made before that, and the ones
-written here, hold a pair for each expert's w1, w2 and w3; PEFT reads those on either version.
+written here, hold a pair for each expert's w1, w2 and w3; PEFT reads those on either version, but
+for w1 and w3 without w2, which it misplaces: these are written fused.
 """
 
 import dataclasses
@@ -28,12 +29,15 @@ def to_experts(
     targets = raw.get("target_parameters")
     if not targets:
         return raw, tensors
+    modules = raw.get("target_modules")
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"target_parameters is {targets!r}; give a list of parameter names")
     known = {target.removeprefix("mlp.").removeprefix("experts.") for target in targets}
     unknown = known - {*_EXPERTS, "gate.weight"}
-    if unknown or isinstance(raw.get("target_modules"), str):
+    if unknown or not isinstance(modules, list | None):
         raise ValueError(
             f"target_parameters {targets!r} of the adapter beside target_modules "
-            f"{raw.get('target_modules')!r} cannot be read; known parameters are gate_up_proj, "
+            f"{modules!r} cannot be read; known parameters are gate_up_proj, "
             f"down_proj and gate.weight, beside a list of modules"
         )
     lora = LoraConfig(
@@ -43,6 +47,7 @@ def to_experts(
         rank_pattern=raw.get("rank_pattern") or {},
         alpha_pattern=raw.get("alpha_pattern") or {},
     )
+    given = set(tensors)
     tensors = dict(tensors)
     layers = [f"model.layers.{layer}" for layer in range(config.num_hidden_layers)]
     ranks: dict[str, int] = {}
@@ -71,7 +76,7 @@ def to_experts(
             for factor in ("lora_A.weight", "lora_B.weight"):
                 tensor = _take(tensors, f"{layer}.mlp.gate.{factor}")
                 tensors[f"{layer}.block_sparse_moe.gate.{factor}"] = tensor
-    return _described(raw, ranks, alphas), tensors
+    return _described(raw, ranks, alphas, set(tensors) - given), tensors
 
 
 def _take(tensors: dict[str, np.ndarray], name: str) -> np.ndarray:
@@ -90,8 +95,8 @@ def _per_expert(
     b = _take(tensors, f"{prefix}.lora_B.weight")
     d, f = config.hidden_size, config.intermediate_size
     out, inner = (2 * f, d) if name == "gate_up_proj" else (d, f)
-    rank = a.shape[0] // experts
-    if a.shape != (rank * experts, inner) or b.shape != (out, rank * experts):
+    rank = a.size // (experts * inner)
+    if not rank or a.shape != (rank * experts, inner) or b.shape != (out, rank * experts):
         raise ValueError(
             f"the adapter of {prefix} ({name}) has factors {a.shape} and {b.shape}; for {experts} "
             f"experts they must be [{experts} r, {inner}] and [{out}, {experts} r]"
@@ -118,21 +123,76 @@ def _modules(
 
 
 def _described(
-    raw: dict[str, Any], ranks: dict[str, int], alphas: dict[str, float]
+    raw: dict[str, Any], ranks: dict[str, int], alphas: dict[str, float], added: set[str]
 ) -> dict[str, Any]:
+    """`added` are the tensors by their names in modules."""
     fused = tuple(_EXPERTS)
 
     def kept(patterns: dict[str, Any] | None) -> dict[str, Any]:
         # Patterns for the fused parameters have done their work.
         return {k: v for k, v in (patterns or {}).items() if not k.endswith(fused)}
 
+    # PEFT takes the parameters of all layers; only modules in full are not held to a list of them.
+    is_listed = raw.get("layers_to_transform") not in (None, [])
+    modules = sorted({name.partition(".lora_")[0] for name in added}) if is_listed else ranks
     return {
         **raw,
         "target_parameters": None,
-        "target_modules": [*(raw.get("target_modules") or []), *ranks],
+        "target_modules": [*(raw.get("target_modules") or []), *modules],
         "rank_pattern": {**ranks, **kept(raw.get("rank_pattern"))},
         "alpha_pattern": {**alphas, **kept(raw.get("alpha_pattern"))},
     }
+
+
+def fuse_without_down(
+    config: ModelConfig, lora: LoraConfig, values: dict[str, Any], tensors: dict[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """The configuration and the tensors with w1 and w3 as one `gate_up_proj`, where w2 has no
+    adapter; others pass through.
+
+    An A that both have, as `to_experts` gives it, is written once.
+    """
+    if "w1" not in lora.target_modules or "w2" in lora.target_modules:
+        return values, tensors
+    assert config.moe is not None
+    tensors = dict(tensors)
+    layers = [f"model.layers.{layer}" for layer in range(config.num_hidden_layers)]
+    experts = [f"block_sparse_moe.experts.{e}" for e in range(config.moe.num_local_experts)]
+
+    def stacked(name: str) -> np.ndarray:
+        """Over layers and experts."""
+        return np.stack(
+            [
+                [tensors.pop(f"{layer}.{expert}.{name}.weight") for expert in experts]
+                for layer in layers
+            ]
+        )
+
+    a1, a3 = stacked("w1.lora_A"), stacked("w3.lora_A")
+    b1, b3 = stacked("w1.lora_B"), stacked("w3.lora_B")
+    if np.array_equal(a1, a3):
+        a, b = a1, np.concatenate([b1, b3], axis=-2)
+    else:
+        nothing = np.zeros_like(b1)
+        a, b = np.concatenate([a1, a3], axis=-2), np.block([[b1, nothing], [nothing, b3]])
+    for layer, layer_a, layer_b in zip(layers, a, b, strict=True):
+        prefix = f"{layer}.mlp.experts"
+        tensors[f"{prefix}.lora_A.weight"] = layer_a.reshape(-1, a.shape[-1])
+        tensors[f"{prefix}.lora_B.weight"] = layer_b.transpose(1, 2, 0).reshape(b.shape[-2], -1)
+    rank = a.shape[-2]
+    alpha = lora.alpha_of(f"{layers[0]}.{experts[0]}.w1") * (rank // a1.shape[-2])
+
+    def fused(patterns: dict[str, Any], value: float) -> dict[str, Any]:
+        others = {k: v for k, v in patterns.items() if k not in ("w1", "w3")}
+        return {**others, "gate_up_proj": value}
+
+    return {
+        **values,
+        "target_modules": [m for m in values["target_modules"] if m not in ("w1", "w3")],
+        "target_parameters": ["mlp.experts.gate_up_proj"],
+        "rank_pattern": fused(values["rank_pattern"], rank),
+        "alpha_pattern": fused(values["alpha_pattern"], alpha),
+    }, tensors
 
 
 def with_one_rank(parts: dict[str, Any]) -> dict[str, Any]:

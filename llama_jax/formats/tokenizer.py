@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from llama_jax.formats.gguf_tokenizer import GgufVocabulary
+from llama_jax.formats.gguf_tokenizer import NAMED_IDS, GgufVocabulary, strings, typed
 from llama_jax.formats.sentencepiece_model import (
     PrefixRule,
     SentencePieceModel,
@@ -26,7 +26,7 @@ from llama_jax.formats.tiktoken_model import (
     read_tiktoken,
 )
 from llama_jax.formats.tokenizer_class import StreamDecoder, Tokenizer, section
-from llama_jax.formats.tokenizer_files import TokenizerSettings, named_templates, read_settings
+from llama_jax.formats.tokenizer_files import TokenizerSettings, read_settings
 
 __all__ = ["StreamDecoder", "Tokenizer", "from_gguf_fields", "load_tokenizer"]
 
@@ -63,18 +63,15 @@ def from_gguf_fields(fields: Mapping[str, Any], *, vocab_size: int | None = None
     """
     vocabulary = GgufVocabulary(fields)
     backend, rule, adds_bos = vocabulary.build()
-    ids = {
-        "bos_token": vocabulary.token_id("bos"),
-        "eos_token": vocabulary.token_id("eos"),
-        "unk_token": vocabulary.token_id("unknown"),
-        "pad_token": vocabulary.token_id("padding"),
+    ids = {name: vocabulary.token_id(key) for name, key in NAMED_IDS.items()}
+    key = "tokenizer.chat_template"
+    strings(fields, f"{key}s")  # the names of the others
+    templates = {
+        "default" if name == key else name.removeprefix(f"{key}."): typed(fields, name, str)
+        for name in fields
+        if name == key or name.startswith(f"{key}.")
     }
-    templates = named_templates(fields.get("tokenizer.chat_template"), "tokenizer.chat_template")
-    prefix = "tokenizer.chat_template."
-    for key in fields:
-        if key.startswith(prefix):
-            templates[key.removeprefix(prefix)] = str(fields[key])
-    flag = vocabulary.get("add_bos_token")
+    flag = vocabulary.flag("add_bos_token")
     ends = [vocabulary.token_id(name) for name in ("eot", "eom")]
     tokenizer = Tokenizer(
         backend,
@@ -82,12 +79,12 @@ def from_gguf_fields(fields: Mapping[str, Any], *, vocab_size: int | None = None
         prefix_rule=rule,
         settings=TokenizerSettings(
             named={name: vocabulary.tokens[i] for name, i in ids.items() if i is not None},
-            chat_templates=templates,
+            chat_templates={name: text for name, text in templates.items() if text is not None},
         ),
-        adds_bos=adds_bos if flag is None else bool(flag),
-        adds_eos=bool(vocabulary.get("add_eos_token")),
+        adds_bos=adds_bos if flag is None else flag,
+        adds_eos=bool(vocabulary.flag("add_eos_token")),
         end_tokens=[index for index in ends if index is not None],
-        gguf_pre=vocabulary.get("pre") if vocabulary.kind == "gpt2" else None,
+        gguf_pre=vocabulary.pre if vocabulary.kind == "gpt2" else None,
     )
     if vocab_size is not None:
         tokenizer.check_vocab(vocab_size)

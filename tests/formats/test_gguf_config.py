@@ -312,3 +312,5 @@ def test_rows_without_a_token_and_absent_ids_are_left_out_of_the_tokenizer():
     assert "tokenizer.ggml.bos_token_id" not in fields
     assert fields["tokenizer.ggml.eos_token_id"] == 2
     assert "llama.block_count" not in fields
+    odd = {**fields, "tokenizer.ggml.scores": 5}  # refused with the tokenizer
+    assert tokenizer_fields(odd)["tokenizer.ggml.scores"] == 5

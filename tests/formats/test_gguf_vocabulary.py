@@ -1,5 +1,6 @@
 """Tokenizers written into GGUF files, read back by us and by transformers."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -141,13 +142,42 @@ def test_a_sentencepiece_tokenizer_keeps_its_ids(sentencepiece_tokenizer, tmp_pa
     assert second.read_bytes() == path.read_bytes()
 
 
-def test_the_ids_of_the_config_go_before_the_tokenizers_own(sentencepiece_tokenizer, tmp_path):
-    config = tiny_config(vocab_size=512, bos_token_id=1, eos_token_id=(7, 2, 9, 11), pad_token_id=5)
+def test_named_tokens_are_the_tokenizers_own_whatever_the_config_names(
+    sentencepiece_tokenizer, tmp_path
+):
+    config = tiny_config(vocab_size=512, bos_token_id=4, eos_token_id=(7, 2, 9, 11), pad_token_id=5)
     path = save_gguf(tmp_path / "m.gguf", config, tiny_params(config), sentencepiece_tokenizer)
     metadata = GGUFFile(path).metadata
-    names = ("bos", "eos", "eot", "eom", "padding", "unknown")
-    assert [metadata[f"tokenizer.ggml.{n}_token_id"] for n in names] == [1, 7, 2, 9, 5, 0]
-    assert load_gguf(path)[0] == config  # the fourth end token too
+    names = ("bos", "eos", "eot", "eom", "unknown")
+    assert [metadata[f"tokenizer.ggml.{n}_token_id"] for n in names] == [1, 2, 7, 9, 0]
+    again_config, _, again = load_gguf(path)
+    assert again_config == config  # the fourth end token too
+    assert again.special_tokens == sentencepiece_tokenizer.special_tokens
+    assert again.pad_token_id == sentencepiece_tokenizer.pad_token_id == 2
+    assert again.eos_token_ids == (2, 7, 9)
+    theirs = AutoTokenizer.from_pretrained(tmp_path, gguf_file=path.name)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+
+
+def test_an_end_token_that_only_the_config_names(tmp_path, caplog):
+    tokenizer = byte_level_folder(tmp_path / "source", None, is_whole_first=False)
+    (tmp_path / "source" / "tokenizer_config.json").unlink()
+    tokenizer = load_tokenizer(tmp_path / "source")
+    # 511 has a row in the embedding, but no token.
+    config = tiny_config(vocab_size=512, bos_token_id=0, eos_token_id=(511, 1))
+    path = save_gguf(tmp_path / "m.gguf", config, tiny_params(config), tokenizer)
+    assert "names no eos_token; in the GGUF file it is '<|eos|>'" in caplog.text
+    again_config, _, again = load_gguf(path)
+    assert again_config == config
+    assert again.special_tokens == {"eos_token": "<|eos|>"}
+
+
+def test_a_named_token_without_a_key_is_refused(sentencepiece_tokenizer, tmp_path):
+    named = {**sentencepiece_tokenizer.special_tokens, "image_token": "<tool>"}
+    tokenizer = load_tokenizer(sentencepiece_tokenizer.folder)
+    tokenizer.settings = dataclasses.replace(tokenizer.settings, named=named)
+    with pytest.raises(ValueError, match="names image_token '<tool>', which GGUF cannot keep"):
+        save(tmp_path, tokenizer)
 
 
 def test_a_tokenizer_that_gguf_cannot_describe_is_refused(tmp_path):

@@ -96,6 +96,10 @@ CASES = {
     ),
     "untied": ("llama-tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "experts": ("mixtral", {"target_modules": "all-linear"}),
+    "gate-up": (
+        "mixtral",
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    ),
 }
 
 
@@ -266,7 +270,17 @@ def test_settings_that_are_no_adapter(folder):
     edit(folder, peft_type="LORA", r=None)
     refused(folder, "r is missing")
     edit(folder, r=0)
-    refused(folder, "a rank is a positive integer")
+    refused(folder, str(folder), "a rank is a positive integer")
+    edit(folder, r=4, layers_to_transform=[7])
+    refused(folder, str(folder), "lora.layers_to_transform holds 7")
+    edit(folder, layers_to_transform=None)
+    edit(folder, use_dora=0)
+    refused(folder, "use_dora is 0; it must be false")
+    edit(folder, use_dora=False, fan_in_fan_out=0)
+    refused(folder, "fan_in_fan_out is 0; it must be false")
+    edit(folder, fan_in_fan_out=False, bias=False)
+    refused(folder, "bias is False; it must be 'none'")
+    edit(folder, bias="none")
     edit(folder, r=4, rank_pattern=[])
     refused(folder, "give a mapping")
     edit(folder, rank_pattern={}, modules_to_save=[5])
@@ -382,6 +396,59 @@ def test_adapters_on_experts(tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, load_adapter(tmp_path / "b", config, params), adapted
     )
+
+
+def test_a_list_of_layers_is_not_about_parameters(tmp_path):
+    config = FAMILIES["mixtral"]
+    params = tiny_params(config)
+    expected = peft_adapter(
+        tmp_path / "a",
+        config,
+        params,
+        target_modules=["q_proj"],
+        target_parameters=["mlp.experts.down_proj"],
+        layers_to_transform=[1],
+    )
+    got = forward(config, load_adapter(tmp_path / "a", config, params))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"target_parameters": 5}, "target_parameters is 5; give a list of parameter names"),
+        ({"target_parameters": [5]}, "target_parameters is [5]; give a list"),
+        ({"target_parameters": [None]}, "target_parameters is [None]; give a list"),
+        (
+            {"target_parameters": ["mlp.experts.down_proj"], "target_modules": 5},
+            "beside target_modules 5 cannot be read",
+        ),
+        (
+            {"target_parameters": ["mlp.experts.down_proj"]},
+            "mlp.experts.lora_A.weight by its target_parameters, but lacks it",
+        ),
+    ],
+)
+def test_settings_of_experts_that_mean_nothing(folder, fields, message):
+    config = FAMILIES["mixtral"]
+    edit(folder, **fields)
+    refused(folder, str(folder), message, config=config, params=tiny_params(config))
+
+
+@pytest.mark.parametrize("modules", [("w1", "w3"), ("w1", "w3", "gate", "q_proj")])
+def test_adapters_on_w1_and_w3_alone_are_written_fused(tmp_path, modules):
+    """PEFT places a pair for each expert's w1 and w3 inside w2's, and finds nothing without it."""
+    config = FAMILIES["mixtral"]
+    params = tiny_params(config)
+    lora = LoraConfig(r=3, lora_alpha=5, target_modules=modules)
+    adapted = trained(config, add_lora(config, params, lora, jax.random.key(0)))
+    save_adapter(tmp_path / "a", config, adapted, base_model_name_or_path=None)
+    assert settings(tmp_path / "a")["target_parameters"] == ["mlp.experts.gate_up_proj"]
+    theirs = peft.PeftModel.from_pretrained(reference_model(config, params), tmp_path / "a").eval()
+    expected = reference_logits(theirs, TOKENS)
+    np.testing.assert_allclose(forward(config, adapted), expected, atol=1e-5)
+    again = load_adapter(tmp_path / "a", config, params)
+    jax.tree.map(np.testing.assert_array_equal, again, adapted)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,9 @@ import os
 import pickle
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import sentencepiece
 import tiktoken
@@ -658,6 +660,47 @@ def test_broken_gguf_fields_are_refused(llama2: Tokenizer, change: dict, message
     fields = {**gguf_fields(llama2, llama2.folder), "tokenizer.ggml.merges": [], **change}
     with pytest.raises(ValueError, match=message):
         from_gguf_fields(fields)
+
+
+STRING, STRINGS = "must be a string", "must be an array of strings"
+FLAG, ID, INTEGERS = "must be true or false", "must be an integer", "must be an array of integers"
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "message"),
+    [
+        ("ggml.model", [5, ["gpt2"]], STRING),
+        ("ggml.tokens", [5, 1.5, True, "x", np.array([1, 2])], STRINGS),
+        ("ggml.token_type", [5, "x", ["a"], np.zeros(4, np.float32)], INTEGERS),
+        ("ggml.merges", [5, "", np.array([1])], STRINGS),
+        ("ggml.scores", [5, ["a"]], "must be an array of numbers"),
+        ("ggml.pre", [5, np.array([1])], STRING),
+        ("ggml.unknown_token_id", [1.5, True, "x", np.array([1])], ID),
+        ("ggml.add_bos_token", [5, -1, "x", ["a"]], FLAG),
+        ("ggml.add_eos_token", [5, -1, "x", ["a"]], FLAG),
+        ("ggml.add_space_prefix", [0, "x", ["a"]], FLAG),
+        ("ggml.remove_extra_whitespaces", [1], FLAG),
+        ("chat_template", [5, ["a"]], STRING),
+        ("chat_template.rag", [5, ["a"]], STRING),
+        ("chat_templates", [5, "rag", np.array([1])], STRINGS),
+    ],
+)
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_gguf_fields_of_another_kind_are_refused(
+    kind: str, key: str, values: list[Any], message: str
+) -> None:
+    fields = {
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": ["a", "b", "ab", "<unk>"],
+        "tokenizer.ggml.token_type": [1, 1, 1, 2],
+        "tokenizer.ggml.scores": [-1.0, -2.0, 0.0, 0.0],
+        "tokenizer.ggml.merges": ["a b"],
+    }
+    from_gguf_fields(fields)
+    for value in values:
+        with pytest.raises(ValueError, match=rf"GGUF: tokenizer\.{key} is .*; it {message}"):
+            from_gguf_fields({**fields, f"tokenizer.{key}": value})
 
 
 def test_a_missing_gguf_cut_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
