@@ -310,6 +310,9 @@ def _listed(prompts: Any, *, chat: bool) -> list[Any]:
     """A list of prompts, from one or several."""
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, Mapping):
+        wanted = "a list of messages" if chat else "text, token ids or a list of those"
+        raise ValueError(f"prompts is a dict with {', '.join(map(str, prompts))}; give {wanted}")
     listed = list(prompts)
     single = dict | Mapping if chat else int | np.integer
     if listed and all(isinstance(each, single) for each in listed):

@@ -344,6 +344,12 @@ class Compute:
         _require_int("compute", "loss_chunk_tokens", self.loss_chunk_tokens, low=1, high=2**31 - 1)
         known = [name for name, _ in DEFAULT_RULES]
         check_keys("compute.rules", dict(self.rules), known)
+        for name, axes in self.rules:
+            targets = () if axes is None else (axes,) if isinstance(axes, str) else axes
+            check_keys(f"compute.rules: {name}", dict.fromkeys(targets), list(MESH_AXES))
+        missing = [name for name in known if name not in dict(self.rules)]
+        if missing:
+            raise ValueError(f"compute.rules says nothing of {', '.join(missing)}; give all")
 
     @property
     def held_dtype(self) -> str:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llama_jax.config import Compute, ModelConfig, MoeConfig, RopeScaling
+from llama_jax.config import DEFAULT_RULES, Compute, ModelConfig, MoeConfig, RopeScaling
 from tests.tiny import FAMILIES, tiny_config
 
 
@@ -115,3 +115,15 @@ def test_compute_is_checked(values, message):
 def test_configuration_needs_no_jax():
     code = "import sys, llama_jax.config; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_rules_name_axes_that_a_mesh_has():
+    def changed(axes):
+        return tuple((name, axes if name == "embed" else old) for name, old in DEFAULT_RULES)
+
+    for axes in ("nope", "", ("fsdp", "nope")):
+        with pytest.raises(ValueError, match="compute.rules: embed has no field"):
+            Compute(rules=changed(axes))
+    assert Compute(rules=changed(None)).rules == changed(None)
+    with pytest.raises(ValueError, match="compute.rules says nothing of .*vocab"):
+        Compute(rules=(("embed", "fsdp"),))

@@ -8,6 +8,7 @@ import yaml
 from infer.engine.options import parse_mesh
 from infer.server.build import engine_options
 from infer.server.settings import read_settings
+from llama_jax.commands.run_config import find_merge_recipe
 from llama_jax.mesh.slices import slice_named
 from llama_jax.weights.merge_recipe import read_recipe
 from train.config import load_run_config
@@ -125,3 +126,10 @@ def test_a_representative_server_is_compiled_again():
     cells = [cell.strip() for cell in line.strip("|").split("|")]
     assert report["hbm_bytes_per_chip"] == pytest.approx(float(cells[6]) * 2**30, rel=0.05)
     assert report["largest_cache_tokens"] == pytest.approx(int(cells[8]), rel=0.05)
+
+
+def test_shipped_recipes_are_found_by_name():
+    name = "llama3.1-8b-chat-vector.yaml"
+    assert find_merge_recipe(name) == ROOT / "configs/merge" / name
+    with pytest.raises(ValueError, match=f"the recipe nope.yaml does not exist; .*{name}"):
+        find_merge_recipe("nope.yaml")

@@ -109,6 +109,12 @@ class BatchingEngine:
         self.options = options or EngineOptions()
         config, params, tokenizer = generate.parts_of(model)
         longest = longest_context(config)
+        if (self.options.max_context or 0) > longest:
+            log.warning(
+                "max_context is %d, but the model was made for %d tokens, which are used",
+                self.options.max_context,
+                longest,
+            )
         compute = compute or Compute()
         if mesh is not None:
             compute = replace(compute, rules=placement.RULES)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from infer.engine.request import Engine, Event, Failed, Finished, Request
 from infer.params import SamplingParams
+from infer.server.settings import PROBE
 
 if TYPE_CHECKING:
     from llama_jax.formats.tokenizer import Tokenizer
@@ -104,7 +105,7 @@ def probe(engine: Engine, tokenizer: "Tokenizer | None") -> None:
         id="probe",
         prompt_token_ids=(0 if first is None else first,),
         params=SamplingParams(temperature=0.0, max_tokens=PROBE_TOKENS),
-        tenant="probe",
+        tenant=PROBE,
     )
     engine.submit(request, listen)
     if not ended.wait(PROBE_SECONDS):

@@ -252,6 +252,7 @@ class Settings:
     def all_tenants(self) -> tuple[Tenant, ...]:
         if self.api_key is None:
             return self.tenants
+        _check_key("api_key", self.api_key)
         return (*self.tenants, Tenant("default", self.api_key))
 
     @property

@@ -74,6 +74,12 @@ def _base64(row: list[float]) -> str:
 async def tokenize(context: Context, body: TokenizeRequest, arrival: Arrival) -> Result:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", param="prompt")
+    if body.messages is not None and not body.add_special_tokens:
+        raise ApiError(
+            400,
+            "add_special_tokens is about prompt; a conversation has what its template writes",
+            param="add_special_tokens",
+        )
     lease = await context.models.lease(body.model, arrival.request_id)
 
     def ids() -> list[int]:

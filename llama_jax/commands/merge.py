@@ -30,12 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from llama_jax.commands.output import check_out, num_bytes
     from llama_jax.commands.report import Progress
+    from llama_jax.commands.run_config import find_merge_recipe
     from llama_jax.commands.startup import start_jax
     from llama_jax.formats.json_fields import read_text
     from llama_jax.formats.yaml_text import parse_yaml
     from llama_jax.weights.merge_recipe import read_recipe
 
-    path = Path(args.recipe)
+    path = find_merge_recipe(args.recipe)
     recipe = read_recipe(parse_yaml(read_text(path), str(path)), str(path))
     for _, model in recipe.inputs:
         out = check_out(args.out, model)

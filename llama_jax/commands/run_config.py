@@ -41,6 +41,12 @@ def find_serve_config(name: str) -> Path:
     return _find("the serve config", name, configs_folder() / "serve", places)
 
 
+def find_merge_recipe(name: str) -> Path:
+    """The same for a recipe of `llama-jax merge`, which are shipped in `configs/merge/`."""
+    places = (Path(), Path("merge"), Path("configs/merge"))
+    return _find("the recipe", name, configs_folder() / "merge", places)
+
+
 def _find(what: str, name: str, folder: Path, places: tuple[Path, ...]) -> Path:
     if not name.strip():
         raise ValueError(f"the name of {what} is empty; give a YAML file")

@@ -14,6 +14,7 @@ from llama_jax.formats.provenance import Conversation, check_roles, template_tex
 from llama_jax.formats.sandbox import TemplateError
 from llama_jax.formats.template import ChatTemplate, Message
 from llama_jax.formats.tokenizer import Tokenizer
+from llama_jax.formats.tokenizer_class import check_characters
 
 __all__ = ["ChatTemplate", "Rendered", "TemplateError", "chat_template", "encode_chat"]
 
@@ -57,6 +58,7 @@ class Rendered:
 
     def encode(self, tokenizer: Tokenizer) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids, and the range of `text` each came from. Adds no begin token."""
+        check_characters(self.text)
         meant = self.control_tokens(tokenizer)
         if find_control_tokens(self.text, tokenizer.control_tokens) == meant:
             encoding = tokenizer.backend.encode(self.text, add_special_tokens=False)

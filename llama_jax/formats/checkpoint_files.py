@@ -15,7 +15,6 @@ from llama_jax.mesh.distributed import exchange
 MANIFEST = "checkpoint.json"
 MARKER = "complete.json"
 VERSION = 1
-_KEYS = ("config", "leaves", "groups", "extra", "files")
 
 
 class CheckpointError(ValueError):

@@ -28,6 +28,18 @@ _ANY_TEXT = "".join(
 )
 
 
+def check_characters(text: str) -> None:
+    """Raises ValueError for half a surrogate pair, as bytes in an argument become that are no
+    UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text holds {text[error.start]!r} at character {error.start}, half a surrogate "
+            f"pair, which is no character; give it in UTF-8"
+        ) from error
+
+
 class Tokenizer:
     """Text to ids and back.
 
@@ -149,11 +161,13 @@ class Tokenizer:
         whether the text already starts with it or not; an end token, where the tokenizer adds
         one, is added as the reference does.
         """
+        check_characters(text)
         ids = list(self._backend.encode(text, add_special_tokens=False).ids)
         return self.wrap(ids) if add_special_tokens else ids
 
     def encode_plain(self, text: str) -> list[int]:
         """Ids of `text` as ordinary text: control tokens in it are spelled out, none is added."""
+        check_characters(text)
         if find_control_tokens(text, self.control_tokens):
             return self.aliased.encode(text)[0]
         return list(self._backend.encode(text, add_special_tokens=False).ids)

@@ -94,12 +94,21 @@ def mesh_axes(rules: LogicalRules, axis: str | None) -> tuple[str, ...]:
     """The mesh axes of a logical axis."""
     if axis is None:
         return ()
-    target = dict(rules)[axis]
+    targets = dict(rules)
+    if axis not in targets:
+        raise ValueError(f"the rules say nothing of {axis}; give one for each axis")
+    target = targets[axis]
     return () if target is None else (target,) if isinstance(target, str) else target
 
 
 def validate(config: ModelConfig, mesh: Mesh, rules: LogicalRules = DEFAULT_RULES) -> None:
     """Raises ValueError naming every dimension that its mesh axes do not divide."""
+    wanted = {name for axis, _ in DEFAULT_RULES for name in mesh_axes(rules, axis)}
+    if unknown := sorted(wanted - set(mesh.shape)):
+        raise ValueError(
+            f"the mesh has no axis {', '.join(unknown)}, which the rules name; its axes are "
+            f"{', '.join(mesh.shape)}; make it with make_mesh"
+        )
     problems = []
     used = {axis for row in weight_table(config).values() for axis in row.axes if axis}
     for axis, size in axis_sizes(config).items():

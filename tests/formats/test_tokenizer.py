@@ -19,6 +19,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from llama_jax.formats.byte_level import LLAMA3_SPLIT
+from llama_jax.formats.chat import Rendered
 from llama_jax.formats.detokenize import make_detokenizer
 from llama_jax.formats.tokenizer import Tokenizer, from_gguf_fields, load_tokenizer
 from tests.formats import text_fixtures as tiny
@@ -722,3 +723,14 @@ def test_metaspace_rules_of_tokenizer_json_are_reported(tmp_path: Path) -> None:
         assert load_tokenizer(tiny.write_folder(tmp_path, backend, {})).prefix_rule == rule
     backend.normalizer = normalizers.Prepend("▁")
     assert load_tokenizer(tiny.write_folder(tmp_path, backend, {})).prefix_rule == "every chunk"
+
+
+@pytest.mark.parametrize("text", ["a\ud800", "\udcff"])
+def test_half_a_surrogate_pair_is_refused(llama3, text):
+    for encode in (
+        llama3.encode,
+        llama3.encode_plain,
+        lambda text: Rendered(text, text).encode(llama3),
+    ):
+        with pytest.raises(ValueError, match="half a surrogate pair, which is no character"):
+            encode(text)

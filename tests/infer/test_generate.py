@@ -422,3 +422,10 @@ def test_row_pieces_never_show_what_is_taken_back():
     assert row.push(3, None).text == ""
     last = row.push(4, None)
     assert (last.text, last.finish_reason, row.output().text) == ("", "stop", "cac")
+
+
+def test_a_dict_is_no_list_of_its_keys():
+    config = tiny_config()
+    for chat, wanted in ((False, "give text"), (True, "give a list of messages")):
+        with pytest.raises(ValueError, match=f"prompts is a dict with prompt; {wanted}"):
+            generate((config, tiny_params(config), None), {"prompt": [1]}, chat=chat)

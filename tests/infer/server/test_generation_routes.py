@@ -666,3 +666,9 @@ def test_structures_reach_the_engine(server):
     assert server.chat(response_format={"type": "text"})[0] == 200
     assert server.engine.seen[-1].structure is None
     assert server.chat(response_format={"type": "regex", "regex": "a" * 70_000})[0] == 400
+
+
+def test_what_a_conversation_has_the_template_says_not_the_request(server):
+    body = {"model": "m", "messages": MESSAGES, "add_special_tokens": False}
+    status, body, _ = server.call("/tokenize", body)
+    assert (status, body["error"]["param"]) == (400, "add_special_tokens")

@@ -77,7 +77,7 @@ def test_null_in_a_file_is_as_if_absent(tmp_path):
         ("models_dir: ''", "models_dir is empty"),
         ("models: [m]\notlp_endpoint: foo", "'foo'; it must be a URL"),
         ("models: [m]\ntenants: [{name: admin, key: key-of-a-tenant}]", "the server's own"),
-        ("models: [m]\napi_key: short", "at least 8"),
+        ("models: [m]\napi_key: short", "^api_key must be a text of at least 8"),
         ("models: [m]\napi_key: 12345678", "must be of type str"),
         ("models: [m]\napi_key: same-key-twice\nadmin_key: same-key-twice", "are the same"),
         ("models: [m]\ntenants: [{name: a}]", "key is missing"),
