@@ -99,7 +99,7 @@ class ChatTemplate:
         parts: list[str] = []
         length = 0
         try:
-            with budget(marks):
+            with budget(names, marks):
                 for part in self._template.generate(names):
                     parts.append(part)
                     length += len(part)

@@ -102,6 +102,95 @@ def test_templates_that_run_away_are_stopped(source: str) -> None:
     assert time.monotonic() - start < 10  # most take milliseconds
 
 
+def doubled(step: str, start: str = "['aaaaaaaaaa']") -> str:
+    return (
+        f"{{% set n = namespace(x={start}, y={start}) %}}{{% for i in range(40) %}}"
+        f"{{% set n.x = {step} %}}{{% set n.y = {step.replace('n.x', 'n.y')} %}}{{% endfor %}}"
+    )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        doubled("[n.x, n.x]") + "{{ n.x }}",
+        doubled("[n.x, n.x]") + "{{ n.x == n.y }}",
+        doubled("(n.x, n.x)", "('aaaaaaaaaa',)") + "{{ {n.x: 1} }}",
+        doubled("{'a': n.x, 'b': n.x}") + "{{ n.x | tojson }}",
+        doubled("[n.x] * 2"),
+        doubled("[n.x] + [n.x]"),
+        doubled("dict(a=n.x, b=n.x)"),
+        doubled("dict.fromkeys('ab', n.x)"),
+        doubled("cycler(n.x, n.x).items"),
+        doubled("[loop.cycle(n.x), n.x]"),
+        doubled("[n.x, n.x] | batch(2) | first"),
+        doubled("[n.x] | slice(1, n.x) | list"),
+        doubled("(n.x,)").replace("40", "9000"),
+        doubled("n.x * n.x", "10**6"),
+        "{% macro f() %}{% set n.x = varargs %}{% endmacro %}"
+        "{% set n = namespace(x=[]) %}{% for i in range(40) %}{{ f(n.x, n.x) }}{% endfor %}",
+        "{% set n = namespace(x=[1]) %}{% for i in range(40) %}"
+        "{% for b in [n.x, n.x] | batch(2) %}{% set n.x = b %}{% endfor %}{% endfor %}",
+        "{% set n = namespace(x='aa') %}{% for i in range(40) %}"
+        "{% set z %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = z %}{% endfor %}",
+        "{% set x = 'a' * 9000000 %}{% macro f() %}{% for i in range(999) %}{{ x }}{% endfor %}"
+        "{% endmacro %}{{ f() }}",
+        "{{ 'a'.encode() * 10**9 }}",
+        "{{ (1).to_bytes(10**9, 'big') }}",
+        "{{ {}.fromkeys(range(0, 99999 * (2**61 - 1), 2**61 - 1)) }}",
+        "{{ dict.fromkeys(range(0, 99999 * (2**61 - 1), 2**61 - 1)) }}",
+        "{{ ({'a': 1}.keys() - []).union('a') }}",
+        "{{ ('{0:>999999}' * 9000).format(1) }}",
+        "{{ ('%999999d' * 9000) % ((1,) * 9000) }}",
+        "{{ '{:>{}}'.format(1, '9000000000') }}",
+        "{{ ('{0.x}' * 9000).format(namespace(x='a' * 9000000)) }}",
+        "{{ ('a' * 9000).replace('a', 'b' * 1000000, -1) }}",
+        "{{ range(9000) | map('string') | join('b' * 1000000) }}",
+        "{{ (['a'] * 999) | join(attribute='0', d='b' * 9000000) }}",
+        "{{ [[[1]]] | tojson(indent=1000000) }}",
+        "{{ range(99999) | list | tojson(indent=90000) }}",
+        "{{ range(9999) | list | tojson(separators=('b' * 1000000, ':')) }}",
+        "{{ ([[1, 2]] * 20000) | sum(start=[]) }}",
+        "{{ ('a' * 5000000).rfind('b' + 'a' * 2000000) }}",
+        "{{ ('a' * 5000000).strip('b' * 4000000 ~ 'a') }}",
+        "{{ ('a' * 5000000) | trim('b' * 4000000 ~ 'a') }}",
+        "{{ ('a ' * 4000000).split() | length }}",
+        "{{ ('a ' * 4000000).split(' ') | length }}",
+        "{{ ('a ' * 4000000) | title }}",
+        "{{ ('a ' * 4000000) | list | length }}",
+        "{{ ('a ' * 4000000) | select('none') | list }}",
+        "{{ ('\n' * 9000000).splitlines() | length }}",
+        "{{ [1] | slice(1000000) | list }}",
+        "{{ (['a'] * 1000) | sort(attribute='0,' * 400000 ~ '0') }}",
+        "{{ (')' * 99999 ~ 'x') | urlize }}",
+        "{{ range(99999) | list | pprint }}",
+    ],
+)
+def test_values_that_explode_are_refused_before_they_are_made(source: str) -> None:
+    start = time.process_time()
+    with pytest.raises(TemplateError, match="chat template"):
+        render(source)
+    assert time.process_time() - start < 2  # most take milliseconds
+
+
+def test_ordinary_values_are_made() -> None:
+    talk = [{"role": "user", "content": "word " * 2000}] * 400
+    source = (
+        "{% set n = namespace(kept=[]) %}{% for m in messages[1:] %}"
+        "{% set n.kept = n.kept + [m] %}{% endfor %}{{ n.kept | length }}"
+        "{{ n.kept | map(attribute='content') | join('\n\n') | length }}"
+        "{{ n.kept[0].content.rsplit(' ', 1)[0].strip('d').split('wo') | length }}"
+    )
+    text = ChatTemplate(source).render(talk, add_generation_prompt=False)
+    assert text == f"399{399 * 10_002 - 2}2001"
+    assert render('{{ \'{"a": {"b": [%s]}}\' % 1 }}') == '{"a": {"b": [1]}}'
+    assert render("{{ '{{{:.2f}}}'.format(1.5) }}") == "{1.50}"
+    assert render("{{ x | tojson(indent=1) }}", x={"a": [1]}) == '{\n "a": [\n  1\n ]\n}'
+    assert render("{{ dict.fromkeys('ab', 1) }}{{ dict([('a', 1)], b=2) }}") == (
+        "{'a': 1, 'b': 1}{'a': 1, 'b': 2}"
+    )
+    assert render("{{ 2**64 - 1 }}{{ [[1], [2]] | sum(start=[]) }}") == f"{2**64 - 1}[1, 2]"
+
+
 def test_ordinary_work_is_within_the_budget() -> None:
     talk = [{"role": "user", "content": "word " * 2000}] * 500  # five megabytes
     source = "{% for m in messages %}{{ '<' + m.role + '>' + m.content | trim + '\n' }}{% endfor %}"
