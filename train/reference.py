@@ -106,7 +106,7 @@ def fingerprint(setup: Setup, data: RunData) -> str:
 
 def _read(path: Path, wanted: str, plans: dict[str, RowPlan]) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             stored: dict[str, Any] = dict(file)
     except (EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged ({error}); {_ADVICE}") from error
