@@ -375,7 +375,7 @@ def test_wrong_training_templates_are_refused(tmp_path: Path) -> None:
     tokenizer = llama3_with(tmp_path, loop + asked)
     assert labelled(tokenizer, TALK) == ["A1<|eot_id|>", "A2 안녕<|eot_id|>"]
     for space in (" ", "\u3000", "\u00a0", "\x0b", "\u2028", '"\u3000'):
-        talk = [*TALK[:-1], {"role": "assistant", "content": f"A{space}"}]
+        talk = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": f"A{space}"}]
         with pytest.raises(TemplateError, match="would never learn to stop"):
             chat_with_labels(tokenizer, talk, template=loop.replace("<|eot_id|>", "") + asked)
     for template, message in (
