@@ -113,7 +113,7 @@ def _groups(sequences: Sequence[Scored], batch_tokens: int) -> Iterator[_Rows]:
     start = 0
     while start < len(order):
         length = _padded_length(len(sequences[order[start]][0]))
-        rows = max(1, batch_tokens // length)
+        rows = min(max(1, batch_tokens // length), len(sequences))
         chosen = []
         for i in order[start : start + rows]:
             if len(sequences[i][0]) > length:

@@ -29,7 +29,7 @@ class Attempts:
     def __init__(self, path: Path, *, first_step: int, now: Callable[[], float] = time.time):
         self._path, self._first_step, self._now = path, first_step, now
         earlier = read_json(path).get("attempts") if path.is_file() else []
-        if not isinstance(earlier, list) or not all(isinstance(each, dict) for each in earlier):
+        if not isinstance(earlier, list) or not all(map(_is_attempt, earlier)):
             raise ValueError(
                 f"{path} does not say what the attempts at this run were; move it away to count "
                 f"them from now on"
@@ -56,6 +56,15 @@ class Attempts:
         temporary.write_text(json.dumps(whole, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         temporary.replace(self._path)
         return whole
+
+
+def _is_attempt(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("seconds"), dict):
+        return False
+    seconds = value["seconds"]
+    numbers = [value.get(name) for name in ("began", "first_step", "last_step", "wall_seconds")]
+    numbers += [seconds.get("step"), *seconds.values()]
+    return set(seconds) <= set(RUN_CAUSES) and all(isinstance(n, int | float) for n in numbers)
 
 
 def total(attempts: list[dict[str, Any]]) -> dict[str, Any]:

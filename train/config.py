@@ -5,6 +5,7 @@ fields mean is said beside them, and `configs/schema.json` carries the same word
 """
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,10 @@ class ModelSection(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tokenizer is not None and not self.tokenizer.strip():
+            raise ValueError(
+                "model.tokenizer is empty; name a model or a folder, or set it to null"
+            )
         if self.architecture is not None:
             _check_architecture(self.architecture)
         if self.overrides and self.init == "weights":
@@ -190,6 +195,12 @@ class DataSection(Section):
         super().__post_init__()
         if not self.train:
             raise ValueError("data.train is empty; name at least one source of rows")
+        for name in ("train", "eval"):
+            for number, entry in enumerate(getattr(self, name)):
+                if isinstance(entry, str) and not entry.strip():
+                    raise ValueError(f"data.{name}[{number}] is empty; name a source of rows")
+        if self.cache is not None and not self.cache.strip():
+            raise ValueError("data.cache is empty; name a local folder, or set it to null")
         weighted = [isinstance(entry, SourceSection) and bool(entry.weight) for entry in self.train]
         if any(weighted) and not all(weighted):
             raise ValueError(
@@ -650,6 +661,8 @@ class RunConfig(Section):
                 "train.keep_best is set, but there is nothing to evaluate on; set data.eval or "
                 "data.eval_fraction"
             )
+        if self.train.keep_best:
+            self._check_scored()
         if self.optimizer.stochastic_rounding and self.compute.param_dtype != "bfloat16":
             raise ValueError(
                 f"optimizer.stochastic_rounding is true, but compute.param_dtype is "
@@ -663,8 +676,20 @@ class RunConfig(Section):
                 f"compute.rules says nothing about {', '.join(sorted(missing))}; give every "
                 f"logical axis its mesh axes, or null"
             )
-        if not self.output:
+        if not self.output.strip():
             raise ValueError("output is empty; name the run folder")
+
+    def _check_scored(self) -> None:
+        """Of checkpoints before the last, some must be evaluated for the best to be told."""
+        train = self.train
+        evaluated, saved = train.eval_every_steps, train.checkpoint_every_steps
+        if evaluated is None or saved is None or math.lcm(evaluated, saved) >= train.steps:
+            raise ValueError(
+                f"train.keep_best is {train.keep_best}, but no checkpoint before the last step is "
+                f"evaluated: train.eval_every_steps is {json.dumps(evaluated)}, "
+                f"train.checkpoint_every_steps {json.dumps(saved)}, train.steps {train.steps}. Set "
+                f"the first two to one number below train.steps, or keep_best to 0"
+            )
 
     def _check_gradient_dtype(self) -> None:
         compute = self.compute

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llama_jax import tree
+from llama_jax.formats.json_fields import read_json
 from llama_jax.mesh.distributed import run_on_main
 from llama_jax.mesh.sharding import loss_rules, replicated
 from llama_jax.model import transformer
@@ -49,7 +50,7 @@ def attach_teacher(setup: Setup, data: RunData, teacher: Teacher, folder: Path) 
     path, wanted = folder / FOLDER, _fingerprint(setup, data)
     plans = {"train": data.train, "eval": data.eval}
     if run_on_main("look for the teacher's outputs", path.is_dir):
-        if json.loads((path / _NOTE).read_text(encoding="utf-8")) != wanted:
+        if _read_note(path / _NOTE) != wanted:
             raise ValueError(
                 f"{path} holds a teacher's outputs for other rows or settings, or another "
                 f"teacher's; remove it to have them computed anew, or start a new run"
@@ -73,7 +74,9 @@ def attach_teacher(setup: Setup, data: RunData, teacher: Teacher, folder: Path) 
                 _write(setup, plan, teacher, params, temporary / name)
         run_on_main("keep the teacher's outputs", finish)
     found = {
-        name: None if plan is None else dataclasses.replace(plan, taught=_read(path / name))
+        name: None
+        if plan is None
+        else dataclasses.replace(plan, taught=_read(path / name, plan, wanted["top_k"]))
         for name, plan in plans.items()
     }
     assert found["train"] is not None
@@ -92,11 +95,33 @@ def _fingerprint(setup: Setup, data: RunData) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> Taught:
+def _read_note(path: Path) -> dict[str, Any]:
+    try:
+        return read_json(path)
+    except (FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{error}; {_advice(path)}") from error
+
+
+def _read(path: Path, plan: RowPlan, k: int) -> Taught:
+    places = (len(plan.groups), plan.sequence_length)
     return Taught(
-        np.load(f"{path}.ids.npy", mmap_mode="r", allow_pickle=False),
-        np.load(f"{path}.log_probs.npy", mmap_mode="r", allow_pickle=False),
+        _read_array(Path(f"{path}.ids.npy"), (*places, k)),
+        _read_array(Path(f"{path}.log_probs.npy"), (*places, k + 1)),
     )
+
+
+def _read_array(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    try:
+        found: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, FileNotFoundError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); {_advice(path)}") from error
+    if found.shape != shape:
+        raise ValueError(f"{path} holds {found.shape} values, not {shape}; {_advice(path)}")
+    return found
+
+
+def _advice(path: Path) -> str:
+    return f"remove {path.parent} to have the teacher's outputs computed anew"
 
 
 def _write(setup: Setup, plan: RowPlan, teacher: Teacher, params: tree.Tree, path: Path) -> None:

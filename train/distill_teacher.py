@@ -1,17 +1,24 @@
 """The teacher of a distillation: found, checked against the student's tokenizer, and loaded."""
 
+import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from llama_jax import tree
 from llama_jax.config import ModelConfig
+from llama_jax.formats.json_fields import read_json
 from llama_jax.load import load, load_abstract
-from llama_jax.mesh.sharding import shardings
+from llama_jax.mesh.distributed import run_on_main
+from llama_jax.mesh.sharding import replicated, shardings
 from llama_jax.presets import presets
 from llama_jax.weights.table import abstract_params
 from train.config import DistillSection, RunConfig
 from train.distill import Teacher
+from train.run_dir import RunDir
 from train.setup import Setup
 
 _SHOWN = 3
@@ -55,7 +62,10 @@ def read_teacher_shape(run: RunConfig, student: ModelConfig) -> Teacher | None:
 
 
 def load_teacher(setup: Setup) -> tuple[tree.Tree, ...]:
-    """What stands beside the state: the teacher's parameters, on the mesh, or nothing."""
+    """What stands beside the state: the teacher's parameters, on the mesh, or nothing.
+
+    Raises ValueError where the run was begun with other weights. Must run in all processes.
+    """
     section = setup.run.distill
     if section is None:
         return ()
@@ -63,8 +73,47 @@ def load_teacher(setup: Setup) -> tuple[tree.Tree, ...]:
         return setup.beside
     rules = setup.compute.rules
     loaded = load(section.teacher, mesh=setup.mesh, rules=rules, dtype=section.teacher_dtype)
+    _check_unchanged(setup, section.teacher, loaded.params)
     places = jax.tree.map(lambda struct: struct.sharding, setup.beside[0])
     return (jax.device_put(loaded.params, places),)
+
+
+def _check_unchanged(setup: Setup, teacher: str, params: tree.Tree) -> None:
+    """Compares the weights with those that the run folder notes; a new run notes them."""
+    folder, found = RunDir(Path(setup.run.output)), {"weights": _fingerprint(setup, params)}
+
+    def check() -> None:
+        # Without a config the run has not begun: the note is of a start that was ended.
+        if not (folder.config.is_file() and folder.teacher.is_file()):
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.teacher.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        elif read_json(folder.teacher) != found:
+            raise ValueError(
+                f"distill.teacher {teacher} has other weights than when the run in {folder.path} "
+                f"began; bring them back, or start a new run in another output folder"
+            )
+
+    run_on_main("compare the teacher", check)
+
+
+def _fingerprint(setup: Setup, params: tree.Tree) -> str:
+    """Of every bit of the weights, however they are dealt out to devices."""
+    arrays = tree.flatten_arrays(params)
+    sums = jax.jit(lambda arrays: jax.tree.map(_sum, arrays), out_shardings=replicated(setup.mesh))
+    what = {name: int(found) for name, found in sums(arrays).items()}
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _sum(array: jax.Array) -> jax.Array:
+    """The bits as integers, each times an odd number of its place; sums wrap alike in any order."""
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        kind = f"uint{jnp.finfo(array.dtype).bits}"
+        array = jax.lax.bitcast_convert_type(array, kind)
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        place = place * size + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    values = array.astype(jnp.int32).astype(jnp.uint32)
+    return jnp.sum(values * (place * 1_640_531_526 + 1), dtype=jnp.uint32)
 
 
 def teacher_params(setup: Setup, teacher: Teacher) -> tree.Tree:

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ logger = logging.getLogger(__name__)
 FILE = "reference.npz"
 
 
+_ADVICE = "bring the file back, or start a new run in another output folder"
+
+
 def needs_reference(setup: Setup) -> bool:
     return setup.run.dpo is not None and setup.run.dpo.reference == "cached"
 
@@ -39,9 +43,10 @@ def attach_reference(setup: Setup, data: RunData, folder: Path, state: TrainStat
     the first step, when the reference is gone.
     """
     path, wanted = folder / FILE, fingerprint(setup, data)
+    plans = {"train": data.train} if data.eval is None else {"train": data.train, "eval": data.eval}
     # One process decides: all must take the same way.
     if run_on_main("look for the reference", path.is_file):
-        stored = _read(path, wanted)
+        stored = _read(path, wanted, plans)
     elif int(state.step):
         raise ValueError(
             f"{path} is missing: it holds the log-probabilities of the reference, which is the "
@@ -49,11 +54,8 @@ def attach_reference(setup: Setup, data: RunData, folder: Path, state: TrainStat
         )
     else:
         logger.info("computing the reference's log-probabilities")
-        plans = {"train": data.train, "eval": data.eval}
         stored = {
-            name: reference_log_probs(setup, plan, state.params)
-            for name, plan in plans.items()
-            if plan is not None
+            name: reference_log_probs(setup, plan, state.params) for name, plan in plans.items()
         }
         run_on_main("write the reference", lambda: _write(path, wanted, stored))
     return dataclasses.replace(
@@ -102,14 +104,20 @@ def fingerprint(setup: Setup, data: RunData) -> str:
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def _read(path: Path, wanted: str) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
-        stored: dict[str, Any] = dict(file)
-    if str(stored.pop("fingerprint")) != wanted:
+def _read(path: Path, wanted: str, plans: dict[str, RowPlan]) -> dict[str, np.ndarray]:
+    try:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+            stored: dict[str, Any] = dict(file)
+    except (EOFError, RuntimeError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({error}); {_ADVICE}") from error
+    if str(stored.pop("fingerprint", None)) != wanted:
         raise ValueError(
             f"{path} holds log-probabilities of other rows or of another model than this run's; "
             f"bring back what the run began with, or start a new run in another output folder"
         )
+    sizes = {name: (len(plan.samples),) for name, plan in plans.items()}
+    if {name: array.shape for name, array in stored.items()} != sizes:
+        raise ValueError(f"{path} does not hold a number for each sample; {_ADVICE}")
     return stored
 
 

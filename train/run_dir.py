@@ -31,7 +31,7 @@ _FREE = {
 }
 
 # What is there before the config: all that a run has left which was ended while it began.
-_BEFORE = (".lock", "config.json.tmp")
+_BEFORE = (".lock", "config.json.tmp", "teacher.json")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class RunDir:
     @property
     def config(self) -> Path:
         return self.path / "config.json"
+
+    @property
+    def teacher(self) -> Path:
+        return self.path / "teacher.json"
 
     @property
     def metrics(self) -> Path:
@@ -76,8 +80,14 @@ class RunDir:
 def open_run_dir(run: RunConfig) -> RunDir:
     """The folder of this run, checked and not yet written to.
 
-    Raises ValueError when it holds something else, or a run whose config is another one.
+    Raises ValueError when it holds something else, or a run whose config is another one, and for
+    a URL.
     """
+    if "://" in run.output:
+        raise ValueError(
+            f"output is {run.output}; training writes to a local folder. Name one, such as where "
+            f"the bucket is mounted, or let `llama-jax launch` mount it on a TPU"
+        )
     folder = RunDir(Path(run.output))
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"output {folder.path} is a file; name a folder")

@@ -84,6 +84,7 @@ def from_dict(cls: type[Any], values: Any, where: str = "", start: Any = None) -
             )
             begin = spec.default if has_start else None
             given[spec.name] = convert(hints[spec.name], values[spec.name], path, begin)
+            _check_bounds(spec, given[spec.name], path)
         elif start is not None:
             given[spec.name] = getattr(start, spec.name)
         elif spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING:

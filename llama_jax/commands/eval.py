@@ -100,6 +100,11 @@ def evaluate(
                 f"{row.where}: a preference row has two answers; eval scores text, chat and "
                 f"instruction rows"
             )
+        if match and row.kind == "chat" and not _last_answer(row):
+            raise ValueError(
+                f"{row.where}: the one assistant turn comes first, so there is nothing it answers; "
+                f"put a user's turn before it, or give --no-exact-match"
+            )
     if model.tokenizer is None:
         raise ValueError("the model brings no tokenizer, so rows cannot be turned into tokens")
     context = model.config.max_position_embeddings
@@ -114,6 +119,8 @@ def evaluate(
         sequence_length=length,
         train_all=False,
         report=DataReport(),
+        limit="--sequence-length",
+        advice=f"give more, up to the model's {context}, or shorten the row or leave it out",
     )
     sequences = [(sample.ids.tolist(), sample.mask.tolist()) for sample in samples]
     told = progress or (lambda done, total, note: None)
@@ -142,6 +149,12 @@ def evaluate(
     return report
 
 
+def _last_answer(row: "Row") -> int:
+    """The number of a chat row's last assistant turn."""
+    messages = row.values["messages"]
+    return max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+
+
 def answer(
     model: "Model",
     rows: Sequence["Row"],
@@ -157,8 +170,7 @@ def answer(
     assert model.tokenizer is not None
     prompts, params, expected = [], [], []
     for row in rows:
-        messages = row.values["messages"]
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        messages, last = row.values["messages"], _last_answer(row)
         wanted = messages[last]["content"]
         prompts.append(messages[:last])
         expected.append(wanted)

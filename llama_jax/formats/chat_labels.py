@@ -17,9 +17,6 @@ from llama_jax.formats.tokenizer import Tokenizer
 
 Span = tuple[int, int]
 
-# Signs at the end of content that look like the template's own (see provenance).
-_UNMASKED = ' "\\\n\r\t'
-
 
 def chat_with_labels(
     tokenizer: Tokenizer,
@@ -194,12 +191,18 @@ def _with_terminator(tokenizer: Tokenizer, rendered: Rendered, span: Span) -> Sp
             )
         return start, inside[-1][1]
     suffix = rendered.text[content_end:end]
-    if suffix.strip(_UNMASKED):
+    if not all(map(_may_be_content, suffix)):
         return start, content_end + len(suffix.rstrip())
     raise TemplateError(
         "chat template does not end assistant turns with a token or text of its own, so the "
         "model would never learn to stop; write eos_token after the assistant's content"
     )
+
+
+def _may_be_content(sign: str) -> bool:
+    """Whether `sign` looks like the template's own also where it is the end of content (see
+    provenance)."""
+    return sign.isspace() or sign < " " or sign in '"\\'
 
 
 def _stretched(tokenizer: Tokenizer, rendered: Rendered, spans: list[Span]) -> list[Span]:

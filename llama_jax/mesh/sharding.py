@@ -332,18 +332,23 @@ def check_batch(
     names, parts = mesh_axes(rules, "batch"), _batch_parts(mesh, rules)
     if batch % parts:
         raise ValueError(
-            f"batch size {batch} is not a multiple of {parts}, the product of the mesh axes "
-            f"{' x '.join(names)}; nearest that are: {max(batch // parts, 1) * parts} and "
-            f"{(batch // parts + 1) * parts}"
+            f"batch size {batch} (rows at once: train.batch_size divided by "
+            f"train.gradient_accumulation_steps, twice that for pairs) is not a multiple of "
+            f"{parts}, the product of the mesh axes {' x '.join(names)}; {_nearest(batch, parts)}"
         )
     names = mesh_axes(rules, "length")
     pieces = 2 * math.prod(mesh.shape[name] for name in names)  # see mesh/sequence.py
     if pieces > 2 and length % pieces:
         raise ValueError(
-            f"sequence length {length} is not a multiple of {pieces}, twice the mesh axis "
-            f"{' x '.join(names)}; nearest that are: {max(length // pieces, 1) * pieces} and "
-            f"{(length // pieces + 1) * pieces}"
+            f"train.sequence_length {length} is not a multiple of {pieces}, twice the mesh axis "
+            f"{' x '.join(names)}; {_nearest(length, pieces)}"
         )
+
+
+def _nearest(number: int, of: int) -> str:
+    """The multiples of `of` on both sides of `number`, which is none."""
+    below, above = number // of * of, (number // of + 1) * of
+    return f"nearest that are: {below} and {above}" if below else f"the smallest that is: {above}"
 
 
 def constrain(

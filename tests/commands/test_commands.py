@@ -276,6 +276,16 @@ def test_eval_of_chat_rows_counts_exactly_right_answers(
         ('{"text": "abc"}\n', ("--sequence-length", "1"), "takes 2 to 256 tokens"),
         ('{"text": "abc"}\n', ("--sequence-length", "300"), "takes 2 to 256 tokens"),
         ('{"text": "abc"}\n', ("--batch-size", "0"), "--batch-size must be at least 1"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}]}\n',
+            (),
+            "line 1: the one assistant turn comes first",
+        ),
+        (
+            '{"instruction": "abc", "output": "def"}\n',
+            ("--sequence-length", "8"),
+            "tokens, but --sequence-length is 8; give more, up to the model's 256",
+        ),
     ],
 )
 def test_eval_refuses(

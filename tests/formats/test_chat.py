@@ -374,6 +374,10 @@ def test_wrong_training_templates_are_refused(tmp_path: Path) -> None:
     asked = "{% if add_generation_prompt %}" + prompt + "{% endif %}"
     tokenizer = llama3_with(tmp_path, loop + asked)
     assert labelled(tokenizer, TALK) == ["A1<|eot_id|>", "A2 안녕<|eot_id|>"]
+    for space in (" ", "\u3000", "\u00a0", "\x0b", "\u2028", '"\u3000'):
+        talk = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": f"A{space}"}]
+        with pytest.raises(TemplateError, match="would never learn to stop"):
+            chat_with_labels(tokenizer, talk, template=loop.replace("<|eot_id|>", "") + asked)
     for template, message in (
         (loop + prompt, "after the last assistant turn even without a generation prompt"),
         (loop.replace("<|eot_id|>", "") + asked, "would never learn to stop"),

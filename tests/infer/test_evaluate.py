@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from infer.evaluate import Score, _padded_length, exact_match, score
+from infer.evaluate import Score, _groups, _padded_length, exact_match, score
 from llama_jax.config import Compute
 from tests.reference import reference_model
 from tests.tiny import FAMILIES, tiny_params
@@ -64,6 +64,11 @@ def test_it_is_the_tokens_that_weigh_not_the_rows() -> None:
     both = score(config, params, [short, long], compute=COMPUTE)
     assert (one.tokens, twenty.tokens, both.tokens) == (1, 20, 21)
     assert both.loss == pytest.approx((one.loss + 20 * twenty.loss) / 21, abs=1e-6)
+
+
+def test_batches_have_no_more_rows_than_there_are() -> None:
+    sequences = make_sequences([5, 9])
+    assert [rows.batch.tokens.shape for rows in _groups(sequences, 6_400_000)] == [(2, 32)]
 
 
 def test_progress_ends_at_the_number_of_rows() -> None:

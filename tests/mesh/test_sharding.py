@@ -144,8 +144,11 @@ def test_two_axes_of_an_array_may_not_share_a_mesh_axis():
 def test_a_batch_that_cannot_be_dealt_out_is_refused_with_the_nearest():
     mesh = make_mesh({"data": 2, "fsdp": 4})
     check_batch(16, 7, mesh)
-    with pytest.raises(ValueError, match="12 is not a multiple of 8.*: 8 and 16"):
+    said = r"batch size {} \(.*train.batch_size .*_steps.*\) is not a multiple of 8.*{}$"
+    with pytest.raises(ValueError, match=said.format(12, "nearest that are: 8 and 16")):
         check_batch(12, 7, mesh)
+    with pytest.raises(ValueError, match=said.format(3, "the smallest that is: 8")):
+        check_batch(3, 7, mesh)
 
 
 def test_sequences_that_cannot_be_divided_are_refused_with_the_nearest():

@@ -128,6 +128,12 @@ def test_bad_values_are_named(tmp_path, override, message):
         ({"data__eval": ["e"], "data__eval_fraction": 0.1}, "keep one"),
         ({"model__overrides": {"vocab_size": 8}}, "init: random"),
         ({"output": ""}, "output is empty"),
+        ({"output": " "}, "output is empty"),
+        ({"data__cache": ""}, "data.cache is empty"),
+        ({"data__train": ""}, r"data.train\[0\] is empty"),
+        ({"data__eval": ["a.jsonl", " "]}, r"data.eval\[1\] is empty"),
+        ({"model__tokenizer": ""}, "model.tokenizer is empty"),
+        ({"data__train": {"path": "a", "weight": 0}}, r"^data.train\[0\].weight is 0"),
         ({"compute": {"rules": [["batch", "data"]]}}, "nothing about embed, expert_embed, experts"),
         ({"compute": {"rules": [["bach", "data"]]}}, "did you mean 'batch'"),
         ({"data__train": []}, "data.train is empty"),
@@ -188,6 +194,20 @@ def test_sections_are_checked_when_built_in_python_too():
         ModelSection(name="m", init="zeros")
     rest = {"tensor": 1, "context": 1, "expert": 1}
     assert MeshSection(data=2).sizes() == {"data": 2, "fsdp": -1, **rest}
+
+
+@pytest.mark.parametrize(
+    ("evaluated", "saved", "is_kept"),
+    [(None, 2, False), (2, None, False), (3, 4, False), (4, 5, False), (2, 4, True), (5, 2, True)],
+)
+def test_the_best_checkpoints_must_be_evaluated_ones(evaluated, saved, is_kept):
+    train = {"steps": 12, "batch_size": 8, "sequence_length": 64, "keep_best": 3}
+    train |= {"eval_every_steps": evaluated, "checkpoint_every_steps": saved}
+    if is_kept:
+        assert config(train=train, data__eval=["e"]).train.keep_best == 3
+        return
+    with pytest.raises(ValueError, match=r"train.keep_best is 3, but .*eval_every_steps is .*or"):
+        config(train=train, data__eval=["e"])
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """Whole runs of distillation: stopped and gone on with, by pmap, from slices, and refusals."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from llama_jax.load import load
 from llama_jax.weights.quantize import quantize
 from llama_jax.weights.table import init_params
 from tests.train.test_loop import TINY, config, same_bits
-from tests.train.tiny_data import byte_tokenizer
+from tests.train.tiny_data import byte_tokenizer, write_rows
 from train import loop
 from train.config import RunConfig
 from train.loop import train
@@ -120,9 +121,44 @@ def test_kept_outputs_of_all_tokens_are_the_teacher(tmp_path, teacher):
     before = {path.name: path.stat().st_mtime_ns for path in kept.iterdir()}
     assert numbers(train(run))[:2] == found["few"]
     assert {path.name: path.stat().st_mtime_ns for path in kept.iterdir()} == before
+    for name, damage, said in (
+        ("train.ids.npy", b"", "train.ids.npy cannot be read"),
+        ("train.log_probs.npy", (kept / "train.log_probs.npy").read_bytes()[:-4], "cannot be read"),
+        ("eval.ids.npy", (kept / "train.ids.npy").read_bytes(), r"ids.npy holds \(.* values, not"),
+        ("teacher.json", b"{", "teacher.json is not valid JSON"),
+    ):
+        content = (kept / name).read_bytes()
+        (kept / name).write_bytes(damage)
+        with pytest.raises(ValueError, match=f"{said}.*; remove {kept} to have"):
+            train(run)
+        (kept / name).write_bytes(content)
     (kept / "teacher.json").write_text('{"rows": "others"}')
     with pytest.raises(ValueError, match="holds a teacher's outputs for other rows"):
         train(run)
+
+
+def test_a_run_does_not_go_on_with_another_teacher_or_other_evaluation_rows(tmp_path, teacher):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    held = write_rows(tmp_path / "eval.jsonl", [{"text": "one"}])
+    data = {"data__eval": [held], "data__eval_fraction": 0.0, "train__steps": 4}
+    run = distill(tmp_path, str(tmp_path / "teacher"), **data)
+    folder = train(run, stop_after=2).run_dir
+    params = init_params(TEACHER.replace(initializer_range=0.2), jax.random.key(8))
+    shutil.rmtree(tmp_path / "teacher")
+    save_hf(tmp_path / "teacher", TEACHER, params, tokenizer=byte_tokenizer())
+    with pytest.raises(ValueError, match="has other weights than when the run in .*/run began"):
+        train(run)
+    write_rows(tmp_path / "eval.jsonl", [{"text": "two"}])
+    with pytest.raises(ValueError, match="evaluation rows are not those of the run"):
+        train(run)
+    write_rows(tmp_path / "eval.jsonl", [{"text": "one"}])
+    (folder / "teacher.json").unlink()  # as older runs have it
+    mesh = {"data": 2, "fsdp": 2, "tensor": 2}
+    assert train(run.replace(mesh=run.mesh.replace(cpu_devices=None, **mesh)), stop_after=3)
+    noted = (folder / "teacher.json").read_text()
+    (folder / "teacher.json").unlink()
+    assert train(run).steps == 4
+    assert (folder / "teacher.json").read_text() == noted, "whatever mesh the weights lie on"
 
 
 def test_a_quantized_teacher_and_an_adapted_student(tmp_path, teacher):
@@ -215,6 +251,11 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path, teacher):
         ({"distill": {"soft_weight": 1.5}}, "distill.soft_weight is 1.5"),
         ({"distill": {"soft_weight": {"start": 0, "end": 2}}}, "distill.soft_weight.end is 2"),
         ({"distill": {"temperature": {"start": 0, "end": 2}}}, "distill.temperature.start is 0"),
+        (
+            {"distill": {"temperature": {"start": 2, "end": 1, "steps": 0}}},
+            "^distill.temperature.steps is 0",
+        ),
+        ({"distill": {"hidden": {"weight": -1}}}, "^distill.hidden.weight is -1"),
         ({"distill": {"tempreature": 1}}, "did you mean 'temperature'"),
         ({"distill": {"divergence": "kl"}}, "allowed are forward_kl"),
         ({"distill": {"teacher": ""}}, "distill.teacher is empty"),

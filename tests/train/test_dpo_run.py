@@ -84,6 +84,16 @@ def test_a_cached_reference_is_checked_and_not_made_up(tmp_path):
     np.savez(folder / FILE, **{**stored, "fingerprint": np.str_("0" * 64)})
     with pytest.raises(ValueError, match=r"reference.npz holds log-probabilities of other rows"):
         train(run)
+    content = (folder / "aside.npz").read_bytes()
+    place = content.index(stored["train"].tobytes())
+    flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+    for damaged in (b"", b"{}", content[:-40], flipped):
+        (folder / FILE).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"reference.npz is damaged \(.*; bring the file back"):
+            train(run)
+    np.savez(folder / FILE, fingerprint=stored["fingerprint"], train=stored["train"])
+    with pytest.raises(ValueError, match=r"reference.npz does not hold a number for each sample"):
+        train(run)
     (folder / "aside.npz").rename(folder / FILE)
     assert train(run).steps == 5
 

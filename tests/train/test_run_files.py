@@ -12,6 +12,7 @@ from tests.train.command import ROOT
 from tests.train.test_loop import config
 from train.attempts import Attempts
 from train.lock import locked
+from train.loop import train
 from train.run_dir import open_run_dir
 from train.samples_log import SamplesLog, read_samples
 
@@ -92,9 +93,25 @@ def test_damaged_files_of_a_run_are_named(tmp_path, text, said):
     assert path.read_text() == text  # nothing is lost
 
 
+def test_a_url_is_no_run_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = config(tmp_path).replace(output="gs://bucket/run")  # as `launch` and `fit` take it
+    with pytest.raises(ValueError, match="output is gs://bucket/run; .*`llama-jax launch`"):
+        train(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_damaged_settings_of_a_run_are_named(tmp_path):
     run = config(tmp_path)
-    for name, text in (("config.json", "{"), ("goodput.json", "[]"), ("goodput.json", "{}")):
+    attempt = {"began": 1, "first_step": 0, "last_step": 1, "wall_seconds": 1}
+    for name, text in (
+        ("config.json", "{"),
+        ("goodput.json", "[]"),
+        ("goodput.json", "{}"),
+        ("goodput.json", '{"attempts": [{}]}'),
+        ("goodput.json", json.dumps({"attempts": [{**attempt, "seconds": {"step": "1"}}]})),
+        ("goodput.json", json.dumps({"attempts": [{**attempt, "seconds": {"naps": 1}}]})),
+    ):
         path = tmp_path / name
         path.write_text(text)
         with pytest.raises(ValueError, match=name):

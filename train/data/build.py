@@ -14,6 +14,8 @@ from train.data.report import DataReport, SourceCount
 from train.data.row_set import RowSet
 from train.data.samples import Sample, Samples
 
+_TRAIN = "data.train"
+
 
 @dataclass(frozen=True)
 class RunData:
@@ -36,6 +38,7 @@ class RunData:
             process_count=process_count,
             prefetch=run.data.prefetch,
             num_workers=run.data.num_workers,
+            evaluation=None if self.eval is None else self.eval.fingerprint,
         )
 
 
@@ -43,7 +46,7 @@ def build_data(run: RunConfig, rows: RowSet, held_out: RowSet, tokenizer: Any) -
     """Rows to samples, or those that `data.cache` has. Raises ValueError when nothing is left to
     train on."""
     made = _cached(run, rows, held_out, tokenizer)
-    plan, report = _plan(run, *made["train"], tokenizer, "data.train")
+    plan, report = _plan(run, *made["train"], tokenizer, _TRAIN)
     if "eval" not in made:
         return RunData(plan, report, None, None)
     eval_plan, eval_report = _plan(run, *made["eval"], tokenizer, "the evaluation rows")
@@ -87,7 +90,7 @@ def _plan(
     if not len(samples):
         raise ValueError(_nothing_left(name, report.rows, report))
     weighted = any(count.weight is not None for count in report.sources.values())
-    if weighted:
+    if weighted and name == _TRAIN:
         for source, count in report.sources.items():
             if not count.samples:
                 raise ValueError(_nothing_left(f"{name}, {source}", count.rows, report))
@@ -129,6 +132,11 @@ def _render(run: RunConfig, rows: RowSet, tokenizer: Any, report: DataReport) ->
 
 
 def _nothing_left(name: str, rows: int, report: DataReport) -> str:
+    if not rows:
+        return (
+            f"{name}: data.eval_fraction holds out every row, so none is left to train on; lower "
+            f"it, add rows, or name rows to evaluate on in data.eval"
+        )
     reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.items())
     return (
         f"{name}: none of {rows} rows is left ({reasons}); see train.sequence_length, "

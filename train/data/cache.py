@@ -2,8 +2,8 @@
 
 An entry is a folder named by a hash of everything that decides the samples but the tokenizer's
 content: the sources with their files' sizes and times, the settings, the version of this program.
-The tokenizer is compared when the entry is opened. An entry appears whole or not at all, so that
-processes and runs may share the folder.
+The tokenizer, and a hash of every file, are compared when the entry is opened. An entry appears
+whole or not at all, so that processes and runs may share the folder.
 """
 
 import hashlib
@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import llama_jax
+from llama_jax.formats.json_fields import read_json
 from train.config import RunConfig, SourceSection
 from train.data.files import find_files
 from train.data.report import DataReport
 from train.data.samples import Samples
 from train.data.sources import Entry, source_name
 
-_MANIFEST = "manifest.json"
+_MANIFEST, _REPORTS = "manifest.json", "reports.json"
+# Of what lies in an entry; entries of another form are not found.
+_FORM = 2
 
 
 class SampleCache:
@@ -40,17 +43,37 @@ class SampleCache:
         return (self.folder / _MANIFEST).is_file()
 
     def load(self, tokenizer: Any) -> dict[str, tuple[Samples, DataReport]]:
-        """By name (train, eval). Raises ValueError when another tokenizer made them."""
-        manifest = json.loads((self.folder / _MANIFEST).read_text(encoding="utf-8"))
-        if manifest["tokenizer"] != tokenizer_fingerprint(tokenizer):
+        """By name (train, eval). Raises ValueError when another tokenizer made them, and for files
+        that are not as they were written."""
+        made_by, files = self._manifest()
+        if made_by != tokenizer_fingerprint(tokenizer):
             raise ValueError(
                 f"the samples in {self.folder} were made with another tokenizer or chat template "
                 f"under the same name; delete that folder, or name another data.cache"
             )
+        for name, wanted in files.items():
+            path = self.folder / name
+            if not path.is_file() or _hash(path) != wanted:
+                raise ValueError(f"{path} is not as it was written; {self._advice()}")
         return {
             name: (Samples.load(self.folder / name), DataReport.from_dict(report))
-            for name, report in manifest["reports"].items()
+            for name, report in read_json(self.folder / _REPORTS).items()
         }
+
+    def _manifest(self) -> tuple[str, dict[str, str]]:
+        """The fingerprint of the tokenizer, and the hash of each file."""
+        path = self.folder / _MANIFEST
+        try:
+            manifest = read_json(path)
+        except ValueError as error:
+            raise ValueError(f"{error}; {self._advice()}") from error
+        made_by, files = manifest.get("tokenizer"), manifest.get("files")
+        if not isinstance(made_by, str) or not isinstance(files, dict) or _REPORTS not in files:
+            raise ValueError(f"{path} does not say what lies beside it; {self._advice()}")
+        return made_by, files
+
+    def _advice(self) -> str:
+        return f"delete {self.folder} to have the samples made anew"
 
     def new(self) -> Path:
         """An empty folder to fill and then `keep`."""
@@ -59,9 +82,12 @@ class SampleCache:
 
     def keep(self, made: Path, tokenizer: Any, reports: dict[str, DataReport]) -> None:
         """Makes `made` the entry; where another process was faster, its entry stays."""
+        values = {name: report.to_dict() for name, report in reports.items()}
+        (made / _REPORTS).write_text(json.dumps(values, indent=1), encoding="utf-8")
+        files = sorted(path for path in made.rglob("*") if path.is_file())
         manifest = {
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "reports": {name: report.to_dict() for name, report in reports.items()},
+            "files": {str(path.relative_to(made)): _hash(path) for path in files},
         }
         (made / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         try:
@@ -70,6 +96,11 @@ class SampleCache:
             if not self.exists():
                 raise
             shutil.rmtree(made)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -89,6 +120,7 @@ def _key(run: RunConfig) -> str:
     settings = ("train", "eval", "eval_fraction", "long_rows", "long_texts")
     what = {
         "version": llama_jax.__version__,
+        "form": _FORM,
         "data": {name: data[name] for name in settings},
         "files": [_state(entry) for entry in (*run.data.train, *run.data.eval)],
         "method": run.method,

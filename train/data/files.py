@@ -1,12 +1,12 @@
 """Files of rows, local or remote: JSON lines, JSON arrays, CSV, Parquet, also compressed."""
 
+import codecs
 import csv
-import gzip
 import io
 import lzma
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -88,7 +88,10 @@ def _read_file(files: Any, path: str, shown: str) -> Iterator[Values]:
                 return
             bounded = BoundedReader(file, packed_bytes=packed_bytes, shown=shown)
             yield from read(io.BufferedReader(bounded), shown)
-    except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+    except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        # What is wrong with the packed bytes comes without a number of the operating system.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise ValueError(f"{shown} is damaged or not what its ending says: {error}") from error
 
 
@@ -118,7 +121,7 @@ def _read_lines(file: BinaryIO, shown: str) -> Iterator[Values]:
 
 def _read_json(file: BinaryIO, shown: str) -> Iterator[Values]:
     """An array of rows, or lines of JSON, which many tools write under the same ending."""
-    text = file.read()
+    text = file.read().removeprefix(codecs.BOM_UTF8)
     if not text.lstrip().startswith(b"["):
         yield from _read_lines(io.BytesIO(text), shown)
         return
@@ -132,7 +135,9 @@ def _read_csv(file: BinaryIO, shown: str) -> Iterator[Values]:
     limit = csv.field_size_limit(sys.maxsize)  # the module's own is 128 KiB, short for a text
     where = shown
     try:
-        for number, cells in enumerate(csv.DictReader(text, strict=True), start=1):
+        reader = csv.DictReader(text, strict=True)
+        _check_names(reader.fieldnames or (), shown)
+        for number, cells in enumerate(reader, start=1):
             where = f"{shown}, row {number}"
             if None in cells or None in cells.values():
                 raise ValueError(f"{where}: the row has not as many cells as the header has names")
@@ -155,12 +160,21 @@ def _read_parquet(file: BinaryIO, shown: str) -> Iterator[Values]:
         ) from error
     number = 0
     try:
-        for batch in parquet.ParquetFile(file).iter_batches(batch_size=1024):
+        source = parquet.ParquetFile(file)
+        _check_names(source.schema_arrow.names, shown)
+        for batch in source.iter_batches(batch_size=1024):
             for values in batch.to_pylist():
                 number += 1
                 yield f"{shown}, row {number}", without_nulls(values)
     except ArrowException as error:
         raise ValueError(f"{shown} is not a readable Parquet file: {error}") from error
+
+
+def _check_names(names: Sequence[str], shown: str) -> None:
+    """Raises ValueError for two columns of one name: one of them would be lost."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"{shown}: the column {name!r} appears twice; rename one of them")
 
 
 def without_nulls(values: dict[str, Any]) -> dict[str, Any]:

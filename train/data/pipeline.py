@@ -140,6 +140,7 @@ class TrainingBatches:
     [p * B / P, (p + 1) * B / P), while `samples` and the state are those of the whole batch.
 
     prefetch: batches that threads make ahead; the state is that of the batch last handed out.
+    evaluation: the fingerprint of the evaluation rows, which must be the same where a run goes on.
     """
 
     samples: list[int]
@@ -155,11 +156,12 @@ class TrainingBatches:
         process_count: int = 1,
         prefetch: int = 0,
         num_workers: int = 1,
+        evaluation: str | None = None,
     ):
         empty = [share.name for share in plan.shares if not share.count]
         if not plan.num_items or empty:
             raise ValueError(f"there are no rows to make batches of{_named(empty)}")
-        self._plan, self._batch_size = plan, batch_size
+        self._plan, self._batch_size, self._evaluation = plan, batch_size, evaluation
         self._part = process_part(batch_size, process_index, process_count)
         self._mixture = Mixture([share.weight for share in plan.shares])
         # Only numbers flow through Grain: a row is made when its batch is.
@@ -216,12 +218,16 @@ class TrainingBatches:
         }
 
     def get_state(self) -> dict[str, Any]:
-        return {"batches": self._done, "fingerprint": self._plan.fingerprint}
+        return {
+            "batches": self._done,
+            "fingerprint": self._plan.fingerprint,
+            "evaluation": self._evaluation,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Raises ValueError for a state of other data, in which the same place means nothing, and
         for one of another form."""
-        if set(state) != {"batches", "fingerprint"}:
+        if {*state, "evaluation"} != {"batches", "fingerprint", "evaluation"}:
             raise ValueError(
                 f"the place in the data was saved in a form that this version does not read "
                 f"(fields {', '.join(sorted(state))}); start a new run in another output folder"
@@ -231,6 +237,12 @@ class TrainingBatches:
                 "the training data is not that of the run to go on with: its rows, their order, "
                 "the tokenizer or the way they are arranged changed. Bring the data back, or "
                 "start a new run in another output folder"
+            )
+        # Older runs did not note what they were evaluated on.
+        if state.get("evaluation", self._evaluation) != self._evaluation:
+            raise ValueError(
+                "the evaluation rows are not those of the run to go on with, so its losses could "
+                "not be compared. Bring them back, or start a new run in another output folder"
             )
         self._start_at(state["batches"])
 

@@ -24,6 +24,8 @@ def render_rows(
     sequence_length: int,
     train_all: bool,
     report: DataReport,
+    limit: str = "train.sequence_length",
+    advice: str = "make it longer, shorten the row, or choose drop or cut",
 ) -> Iterator[Sample]:
     """The samples of the rows, each of at most `sequence_length` tokens and with something to
     learn; of a preference row two, chosen and rejected, or none.
@@ -31,18 +33,21 @@ def render_rows(
     What is left out or cut is counted in `report`, and raises ValueError when `section.long_rows`
     or `long_texts` say refuse.
 
-    train_all: every token is trained, not only answers.
+    train_all: every token is trained, not only answers. limit: what sets `sequence_length`, and
+    advice: what to do about a longer row that is refused.
     """
+    too_long = f"{limit} is {sequence_length}; {advice}"
     for row in rows:
         report.rows += 1
         if row.kind == "preference":
-            yield from _fit_pair(render_pair(row, tokenizer), row, section, sequence_length, report)
+            pair = render_pair(row, tokenizer)
+            yield from _fit_pair(pair, row, section, sequence_length, report, too_long)
             continue
         sample = render(row, tokenizer)
         if train_all:
             sample = Sample(sample.ids, np.ones_like(sample.mask))
         policy = section.long_texts if row.kind == "text" else section.long_rows
-        for piece in _fit(sample, row, policy, sequence_length, report):
+        for piece in _fit(sample, row, policy, sequence_length, report, too_long):
             if piece.mask[1:].any():
                 report.add(piece)
                 yield piece
@@ -140,16 +145,18 @@ def _ended(ids: list[int], tokenizer: Any) -> list[int]:
 
 
 def _fit(
-    sample: Sample, row: Row, policy: str, sequence_length: int, report: DataReport
+    sample: Sample,
+    row: Row,
+    policy: str,
+    sequence_length: int,
+    report: DataReport,
+    too_long: str,
 ) -> Iterator[Sample]:
     size = len(sample.ids)
     if size <= sequence_length:
         yield sample
     elif policy == "refuse":
-        raise ValueError(
-            f"{row.where}: the row has {size} tokens, but train.sequence_length is "
-            f"{sequence_length}; make it longer, shorten the row, or choose drop or cut"
-        )
+        raise ValueError(f"{row.where}: the row has {size} tokens, but {too_long}")
     elif policy == "drop":
         report.drop("longer than sequence_length")
     elif policy == "cut":
@@ -169,21 +176,22 @@ def _fit_pair(
     section: DataSection,
     sequence_length: int,
     report: DataReport,
+    too_long: str,
 ) -> Iterator[Sample]:
     """Both samples, or neither: one alone says nothing about a preference."""
     longest = max(pair, key=lambda sample: len(sample.ids))
     fitted = [longest]
     if len(longest.ids) > sequence_length:
-        fitted = list(_fit(longest, row, section.long_rows, sequence_length, report))
+        fitted = list(_fit(longest, row, section.long_rows, sequence_length, report, too_long))
     if not fitted:
         return
     chosen, rejected = (
         Sample(sample.ids[:sequence_length], sample.mask[:sequence_length]) for sample in pair
     )
-    if np.array_equal(chosen.ids, rejected.ids):
-        report.drop("chosen equals rejected")
-    elif not (chosen.mask[1:].any() and rejected.mask[1:].any()):
+    if not (chosen.mask[1:].any() and rejected.mask[1:].any()):
         report.drop("no answer left after cutting")
+    elif np.array_equal(chosen.ids, rejected.ids):
+        report.drop("chosen equals rejected")
     else:
         for sample in (chosen, rejected):
             report.add(sample)

@@ -52,7 +52,7 @@ def parse_row(line: str | bytes, where: str) -> Row:
 
 def parse_json(line: str | bytes, where: str) -> Any:
     try:
-        return json_fields.parse_json(line)
+        return json_fields.parse_json(line, unique=True)
     except ValueError as error:
         raise ValueError(f"{where}: not a JSON object: {error}") from error
 
@@ -93,6 +93,12 @@ def _check_chat(messages: Any, where: str) -> None:
     _check_messages(messages, "messages", where)
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError(f"{where}: messages hold no assistant turn, so there is nothing to learn")
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant" and not message["content"]:
+            raise ValueError(
+                f"{where}: messages[{number}].content is empty, so there is nothing to learn; give "
+                f"the assistant's answer, or end the conversation before it"
+            )
 
 
 def _check_messages(messages: Any, key: str, where: str) -> None:

@@ -47,21 +47,11 @@ class Samples(Sequence[Sample]):
 
     @classmethod
     def load(cls, folder: Path) -> "Samples":
-        """Those that `stored` wrote; read when they are asked for.
-
-        Raises ValueError for files of other sizes than they must have.
-        """
+        """Those that `stored` wrote; read when they are asked for."""
         self = cls.__new__(cls)
         self._ends = np.load(folder / _ENDS)
         self.fingerprint = (folder / _FINGERPRINT).read_text(encoding="ascii")
         tokens = int(self._ends[-1])
-        for name, dtype in ((_IDS, np.dtype(np.int32)), (_MASKS, np.dtype(np.uint8))):
-            found = (folder / name).stat().st_size
-            if found != tokens * dtype.itemsize:
-                raise ValueError(
-                    f"{folder / name} has {found} bytes, but {tokens * dtype.itemsize} belong "
-                    f"there; delete {folder.parent} and start again"
-                )
         self._ids = _mapped(folder / _IDS, np.int32, tokens)
         self._masks = _mapped(folder / _MASKS, np.uint8, tokens)
         return self

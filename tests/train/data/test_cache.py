@@ -119,12 +119,31 @@ def test_who_comes_second_takes_the_entry_of_the_first(tmp_path):
     assert second.train.fingerprint == first.train.fingerprint
 
 
-def test_a_file_that_was_cut_off_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "name",
+    ["train/ids.bin", "train/masks.bin", "train/ends.npy", "train/fingerprint", "reports.json"],
+)
+def test_a_damaged_file_is_named_with_what_to_delete(tmp_path, name):
     run = run_config(train=texts(tmp_path, "a.jsonl", 5), cache=str(tmp_path / "cache"))
     build(run)
-    path = SampleCache(run).folder / "train" / "ids.bin"
-    path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"ids.bin has 76 bytes, but 80 belong there"):
+    folder = SampleCache(run).folder
+    path = folder / name
+    content = path.read_bytes()
+    for damaged in (content[:-4], bytes([content[0] ^ 1]) + content[1:], None):
+        path.unlink() if damaged is None else path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"{path} is not as it was written; delete {folder} "):
+            build(run)
+    path.write_bytes(content)
+    build(run)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"tokenizer": "x", "files": {}}'])
+def test_a_damaged_manifest_is_named_with_what_to_delete(tmp_path, text):
+    run = run_config(train=texts(tmp_path, "a.jsonl", 5), cache=str(tmp_path / "cache"))
+    build(run)
+    folder = SampleCache(run).folder
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{folder}/manifest.json .*; delete {folder} "):
         build(run)
 
 

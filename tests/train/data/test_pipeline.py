@@ -233,6 +233,16 @@ def test_a_state_of_other_data_is_refused():
         batches().set_state(state)
 
 
+def test_a_state_of_other_evaluation_rows_is_refused():
+    state = mixed(evaluation="a").get_state()
+    mixed(evaluation="a").set_state(state)
+    for other in ("b", None):
+        with pytest.raises(ValueError, match="evaluation rows are not those of the run"):
+            mixed(evaluation=other).set_state(state)
+    del state["evaluation"]  # as older runs have it
+    mixed(evaluation="b").set_state(state)
+
+
 def test_every_part_of_a_plan_is_in_its_fingerprint():
     plans = [plan(41), plan(40), plan(41, packing=False), mixed_plan()]
     plans.append(dataclasses.replace(plan(41), sequence_length=32))

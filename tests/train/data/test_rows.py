@@ -26,6 +26,13 @@ from train.data.rows import parse_row
         ('{"messages": [{"role": "robot", "content": ""}]}', "role is 'robot'; allowed are system"),
         ('{"messages": [{"role": "user", "content": null}]}', r"messages\[0\].content"),
         ('{"messages": [{"role": "user", "content": "q"}]}', "no assistant turn"),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "q"},'
+            ' {"role": "assistant", "content": ""}]}',
+            r"messages\[2\].content is empty, so there is nothing to learn",
+        ),
+        ('{"text": "a", "text": "b"}', "'text' appears twice"),
+        ('{"messages": [{"role": "user", "role": "assistant", "content": "a"}]}', "'role' appears"),
         ('{"prompt": "p", "chosen": "c"}', "needs the key rejected"),
         ('{"prompt": "p", "chosen": "c", "rejected": ""}', "rejected is empty"),
         ('{"prompt": 1, "chosen": "c", "rejected": "r"}', "prompt must be a string or a list"),

@@ -1,6 +1,7 @@
 """Sources: every kind of file and library gives the same rows, and names a bad one."""
 
 import bz2
+import codecs
 import gzip
 import json
 import sys
@@ -74,6 +75,9 @@ def test_json_arrays_and_lines_under_the_same_ending(tmp_path):
     assert places_of(str(path))[1] == f"{path}, row 2"
     path.write_bytes(lines(CHATS))
     assert values_of(str(path)) == CHATS
+    for rows in (json.dumps(CHATS).encode(), lines(CHATS)):
+        path.write_bytes(codecs.BOM_UTF8 + rows)
+        assert values_of(str(path)) == CHATS
     path.write_text('[{"text": "a"}, 3]')
     with pytest.raises(ValueError, match=r"rows.json, row 2: a row is a JSON object, not int"):
         values_of(str(path))
@@ -97,8 +101,20 @@ def test_compressed_files(tmp_path, ending, compress):
     packed = compress(lines(TEXTS))
     path.write_bytes(packed)
     assert values_of(str(path)) == TEXTS
-    path.write_bytes(packed[:-12])
-    with pytest.raises(ValueError, match="is damaged"):
+    for damaged in (packed[:-12], packed[:20] + b"damage" + packed[26:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"rows.jsonl{ending} is damaged"):
+            values_of(str(path))
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,text\na,b\n")
+    with pytest.raises(ValueError, match=r"rows.csv: the column 'text' appears twice"):
+        values_of(str(path))
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), path)
+    with pytest.raises(ValueError, match=r"rows.parquet: the column 'text' appears twice"):
         values_of(str(path))
 
 
