@@ -347,9 +347,12 @@ class Compute:
         for name, axes in self.rules:
             targets = () if axes is None else (axes,) if isinstance(axes, str) else axes
             check_keys(f"compute.rules: {name}", dict.fromkeys(targets), list(MESH_AXES))
-        missing = [name for name in known if name not in dict(self.rules)]
+        missing = sorted(set(known) - set(dict(self.rules)))
         if missing:
-            raise ValueError(f"compute.rules says nothing of {', '.join(missing)}; give all")
+            raise ValueError(
+                f"compute.rules says nothing about {', '.join(missing)}; give every logical axis "
+                f"its mesh axes, or null"
+            )
 
     @property
     def held_dtype(self) -> str:

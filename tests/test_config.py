@@ -125,5 +125,5 @@ def test_rules_name_axes_that_a_mesh_has():
         with pytest.raises(ValueError, match="compute.rules: embed has no field"):
             Compute(rules=changed(axes))
     assert Compute(rules=changed(None)).rules == changed(None)
-    with pytest.raises(ValueError, match="compute.rules says nothing of .*vocab"):
+    with pytest.raises(ValueError, match="compute.rules says nothing about .*vocab"):
         Compute(rules=(("embed", "fsdp"),))

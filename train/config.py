@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from llama_jax.config import DEFAULT_RULES, MESH_AXES, Compute
+from llama_jax.config import MESH_AXES, Compute
 from llama_jax.formats.json_fields import read_text
 from llama_jax.formats.yaml_text import parse_yaml
 from llama_jax.mesh.slices import slice_named
@@ -670,12 +670,6 @@ class RunConfig(Section):
                 f"rounded so; set it to bfloat16, or leave the rounding out"
             )
         self._check_gradient_dtype()
-        missing = {axis for axis, _ in DEFAULT_RULES} - {axis for axis, _ in self.compute.rules}
-        if missing:
-            raise ValueError(
-                f"compute.rules says nothing about {', '.join(sorted(missing))}; give every "
-                f"logical axis its mesh axes, or null"
-            )
         if not self.output.strip():
             raise ValueError("output is empty; name the run folder")
 

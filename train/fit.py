@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from llama_jax import tree
 from llama_jax.config import REMAT_POLICIES, ModelConfig
+from llama_jax.kernels.platforms import check_kernels
 from llama_jax.kernels.splash import visited_share
 from llama_jax.mesh.compile import Compiled, compile_for, device_bytes
 from llama_jax.mesh.flops import count_flops
@@ -108,6 +109,7 @@ def fit(run: RunConfig, wanted: Slice) -> Fit:
     """
     config, params = read_shape(run)
     mesh = make_mesh(run.mesh.sizes(), devices=slice_devices(wanted))
+    check_kernels(run.compute, config, mesh.devices.flat[0].platform)
     if run.distill is not None and run.distill.step == "pmap":
         raise ValueError(
             "distill.step is pmap, which runs on the devices that are there and is not compiled "

@@ -22,6 +22,7 @@ import jax
 from llama_jax import tree
 from llama_jax.config import ModelConfig
 from llama_jax.formats.checkpoint_saver import Saver
+from llama_jax.kernels.platforms import check_kernels
 from llama_jax.mesh.distributed import Share, barrier, is_main, run_on_main
 from train.attempts import Attempts
 from train.config import RunConfig
@@ -206,6 +207,7 @@ def _build(run: RunConfig) -> tuple[Start, Setup, RunData]:
     teacher = read_teacher(run, start.tokenizer)
     data = build_data(run, rows, held_out, start.tokenizer)
     mesh = open_mesh(run.mesh)
+    check_kernels(run.compute, start.config, mesh.devices.flat[0].platform)
     return start, make_setup(run, start.config, start.params, mesh, teacher=teacher), data
 
 

@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding
 
 from llama_jax import tree
 from llama_jax.config import Compute, LogicalRules, ModelConfig
-from llama_jax.kernels.platforms import check_kernels
 from llama_jax.mesh.distributed import WHOLE, Share, place_rows, row_share
 from llama_jax.mesh.sharding import batch_sharding, check_batch, make_mesh, replicated, shardings
 from llama_jax.mesh.slices import slice_named
@@ -152,7 +151,6 @@ def make_setup(
     Raises ValueError for whatever does not fit the model or the mesh.
     """
     compute, rules = run.compute, run.compute.rules
-    check_kernels(compute, config, mesh.devices.flat[0].platform)
     items = run.train.batch_size // run.train.gradient_accumulation_steps
     check_batch(items * rows_per_item(run), run.train.sequence_length, mesh, rules)
     params = _abstract_params(run, config, base)

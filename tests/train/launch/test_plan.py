@@ -120,13 +120,13 @@ def test_a_mesh_that_the_slice_cannot_form():
 
 def test_a_batch_that_the_mesh_cannot_share():
     check_fits_slice(config("train.batch_size=32"), slice_named("v5e-16"))
-    with pytest.raises(ValueError, match="batch size 8 is not a multiple of 16"):
+    with pytest.raises(ValueError, match="batch size 8 .* is not a multiple of 16"):
         check_fits_slice(config(), slice_named("v5e-16"))
     halves = ("train.batch_size=16", "train.gradient_accumulation_steps=2")
-    with pytest.raises(ValueError, match="batch size 8 is not a multiple of 16"):
+    with pytest.raises(ValueError, match="batch size 8 .* is not a multiple of 16"):
         check_fits_slice(config(*halves), slice_named("v5e-16"))
     divided = ("mesh.context=4", "train.batch_size=4", "train.sequence_length=100")
-    with pytest.raises(ValueError, match="sequence length 100 is not a multiple of 8"):
+    with pytest.raises(ValueError, match="train.sequence_length 100 is not a multiple of 8"):
         check_fits_slice(config(*divided), slice_named("v5e-16"))
 
 
