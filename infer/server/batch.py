@@ -22,7 +22,7 @@ from infer.server.generation import Context
 from infer.server.loaded import Build, Source
 from infer.server.run import make_context
 from infer.server.settings import Settings
-from llama_jax.formats.json_fields import parse_json, read_text
+from llama_jax.formats.json_fields import check_characters, parse_json, read_text
 
 URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
@@ -79,12 +79,7 @@ def _read_line(text: str, where: str) -> Line:
         raise ValueError(f"{where}: a request has the fields {', '.join(sorted(wanted))}")
     if not isinstance(row["custom_id"], str) or not row["custom_id"]:
         raise ValueError(f"{where}: custom_id must be a text, not empty")
-    try:
-        row["custom_id"].encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: custom_id holds half a surrogate pair, which is no character"
-        ) from error
+    check_characters(row["custom_id"], f"{where}: custom_id")
     if row["method"] != "POST" or row["url"] not in URLS:
         raise ValueError(f"{where}: method must be POST and url one of {', '.join(URLS)}")
     if not isinstance(row["body"], dict) or row["body"].get("stream"):

@@ -61,3 +61,8 @@ class ApiError(Exception):
         # Whole seconds, and never 0, which clients read as "at once".
         seconds = min(self.retry_after_seconds, _LONGEST_WAIT_SECONDS)
         return {"retry-after": str(max(1, round(seconds)))}
+
+
+def unforeseen(request_id: str) -> ApiError:
+    """What a client is told of an error that is logged, under the id of its request."""
+    return ApiError(500, f"internal error (request {request_id})", code="internal")

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from infer.server.auth import Gate
-from infer.server.errors import ApiError
+from infer.server.errors import ApiError, unforeseen
 from infer.server.generation import Arrival
 from infer.server.metrics import Metrics
 from infer.server.settings import Settings
@@ -77,8 +77,7 @@ class Guard:
             logger.error("unexpected", exc_info=error, extra={"request_id": request_id})
             if has_begun:
                 raise
-            unexpected = ApiError(500, f"internal error (request {request_id})", code="internal")
-            await error_response(unexpected, scope["path"])(scope, receive, watched)
+            await error_response(unforeseen(request_id), scope["path"])(scope, receive, watched)
         finally:
             self._note(scope, request_id, status, time.perf_counter() - begin)
 

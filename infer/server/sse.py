@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.types import Receive, Scope, Send
 
-from infer.server.errors import ApiError
+from infer.server.errors import ApiError, unforeseen
 
 logger = logging.getLogger(__name__)
 
@@ -70,8 +70,7 @@ class EventStream:
             return error
         except Exception as error:
             logger.error("unexpected", exc_info=error, extra={"request_id": request_id})
-            told = ApiError(500, f"internal error (request {request_id})", code="internal")
-            await _write(send, event(told.to_json()), more=False)
+            await _write(send, event(unforeseen(request_id).to_json()), more=False)
             return error
         await _write(send, DONE, more=False)
         return None

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_jax.formats.control_tokens import find_control_tokens
+from llama_jax.formats.json_fields import check_characters
 from llama_jax.formats.provenance import Conversation, check_roles, template_text
 from llama_jax.formats.sandbox import TemplateError
 from llama_jax.formats.template import ChatTemplate, Message
 from llama_jax.formats.tokenizer import Tokenizer
-from llama_jax.formats.tokenizer_class import check_characters
 
 __all__ = ["ChatTemplate", "Rendered", "TemplateError", "chat_template", "encode_chat"]
 

@@ -14,6 +14,18 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not a text in UTF-8: {error}") from error
 
 
+def check_characters(text: str, what: str = "the text") -> None:
+    """Raises ValueError for half a surrogate pair, as JSON can spell it, and as bytes in an
+    argument become that are no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} holds half a surrogate pair, which is no character: "
+            f"{text[error.start]!r} at character {error.start}"
+        ) from error
+
+
 def parse_json(text: str | bytes, *, unique: bool = False) -> Any:
     """What a JSON text says. Raises ValueError for anything else, also where it is nested deeper
     than Python reads. unique: a repeated key is an error, where Python keeps the last."""

@@ -47,6 +47,10 @@ class TemplateError(ValueError):
     """A chat template, or the messages given to it, cannot be rendered. The message says why."""
 
 
+class UnsafeTemplateError(TemplateError):
+    """The template reaches out of its sandbox, whatever the messages."""
+
+
 @contextmanager
 def budget(given: Any, generation_marks: tuple[str, str] | None = None) -> Iterator[None]:
     """Everything a template may spend on one rendering of the values `given`.
@@ -310,7 +314,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
         # Jinja's own answer is an undefined value, which prints as nothing.
-        raise TemplateError(
+        raise UnsafeTemplateError(
             f"chat template reaches for {attribute!r} of a {type(obj).__name__}, which is not safe"
         )
 

@@ -20,24 +20,13 @@ from tokenizers import AddedToken, models
 from llama_jax.formats import save_tokenizer
 from llama_jax.formats.control_tokens import AliasedEncoder, find_control_tokens
 from llama_jax.formats.detokenize import make_detokenizer
+from llama_jax.formats.json_fields import check_characters
 from llama_jax.formats.tokenizer_files import TokenizerSettings
 
 # Every byte of UTF-8, and characters that few vocabularies have.
 _ANY_TEXT = "".join(
     map(chr, (*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)))
 )
-
-
-def check_characters(text: str) -> None:
-    """Raises ValueError for half a surrogate pair, as bytes in an argument become that are no
-    UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text holds {text[error.start]!r} at character {error.start}, half a surrogate "
-            f"pair, which is no character; give it in UTF-8"
-        ) from error
 
 
 class Tokenizer:

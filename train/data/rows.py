@@ -166,10 +166,7 @@ def _check_texts(kind: Kind, values: dict[str, Any], where: str) -> None:
 def _check_string(value: Any, what: str) -> None:
     if not isinstance(value, str):
         raise ValueError(f"{what} must be a string, not {_shown(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{what} holds half a surrogate pair, which is no character") from error
+    json_fields.check_characters(value, what)
 
 
 def _shown(value: Any) -> str:
