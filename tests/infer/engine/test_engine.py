@@ -219,13 +219,17 @@ def test_a_draining_engine_ends_what_runs_and_takes_nothing_new(tiny):  # R102
 def test_a_broken_engine_says_so_and_starts_again(tiny, monkeypatch):
     engine = BatchingEngine(tiny, OPTIONS)
     engine.start()
+    all_wait = threading.Event()
 
     def fail(*_):
+        assert all_wait.wait(60)
         raise RuntimeError("out of order")
 
     monkeypatch.setattr(engine._runner, "begin_step", fail)
-    answers = ask(engine, *(request(prompt) for prompt in prompts_of(*[5] * 7)))
+    answers = [submit(engine, request(prompt)) for prompt in prompts_of(*[5] * 7)]
+    all_wait.set()
     for answer in answers:
+        answer.wait()
         assert answer.last.reason == "engine" and "out of order" in answer.last.message
     assert engine.state == "broken"
     with pytest.raises(NotReadyError, match="broken"):
