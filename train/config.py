@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -178,6 +179,11 @@ class DataSection(Section):
         default="split",
     )
     packing: bool = option("put several samples into one row, kept apart", default=False)
+    template_date: str | None = option(
+        "the day, as 2026-11-30, that a chat template with strftime_now is told, as that of Llama "
+        "3.2. null: the day the run began, also when it goes on on another",
+        default=None,
+    )
     shuffle: bool = option("a new order every epoch, decided by train.seed", default=True)
     prefetch: int = option(
         "batches made ahead by threads while the devices work; 0: each when it is asked for",
@@ -199,6 +205,8 @@ class DataSection(Section):
             for number, entry in enumerate(getattr(self, name)):
                 if isinstance(entry, str) and not entry.strip():
                     raise ValueError(f"data.{name}[{number}] is empty; name a source of rows")
+        if self.template_date is not None:
+            _check_date(self.template_date)
         if self.cache is not None and not self.cache.strip():
             raise ValueError("data.cache is empty; name a local folder, or set it to null")
         weighted = [isinstance(entry, SourceSection) and bool(entry.weight) for entry in self.train]
@@ -216,6 +224,17 @@ class DataSection(Section):
             raise ValueError(
                 "data.eval and data.eval_fraction both say what to evaluate on; keep one"
             )
+
+
+def _check_date(text: str) -> None:
+    try:
+        known = date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"data.template_date is {text!r}; it must be a day written as 2026-11-30, or null"
+        )
 
 
 # What each optimizer reads, with the defaults of its paper or of the common implementations.

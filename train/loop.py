@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -158,10 +159,11 @@ def train(
     """
     goodput = Goodput()
     check_installed(run.wandb)
-    folder = open_run_dir(run)
+    folder, run = open_run_dir(run)
     with contextlib.ExitStack() as stack:
         request = stack.enter_context(stop_on_signals(run.train.grace_seconds))
         start, setup, data = _build(run)
+        run = setup.run
         _show_data(data, start.tokenizer)
         # Until the very end: nobody else may write into the folder before all is said.
         run_on_main("lock", lambda: stack.enter_context(locked(folder.path)))
@@ -204,11 +206,20 @@ def _build(run: RunConfig) -> tuple[Start, Setup, RunData]:
     """From what costs least to what costs most, so that mistakes come out early."""
     rows, held_out = read_run_rows(run)
     start = read_start(run)
+    run = _dated(run, start.tokenizer)
     teacher = read_teacher(run, start.tokenizer)
     data = build_data(run, rows, held_out, start.tokenizer)
     mesh = open_mesh(run.mesh)
     check_kernels(run.compute, start.config, mesh.devices.flat[0].platform)
     return start, make_setup(run, start.config, start.params, mesh, teacher=teacher), data
+
+
+def _dated(run: RunConfig, tokenizer: Any) -> RunConfig:
+    """The config with the day that templates are told; processes may begin beside midnight."""
+    if run.data.template_date is not None or not tokenizer.tells_the_day:
+        return run
+    day = run_on_main("note the day", lambda: date.today().isoformat())
+    return run.replace(data=run.data.replace(template_date=day))
 
 
 def _lower(setup: Setup) -> Any:

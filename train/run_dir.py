@@ -77,8 +77,9 @@ class RunDir:
         return self.path / "report.html"
 
 
-def open_run_dir(run: RunConfig) -> RunDir:
-    """The folder of this run, checked and not yet written to.
+def open_run_dir(run: RunConfig) -> tuple[RunDir, RunConfig]:
+    """The folder of this run, checked and not yet written to, and its config with the day that the
+    run began, where it noted one.
 
     Raises ValueError when it holds something else, or a run whose config is another one, and for
     a URL.
@@ -92,20 +93,29 @@ def open_run_dir(run: RunConfig) -> RunDir:
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"output {folder.path} is a file; name a folder")
     if not folder.path.is_dir() or all(path.name in _BEFORE for path in folder.path.iterdir()):
-        return folder
+        return folder, run
     if not folder.config.is_file():
         raise ValueError(
             f"output {folder.path} is not empty and holds no run (no config.json); choose another "
             f"folder"
         )
     before = read_json(folder.config)
+    run = _begun(run, before)
     changes = differences(before, json.loads(json.dumps(run.to_dict())))
     if changes:
         raise ValueError(
             f"output {folder.path} holds a run with another config, so it cannot be resumed: "
             f"{'; '.join(changes)}. Choose another output, or the config of that run"
         )
-    return folder
+    return folder, run
+
+
+def _begun(run: RunConfig, before: Any) -> RunConfig:
+    data = before.get("data") if isinstance(before, dict) else None
+    day = data.get("template_date") if isinstance(data, dict) else None
+    if run.data.template_date is not None or not isinstance(day, str):
+        return run
+    return run.replace(data=run.data.replace(template_date=day))
 
 
 def differences(before: Any, now: Any, path: str = "") -> list[str]:

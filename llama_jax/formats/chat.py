@@ -42,7 +42,7 @@ def chat_template(
                 f"template, or use plain text prompts"
             )
     source = templates.get(template, template)
-    return ChatTemplate(source, special_tokens=tokenizer.special_tokens)
+    return ChatTemplate(source, special_tokens=tokenizer.special_tokens, today=tokenizer.today)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from datetime import datetime
+from datetime import date, datetime
+from datetime import time as time_of_day
 from itertools import chain
 from typing import Any
 
@@ -215,6 +216,16 @@ def _raise_exception(message: str) -> None:
 
 def _now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
+
+
+def strftime_on(day: date) -> Callable[[str], str]:
+    """A template's strftime_now whose present is the midnight that `day` begins with."""
+    moment = datetime.combine(day, time_of_day())
+
+    def strftime_now(pattern: str) -> str:
+        return moment.strftime(pattern)
+
+    return strftime_now
 
 
 _NESTED_FIELD = re.compile(r"\{[^{}]*\{")  # a width that is itself a field

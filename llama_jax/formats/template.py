@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import lru_cache
 from typing import Any
 
@@ -13,6 +14,7 @@ from llama_jax.formats.sandbox import (
     TemplateEnvironment,
     TemplateError,
     budget,
+    strftime_on,
 )
 
 Message = Mapping[str, Any]
@@ -22,14 +24,22 @@ _RESERVED = {"messages", "tools", "documents", "add_generation_prompt"}
 
 
 class ChatTemplate:
-    """A compiled template. `special_tokens` are the names it may use, such as bos_token.
+    """A compiled template. `special_tokens` are the names it may use, such as bos_token; `today`
+    is the day that its strftime_now tells (None: the present, with the time of day).
 
     Raises TemplateError when the text does not compile; rendering raises it too, with the
     template's own message where the template refuses the messages.
     """
 
-    def __init__(self, source: str, *, special_tokens: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        source: str,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        today: date | None = None,
+    ):
         self.source = source
+        self._clock = {} if today is None else {"strftime_now": strftime_on(today)}
         self._special_tokens = dict(special_tokens or {})
         self._template = _compile(source)
 
@@ -91,6 +101,7 @@ class ChatTemplate:
         names = {
             **self._special_tokens,
             **plain(variables),
+            **self._clock,
             "messages": [plain(_without_none(message)) for message in messages],
             "tools": plain(tools),
             "documents": None,

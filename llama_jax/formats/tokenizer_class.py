@@ -9,10 +9,13 @@ Rules that hold for every source:
   then id 0). Padding is told apart by length, never by id, and the embedding is never resized.
 """
 
+import copy
 import functools
 import json
 from collections.abc import Iterable, Mapping
+from datetime import date
 from pathlib import Path
+from typing import Self
 
 import tokenizers
 from tokenizers import AddedToken, models
@@ -35,7 +38,8 @@ class Tokenizer:
     `source` names the kind of file the ids come from, `prefix_rule` says in words what is put
     before text. `folder` is where the source files lie, None when there are none to copy;
     `gguf_pre` is the name a GGUF file gave to the way it cuts text.
-    `settings.named` holds the special tokens by their Hugging Face names.
+    `settings.named` holds the special tokens by their Hugging Face names. `today` is the day that
+    chat templates are told, None for the present.
     """
 
     def __init__(
@@ -62,6 +66,7 @@ class Tokenizer:
         self.settings = settings
         self.folder = folder
         self.gguf_pre = gguf_pre
+        self.today: date | None = None
         _add_tokens(backend, settings)
         self._table: dict[int, str] = {
             index: token for token, index in backend.get_vocab(with_added_tokens=True).items()
@@ -95,6 +100,17 @@ class Tokenizer:
     def chat_templates(self) -> Mapping[str, str]:
         """Template texts by name; the usual one is called default."""
         return self.settings.chat_templates
+
+    @property
+    def tells_the_day(self) -> bool:
+        """Whether a chat template asks what day it is, as that of Llama 3.2 does."""
+        return any("strftime_now" in text for text in self.chat_templates.values())
+
+    def on(self, today: date) -> Self:
+        """The same tokenizer, whose chat templates take `today` for the present."""
+        other = copy.copy(self)
+        other.today = today
+        return other
 
     @property
     def special_tokens(self) -> Mapping[str, str]:

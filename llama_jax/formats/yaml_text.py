@@ -23,10 +23,11 @@ class _Loader(yaml.SafeLoader):
 
 
 # YAML 1.1, which PyYAML implements, wants a dot and a signed exponent in a float, and reads 010 as
-# eight and 1:30 as ninety; YAML 1.2 and people do not.
-_INTEGER = "tag:yaml.org,2002:int"
+# eight, 1:30 as ninety and 2026-11-30 as an object that JSON does not have; YAML 1.2 and people do
+# not.
+_INTEGER, _TIMESTAMP = "tag:yaml.org,2002:int", "tag:yaml.org,2002:timestamp"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in each if tag != _INTEGER]
+    first: [(tag, pattern) for tag, pattern in each if tag not in (_INTEGER, _TIMESTAMP)]
     for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(

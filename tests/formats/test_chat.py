@@ -1,6 +1,7 @@
 """Chat ids: as transformers renders them, one begin token, no injection, provable labels."""
 
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,17 @@ def test_every_feature_of_transformers_templates(models: dict[str, Tokenizer]) -
     )
     text = reference.apply_chat_template(TALK, chat_template=source, tokenize=False)
     assert chat_template(models["chatml"], source).render(TALK, add_generation_prompt=False) == text
+
+
+def test_a_template_can_be_told_what_day_it_is(tmp_path: Path) -> None:
+    source = "{{ strftime_now('%d %b %Y %H:%M') }}|{{ messages[0].content }}"
+    tokenizer = load_tokenizer(tiny.llama3_folder(tmp_path, None, chat_template=source))
+    assert tokenizer.tells_the_day
+    dated = tokenizer.on(date(2024, 7, 26))
+    talk = [{"role": "user", "content": "hello"}]
+    ids = encode_chat(dated, talk, add_generation_prompt=False)
+    assert dated.decode(ids) == "26 Jul 2024 00:00|hello"
+    assert encode_chat(tokenizer, talk, add_generation_prompt=False) != ids
 
 
 def test_named_templates_are_chosen_as_transformers_does(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from llama_jax.formats.yaml_text import parse_yaml
         ("1_000", "1_000"),
         ("2.5", 2.5),
         ("null", None),
-        ("2026-11-30x", "2026-11-30x"),
+        ("2026-11-30", "2026-11-30"),
+        ("2026-11-30 10:00:00", "2026-11-30 10:00:00"),
     ],
 )
 def test_scalars(text, value):

@@ -103,6 +103,8 @@ def test_yaml_overrides_and_numbers(tmp_path):
         ("compute.remat=some", "compute.remat is 'some'"),
         ("data.train={a: b}", "data.train"),
         ("data.eval_fraction=1.0", "below 1.0"),
+        ("data.template_date=2026-02-30", "a day written as 2026-11-30"),
+        ("data.template_date=20261130", "data.template_date is 20261130; it must be"),
     ],
 )
 def test_bad_values_are_named(tmp_path, override, message):

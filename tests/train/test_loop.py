@@ -1,9 +1,11 @@
 """Whole runs of a tiny model: the folder, resuming bit for bit, and stops that lose nothing."""
 
 import dataclasses
+import datetime
 import json
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from llama_jax.weights.tensors import LoraTensor, is_quantized
 from tests.train.tiny_data import TOKENIZER, chat_row, write_rows
 from train import loop
 from train.config import RunConfig, load_run_config
+from train.data.files import package_path
 from train.interrupt import PreemptedError, TrainingStoppedError
 from train.loop import dry_run, train
 from train.metrics import read_metrics
@@ -156,6 +159,34 @@ def test_r45_r64_a_resumed_run_equals_the_uninterrupted_one(whole, tmp_path):
     again = train(run)
     assert again.steps == STEPS and again.final_loss == expected.final_loss
     same_bits(again.params, expected.params)
+
+
+def test_a_run_whose_template_tells_the_day_goes_on_on_another(tmp_path, monkeypatch):
+    tokenizer = shutil.copytree(package_path(TOKENIZER), tmp_path / "tokenizer")
+    settings = json.loads((tokenizer / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ strftime_now('%d %b %Y') }}" + settings["chat_template"]
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    def shown(day, **changes):
+        class Today(datetime.date):
+            @classmethod
+            def today(cls):
+                return cls.fromisoformat(day)
+
+        monkeypatch.setattr(loop, "date", Today)
+        run = config(tmp_path, model__tokenizer=str(tokenizer), **changes)
+        folder = train(run, stop_after=4).run_dir
+        text = (folder / "report.html").read_text()
+        noted = json.loads((folder / "config.json").read_text())["data"]["template_date"]
+        return noted, re.findall(r"\d\d (?:Nov|Jul) 20\d\d", text)
+
+    kept = str(tmp_path / "kept")
+    assert shown("2026-11-29") == ("2026-11-29", ["29 Nov 2026"])
+    assert shown("2026-11-30") == ("2026-11-29", ["29 Nov 2026"])
+    with pytest.raises(ValueError, match="data.template_date was '2026-11-29' and is '2024-07-26'"):
+        shown("2026-11-30", data__template_date="2024-07-26")
+    named = {"data__template_date": "2024-07-26", "output": kept}
+    assert shown("2026-11-30", **named) == ("2024-07-26", ["26 Jul 2024"])
 
 
 def test_r63_training_goes_on_upon_another_mesh(whole, tmp_path):

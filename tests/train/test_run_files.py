@@ -70,7 +70,7 @@ def test_a_folder_that_a_run_was_killed_in_before_it_began_is_a_new_one(tmp_path
     folder.mkdir()
     for name in (".lock", "config.json.tmp"):
         (folder / name).write_text("")
-        assert open_run_dir(run).path == folder
+        assert open_run_dir(run)[0].path == folder
     (folder / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="not empty and holds no run"):
         open_run_dir(run)

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ class RunData:
 def build_data(run: RunConfig, rows: RowSet, held_out: RowSet, tokenizer: Any) -> RunData:
     """Rows to samples, or those that `data.cache` has. Raises ValueError when nothing is left to
     train on."""
+    if run.data.template_date is not None:
+        tokenizer = tokenizer.on(date.fromisoformat(run.data.template_date))
     made = _cached(run, rows, held_out, tokenizer)
     plan, report = _plan(run, *made["train"], tokenizer, _TRAIN)
     if "eval" not in made:

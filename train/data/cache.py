@@ -117,7 +117,7 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
 
 def _key(run: RunConfig) -> str:
     data = run.to_dict()["data"]
-    settings = ("train", "eval", "eval_fraction", "long_rows", "long_texts")
+    settings = ("train", "eval", "eval_fraction", "long_rows", "long_texts", "template_date")
     what = {
         "version": llama_jax.__version__,
         "form": _FORM,

@@ -53,7 +53,7 @@ def test_the_second_start_reads_no_rows_and_gets_the_same(tmp_path, made, monkey
 
 
 @pytest.mark.parametrize(
-    "change", ["content", "time", "length", "policy", "method", "split", "columns"]
+    "change", ["content", "time", "length", "policy", "method", "split", "columns", "day"]
 )
 def test_whatever_decides_the_samples_makes_them_anew(tmp_path, made, change):
     path, cache = texts(tmp_path, "a.jsonl", 30), str(tmp_path / "cache")
@@ -69,6 +69,8 @@ def test_whatever_decides_the_samples_makes_them_anew(tmp_path, made, change):
         run = run.replace(train=run.train.replace(sequence_length=32))
     elif change == "policy":
         run = run_config(**data, long_texts="drop")
+    elif change == "day":
+        run = run_config(**data, template_date="2026-11-30")
     elif change == "method":
         run = run_config("pretrain", **data)
     elif change == "split":
