@@ -29,7 +29,7 @@ def test_a_replica_that_is_killed_costs_errors_but_not_the_service():
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     reports = [line for line in done.stdout.splitlines() if line.startswith("{")]
