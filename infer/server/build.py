@@ -202,10 +202,12 @@ class _EngineMaker:
             check_architecture(
                 "architecture", self.settings.architecture, source.model, model.config
             )
-        if source.template is not None and model.tokenizer is not None:
-            from llama_jax.formats.chat import chat_template
+        from llama_jax.formats.chat import chat_template, check_templates
 
-            chat_template(model.tokenizer, source.template)
+        if source.template is None:
+            check_templates(model.tokenizer)
+        elif model.tokenizer is not None:
+            chat_template(model.tokenizer, source.template).check_safe()
         return model
 
     def engine(

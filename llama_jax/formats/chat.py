@@ -12,11 +12,18 @@ from typing import Any
 from llama_jax.formats.control_tokens import find_control_tokens
 from llama_jax.formats.json_fields import check_characters
 from llama_jax.formats.provenance import Conversation, check_roles, template_text
-from llama_jax.formats.sandbox import TemplateError
+from llama_jax.formats.sandbox import TemplateError, UnsafeTemplateError
 from llama_jax.formats.template import ChatTemplate, Message
 from llama_jax.formats.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate", "Rendered", "TemplateError", "chat_template", "encode_chat"]
+__all__ = [
+    "ChatTemplate",
+    "Rendered",
+    "TemplateError",
+    "chat_template",
+    "check_templates",
+    "encode_chat",
+]
 
 
 def chat_template(
@@ -43,6 +50,23 @@ def chat_template(
             )
     source = templates.get(template, template)
     return ChatTemplate(source, special_tokens=tokenizer.special_tokens, today=tokenizer.today)
+
+
+def check_templates(tokenizer: Tokenizer | None) -> None:
+    """Raises UnsafeTemplateError where one of the tokenizer's templates reaches out of its sandbox.
+    What does not compile is no danger, and its models complete texts."""
+    if tokenizer is None:
+        return
+    for name in tokenizer.chat_templates:
+        try:
+            chat_template(tokenizer, name).check_safe()
+        except UnsafeTemplateError as error:
+            raise UnsafeTemplateError(
+                f"the model's own template {name!r} is refused: {error}; take it out of the "
+                f"model, or register the model with --template FILE"
+            ) from error
+        except TemplateError:
+            continue
 
 
 @dataclass(frozen=True)

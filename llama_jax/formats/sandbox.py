@@ -318,6 +318,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
     def compile_bounded(self, source: str) -> jinja2.Template:
         tree = self.parse(source)
+        _refuse_internals(tree)
         for loop in tree.find_all(nodes.For):
             loop.iter = _filtered("_loop", loop.iter)
         _wrap_expressions(tree)
@@ -364,6 +365,21 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
             return wrapped(*args, **kwargs)
 
         return checked
+
+
+_INTERNAL = re.compile(r"__\w+__")
+
+
+def _refuse_internals(tree: nodes.Template) -> None:
+    """Names of Python's internals, wherever they stand: a branch may be for few conversations."""
+    named = [(node.attr, node.lineno) for node in tree.find_all(nodes.Getattr)]
+    items = [(node.arg, node.lineno) for node in tree.find_all(nodes.Getitem)]
+    named += [(name.value, line) for name, line in items if isinstance(name, nodes.Const)]
+    for name, line in named:
+        if isinstance(name, str) and _INTERNAL.fullmatch(name):
+            raise UnsafeTemplateError(
+                f"chat template reaches for {name!r} in line {line}, which is not safe"
+            )
 
 
 def _filtered(name: str, node: nodes.Node) -> nodes.Filter:

@@ -13,6 +13,7 @@ from llama_jax.formats.sandbox import (
     MAX_CHARACTERS,
     TemplateEnvironment,
     TemplateError,
+    UnsafeTemplateError,
     budget,
     strftime_on,
 )
@@ -53,6 +54,16 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation. `variables` are further names the template reads."""
         return self._render(messages, add_generation_prompt, tools, variables, None)
+
+    def check_safe(self) -> None:
+        """Raises UnsafeTemplateError where a first conversation already shows that it reaches out
+        of its sandbox. It may refuse that conversation for any other reason."""
+        try:
+            self.render([{"role": "user", "content": "Hello"}], add_generation_prompt=True)
+        except UnsafeTemplateError:
+            raise
+        except TemplateError:
+            pass
 
     def render_with_generation(
         self,
@@ -135,6 +146,8 @@ def _compile(source: str) -> jinja2.Template:
         raise TemplateError(f"chat template is longer than {MAX_TEMPLATE_CHARACTERS} characters")
     try:
         return TemplateEnvironment().compile_bounded(source)
+    except UnsafeTemplateError:
+        raise
     except jinja2.TemplateSyntaxError as error:
         raise TemplateError(f"chat template, line {error.lineno}: {error.message}") from error
     except (jinja2.TemplateError, ValueError, RecursionError, SyntaxError) as error:

@@ -88,7 +88,8 @@ def refused(model, root, capsys, *options):
         (b"{% for %}", "chat.jinja: chat template, line 1"),
         (b"caf\xe9", "chat.jinja is not a text in UTF-8"),
         (b" \n", "chat.jinja is empty"),
-        (b'{{ "".__class__.__mro__ }}', "chat.jinja: chat template reaches for '__class__'"),
+        (b'{{ "".__class__.__mro__ }}', "chat.jinja: chat template reaches for '__mro__'"),
+        (b'{{ ""|attr("__cla" ~ "ss__") }}', "chat.jinja: chat template reaches for '__class__'"),
     ],
 )
 def test_templates_that_no_chat_can_use_are_refused(
@@ -97,6 +98,18 @@ def test_templates_that_no_chat_can_use_are_refused(
     path = tmp_path / "chat.jinja"
     path.write_bytes(template)
     assert said in refused(model, tmp_path / "models", capsys, "--template", path)
+
+
+def test_a_model_whose_own_template_reaches_out_is_refused(model, tmp_path, capsys):  # R113
+    own, root = model / "chat_template.jinja", tmp_path / "models"
+    own.write_text('{% if tools %}{{ "".__class__ }}{% endif %}')
+    assert "'default' is refused: chat template reaches for" in refused(model, root, capsys)
+    argv = ["register", str(model), "--models-dir", str(root), "--name", "m", "--version"]
+    other = tmp_path / "chat.jinja"
+    other.write_text("{{ messages[0].content }}")
+    assert cli.main([*argv, "1", "--template", str(other)]) == 0
+    own.write_text("{{ raise_exception('give a system message') }}")
+    assert cli.main([*argv, "2"]) == 0
 
 
 def test_a_template_may_refuse_a_conversation(model, tmp_path):

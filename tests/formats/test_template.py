@@ -5,6 +5,7 @@ from pathlib import Path, PosixPath
 
 import pytest
 
+from llama_jax.formats.sandbox import UnsafeTemplateError
 from llama_jax.formats.template import ChatTemplate, TemplateError
 
 MESSAGES = [{"role": "user", "content": "hi"}]
@@ -24,6 +25,15 @@ def test_the_examples_of_r113(tmp_path: Path) -> None:
         with pytest.raises(TemplateError):
             render(source.replace("MARKER", str(marker)))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "expression", ["lipsum.__globals__", "messages[0]['__class__']", "(1).__class__.x"]
+)
+def test_internals_are_refused_in_branches_that_are_not_taken(expression: str) -> None:
+    with pytest.raises(UnsafeTemplateError, match="in line 2, which is not safe"):
+        ChatTemplate(f"{{% if tools %}}\n{{{{ {expression} }}}}{{% endif %}}")
+    ChatTemplate("{{ messages[0]['content__'] == '__start__' }}").check_safe()
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from infer.registry import Registry, State, register
+from infer.server.build import given_sources, make_build
 from infer.server.loaded import Built
-from infer.server.settings import Secret
+from infer.server.settings import Secret, Settings
+from llama_jax.formats.hf import save_hf
 from tests.infer.server.running import byte_tokenizer, running, until
 from tests.infer.server.scripted_engine import ScriptedEngine
 from tests.infer.server.test_operation import data_lines, open_stream
+from tests.tiny import tiny_config, tiny_params
 
 ADMIN = "key-of-the-admin"
 
@@ -422,6 +425,29 @@ def test_a_start_that_cannot_load_ends_with_an_error(kind, code):
         running(build, sources=[Source("m", "1", "m")], wait_ready=False) as server,
     ):
         until(lambda: not _answers(server))
+
+
+REACHING = '{% if tools %}{{ lipsum.__globals__["os"].system("touch MARKER") }}{% endif %}'
+
+
+@pytest.mark.parametrize("template", [REACHING, '{{ ""|attr("__cla" ~ "ss__") }}'])
+def test_a_model_whose_own_template_reaches_out_is_not_loaded(tmp_path, template):  # R113
+    folder, root = tmp_path / "tiny", tmp_path / "models"
+    config = tiny_config(vocab_size=264, bos_token_id=None, eos_token_id=(258,))
+    save_hf(folder, config, tiny_params(config), tokenizer=byte_tokenizer())
+    (folder / "chat_template.jinja").write_text(template)
+    settings = Settings(models=(str(folder),))
+    (source,) = given_sources(settings)
+    with pytest.raises(ValueError, match=r"'default' is refused: chat template reaches for '__"):
+        make_build(settings)(source)
+    # As one that was registered before such templates were refused there.
+    register(root, "m", "1", folder, source="a test")
+    build = make_build(Settings(models_dir=str(root)))
+    options = {"models_dir": str(root), "admin_key": Secret(ADMIN)}
+    with running(build, sources=[], models=(), **options) as server:
+        status, body, _ = admin(server, "models/load", version="1")
+        assert (status, body["error"]["code"]) == (503, "load_failed")
+        assert "'default' is refused" in body["error"]["message"]
 
 
 def _answers(server):
