@@ -20,7 +20,7 @@ from infer.engine import placement
 from infer.engine.draft_model import check_draft
 from infer.engine.guesses import undivided
 from infer.engine.lowering import AbstractDraft, AbstractEngine, StepShape, everywhere
-from infer.engine.memory import page_bytes
+from infer.engine.memory import check_context, longest_context, page_bytes
 from infer.engine.options import EngineOptions, parse_mesh
 from infer.engine.paged_runner import PagedRunner
 from infer.server.build import engine_options, preset, quantization_of
@@ -247,8 +247,8 @@ def fit(settings: Settings, wanted: Slice, say: Say) -> ServeFit:
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), params, places
     )
     options = dataclasses.replace(engine_options(settings), cache="pages")
-    longest = config.max_position_embeddings
-    context = min(longest, settings.max_context or longest)
+    check_context(config, settings.max_context)
+    context = settings.max_context or longest_context(config)
     end_tokens: Any = np.zeros(max(1, len(config.eos_token_id)), np.int32)
     model = Runnable(
         config=config,

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from infer.completion import Output, Piece
-from infer.engine.engine import BatchingEngine, longest_context
+from infer.engine.engine import BatchingEngine
+from infer.engine.memory import longest_context
 from infer.engine.options import EngineOptions
 from infer.engine.request import Event, Failed, Request, Started
 from infer.generate import Generations, Generator, Stats, parts_of

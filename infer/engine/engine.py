@@ -31,7 +31,12 @@ from infer.engine.draft_model import DraftModel
 from infer.engine.guesses import Guesser, small_model
 from infer.engine.hosts import LOST_SECONDS, Followers, Leader
 from infer.engine.leading import LeadingRunner, follow
-from infer.engine.memory import blocks_and_context, pages_and_context
+from infer.engine.memory import (
+    blocks_and_context,
+    check_context,
+    longest_context,
+    pages_and_context,
+)
 from infer.engine.options import EngineOptions
 from infer.engine.paged_runner import PagedRunner
 from infer.engine.request import (
@@ -49,7 +54,7 @@ from infer.engine.step import Member, Step
 from infer.engine.structure import Grammars, StructureError, TextMatcher
 from infer.layers import Layers
 from infer.sampling import NO_TOKEN, Sampled
-from llama_jax.config import Compute, ModelConfig
+from llama_jax.config import Compute
 
 log = logging.getLogger(__name__)
 
@@ -108,13 +113,8 @@ class BatchingEngine:
         self._followers = followers
         self.options = options or EngineOptions()
         config, params, tokenizer = generate.parts_of(model)
+        check_context(config, self.options.max_context)
         longest = longest_context(config)
-        if (self.options.max_context or 0) > longest:
-            log.warning(
-                "max_context is %d, but the model was made for %d tokens, which are used",
-                self.options.max_context,
-                longest,
-            )
         compute = compute or Compute()
         if mesh is not None:
             compute = replace(compute, rules=placement.RULES)
@@ -799,15 +799,6 @@ class BatchingEngine:
                 self._blocks.release(held or [])
             if not future.done():
                 future.set_exception(NotReadyError("the engine ended before the prompt was read"))
-
-
-def longest_context(config: ModelConfig) -> int:
-    """Tokens that an engine lets a prompt and its answer have."""
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.rope_type == "dynamic":
-        # Beyond it the angles of a prompt's first tokens would depend on its length.
-        return scaling.original_max_position_embeddings or config.max_position_embeddings
-    return config.max_position_embeddings
 
 
 _COUNTERS = (

@@ -20,6 +20,28 @@ _FREE_SHARE = 0.8
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
+def longest_context(config: ModelConfig) -> int:
+    """Tokens that an engine lets a prompt and its answer have.
+
+    Scaling adds none: `max_position_embeddings` is the length with it (131072 of Llama 3.1's 8192).
+    """
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.rope_type == "dynamic":
+        # Beyond it the angles of a prompt's first tokens would depend on its length.
+        return scaling.original_max_position_embeddings or config.max_position_embeddings
+    return config.max_position_embeddings
+
+
+def check_context(config: ModelConfig, max_context: int | None) -> None:
+    """Raises ValueError for more than `longest_context`."""
+    longest = longest_context(config)
+    if max_context is not None and max_context > longest:
+        raise ValueError(
+            f"max_context is {max_context}, but the model was made for {longest} tokens; give at "
+            f"most {longest}, or leave it out"
+        )
+
+
 def blocks_and_context(
     config: ModelConfig,
     options: EngineOptions,

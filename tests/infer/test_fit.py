@@ -231,6 +231,11 @@ def test_heads_that_do_not_divide_are_refused():
         fit(Settings(**{**SMALL, "mesh": "tensor=4"}), slice_named("v5e-4"), print)
 
 
+def test_a_context_that_the_model_was_not_made_for_is_refused():
+    with pytest.raises(ValueError, match="max_context is 8193, but the model was made for 8192"):
+        fit(Settings(**{**SMALL, "max_context": 8193}), slice_named("v5e-1"), print)
+
+
 @pytest.mark.slow
 def test_the_command_reports_each_slice(tmp_path, capsys):
     path = tmp_path / "serve.yaml"

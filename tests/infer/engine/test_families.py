@@ -1,13 +1,17 @@
 """Models that attend, rotate, route or store their weights in another way."""
 
+import dataclasses
+
 import pytest
 
 from infer.engine.engine import BatchingEngine
+from infer.engine.memory import check_context, longest_context
 from infer.engine.options import EngineOptions
 from infer.engine.request import Request
 from infer.generate import generate
 from infer.params import SamplingParams
 from llama_jax.config import Compute
+from llama_jax.presets import presets
 from tests.infer.engine.client import ask
 from tests.infer.engine.test_engine import prompts_of
 from tests.tiny import FAMILIES, tiny_params
@@ -41,3 +45,14 @@ def test_a_dynamically_scaled_context_ends_where_scaling_begins():
     config = FAMILIES["dynamic-rope"]
     engine = BatchingEngine((config, tiny_params(config), None), OPTIONS)
     assert engine.max_context == 16
+    longer = dataclasses.replace(OPTIONS, max_context=17)
+    with pytest.raises(ValueError, match="max_context is 17, but the model was made for 16 tokens"):
+        BatchingEngine((config, tiny_params(config), None), longer)
+
+
+def test_a_scaled_context_is_as_long_as_the_model_says_and_no_longer():
+    # As published: the length with the scaling.
+    assert longest_context(presets["llama3.1-8b"]) == 131072
+    check_context(presets["llama3.1-8b"], 131072)
+    with pytest.raises(ValueError, match="131073, but the model was made for 131072 tokens"):
+        check_context(presets["llama3.1-8b"], 131073)
