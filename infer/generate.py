@@ -18,7 +18,7 @@ from infer import steps
 from infer.batch import Batch, Runnable
 from infer.completion import Output, Piece, Row
 from infer.layers import Layers, with_layers
-from infer.params import SamplingParams
+from infer.params import SamplingParams, checked_int
 from llama_jax.config import Compute, ModelConfig
 
 if TYPE_CHECKING:
@@ -146,11 +146,11 @@ class Generator:
         max_context: int | None = None,
     ):
         self.config, self.tokenizer = config, tokenizer
-        self.batch_size = _checked("batch_size", batch_size, high=65536)
+        self.batch_size = checked_int("batch_size", batch_size, low=1, high=65536)
         longest = config.max_position_embeddings
         self.max_context = longest
         if max_context is not None:
-            self.max_context = _checked("max_context", max_context, high=longest)
+            self.max_context = checked_int("max_context", max_context, low=1, high=longest)
         ends = set(config.eos_token_id)
         ends |= set() if tokenizer is None else set(tokenizer.eos_token_ids)
         self.end_tokens = frozenset(ends)
@@ -322,12 +322,6 @@ def _listed(prompts: Any, *, chat: bool) -> list[Any]:
             wanted = "messages" if chat else "text or token ids"
             raise ValueError(f"prompt {index} is {each!r}; give {wanted}")
     return listed
-
-
-def _checked(name: str, value: Any, *, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-        raise ValueError(f"{name} is {value!r}; it must be an integer between 1 and {high}")
-    return value
 
 
 def _allowed(config: ModelConfig, tokenizer: "Tokenizer | None") -> Any:

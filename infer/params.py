@@ -5,11 +5,13 @@ Hugging Face's. How each parameter acts on the logits, and in which order, is in
 """
 
 import dataclasses
+import numbers
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-from llama_jax.config import check_keys, is_finite_number
+from llama_jax.config import check_keys
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -74,23 +76,13 @@ class SamplingParams:
     min_tokens: int = 0
 
     def __post_init__(self) -> None:
-        _check_int("max_tokens", self.max_tokens, low=0, high=None, optional=True)
-        _check_number("temperature", self.temperature, low=0.0, high=MAX_TEMPERATURE)
-        _check_int("top_k", self.top_k, low=-1, high=None)
-        _check_number("top_p", self.top_p, low=0.0, high=1.0)
-        _check_number("min_p", self.min_p, low=0.0, high=1.0)
-        _check_number(
-            "repetition_penalty",
-            self.repetition_penalty,
-            low=MIN_REPETITION_PENALTY,
-            high=MAX_REPETITION_PENALTY,
-        )
-        _check_number("frequency_penalty", self.frequency_penalty, low=-2.0, high=2.0)
-        _check_number("presence_penalty", self.presence_penalty, low=-2.0, high=2.0)
-        _check_int("seed", self.seed, low=-(2**63), high=2**64 - 1, optional=True)
-        _check_int("n", self.n, low=1, high=MAX_CHOICES)
-        _check_int("logprobs", self.logprobs, low=0, high=MAX_TOP_LOGPROBS, optional=True)
-        _check_int("min_tokens", self.min_tokens, low=0, high=None)
+        for name, low, high in _INTEGERS:
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                object.__setattr__(self, name, checked_int(name, value, low=low, high=high))
+        for name, least, most in _NUMBERS:
+            value = checked_number(name, getattr(self, name), low=least, high=most)
+            object.__setattr__(self, name, value)
         for name in ("echo", "ignore_eos"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be true or false")
@@ -133,20 +125,44 @@ class SamplingParams:
         return max(0, min(wanted, context - prompt_tokens))
 
 
-def _check_int(
-    name: str, value: Any, *, low: int, high: int | None, optional: bool = False
-) -> None:
-    if value is None and optional:
-        return
-    integer = isinstance(value, int) and not isinstance(value, bool)
-    if not integer or value < low or (high is not None and value > high):
+# Names with the least and the greatest value.
+_INTEGERS: tuple[tuple[str, int, int | None], ...] = (
+    ("max_tokens", 0, None),
+    ("top_k", -1, None),
+    ("seed", -(2**63), 2**64 - 1),
+    ("n", 1, MAX_CHOICES),
+    ("logprobs", 0, MAX_TOP_LOGPROBS),
+    ("min_tokens", 0, None),
+)
+_OPTIONAL = ("max_tokens", "seed", "logprobs")
+_NUMBERS = (
+    ("temperature", 0.0, MAX_TEMPERATURE),
+    ("top_p", 0.0, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("repetition_penalty", MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
+    ("frequency_penalty", -2.0, 2.0),
+    ("presence_penalty", -2.0, 2.0),
+)
+
+
+def checked_int(name: str, value: Any, *, low: int, high: int | None) -> int:
+    """An integer of Python or NumPy, but no truth value, as Python's. Raises ValueError."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < low or (high is not None and number > high):
         allowed = f"of at least {low}" if high is None else f"between {low} and {high}"
         raise ValueError(f"{name} is {value!r}; it must be an integer {allowed}")
+    return number
 
 
-def _check_number(name: str, value: Any, *, low: float, high: float) -> None:
-    if not is_finite_number(value) or not low <= value <= high:
+def checked_number(name: str, value: Any, *, low: float, high: float) -> float:
+    """The same for numbers, NumPy's among them."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not low <= value <= high:
         raise ValueError(f"{name} is {value!r}; it must be a finite number in [{low:g}, {high:g}]")
+    return float(value)
 
 
 def _checked_stop(stop: Any) -> tuple[str, ...]:
@@ -169,7 +185,9 @@ def _checked_bias(bias: Any) -> Mapping[int, float]:
         raise ValueError(
             f"logit_bias has {len(bias)} entries; at most {MAX_BIAS_ENTRIES} are allowed"
         )
-    for token, value in bias.items():
-        _check_int("a token id in logit_bias", token, low=0, high=2**31 - 1)
-        _check_number(f"logit_bias of token {token}", value, low=-100.0, high=100.0)
-    return dict(bias)
+    return {
+        checked_int("a token id in logit_bias", token, low=0, high=2**31 - 1): checked_number(
+            f"logit_bias of token {token}", value, low=-100.0, high=100.0
+        )
+        for token, value in bias.items()
+    }

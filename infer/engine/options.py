@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from infer.params import checked_int, checked_number
 from llama_jax.config import MESH_AXES
 
 MAX_DRAFT_TOKENS = 7
@@ -12,6 +13,21 @@ MAX_DRAFT_TOKENS = 7
 _MAX_DRAFTED_TOKENS = 24
 
 _SERVING_AXES = ("tensor", "fsdp", "data")
+
+
+# Names with the least and the greatest value.
+_INTEGERS = (
+    ("max_slots", 1, 1024),
+    ("max_context", 1, 2**24),
+    ("block_size", 1, 1024),
+    ("num_blocks", 1, 2**24),
+    ("piece_tokens", 1, 8192),
+    ("queue_limit", 1, 2**20),
+    ("max_adapters", 0, 256),
+    ("max_lora_rank", 1, 1024),
+    ("draft_tokens", 0, MAX_DRAFT_TOKENS),
+)
+_OPTIONAL = ("max_context", "num_blocks")
 
 
 @dataclass(frozen=True)
@@ -60,36 +76,25 @@ class EngineOptions:
     cache: Literal["slots", "pages"] | None = None
 
     def __post_init__(self) -> None:
-        _check("max_slots", self.max_slots, high=1024)
-        if self.max_context is not None:
-            _check("max_context", self.max_context, high=2**24)
-        _check("block_size", self.block_size, high=1024)
-        if self.num_blocks is not None:
-            _check("num_blocks", self.num_blocks, high=2**24)
-        _check("piece_tokens", self.piece_tokens, high=8192)
+        for name, low, high in _INTEGERS:
+            value = getattr(self, name)
+            if value is not None or name not in _OPTIONAL:
+                object.__setattr__(self, name, checked_int(name, value, low=low, high=high))
         if self.piece_tokens % self.block_size:
             raise ValueError(
                 f"piece_tokens is {self.piece_tokens}; it must be a multiple of block_size "
                 f"{self.block_size}"
             )
-        _check("queue_limit", self.queue_limit, high=2**20)
-        for name, high in (("max_adapters", 256), ("draft_tokens", MAX_DRAFT_TOKENS)):
-            if getattr(self, name) != 0:
-                _check(name, getattr(self, name), high=high)
-        _check("max_lora_rank", self.max_lora_rank, high=1024)
         cache_named(self.cache)
-        if not 0 < self.prefill_share <= 1:
-            raise ValueError(f"prefill_share is {self.prefill_share!r}; it must be in (0, 1]")
+        share = checked_number("prefill_share", self.prefill_share, low=0.0, high=1.0)
+        if share == 0:
+            raise ValueError("prefill_share is 0; it must be in (0, 1]")
+        object.__setattr__(self, "prefill_share", share)
 
     @property
     def max_drafted_rows(self) -> int:
         """With more rows than this, steps are better filled by requests than by guesses."""
         return _MAX_DRAFTED_TOKENS // (1 + self.draft_tokens) if self.draft_tokens else 0
-
-
-def _check(name: str, value: object, *, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
-        raise ValueError(f"{name} is {value!r}; it must be an integer between 1 and {high}")
 
 
 def cache_named(name: str | None) -> Literal["slots", "pages"] | None:

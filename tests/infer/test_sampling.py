@@ -1,5 +1,8 @@
 """The sampler against hand-computed distributions and transformers' own processors."""
 
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -424,6 +427,11 @@ def test_nothing_compiles_when_parameters_change():
         ("logprobs", True),
         ("seed", 2**64),
         ("seed", 1.0),
+        ("seed", np.float32(1.0)),
+        ("n", np.True_),
+        ("temperature", np.True_),
+        ("temperature", np.float32("nan")),
+        ("max_tokens", np.array([5])),
         ("stop", ("",)),
         ("stop", ("x",) * 10**5),
         ("logit_bias", {3: 101}),
@@ -436,6 +444,19 @@ def test_nothing_compiles_when_parameters_change():
 def test_a_parameter_out_of_range_is_named(name, value):
     with pytest.raises(ValueError, match=name):
         SamplingParams(**{name: value})
+
+
+def test_numbers_of_numpy_are_numbers():
+    given = {"max_tokens": np.int64(5), "seed": np.uint64(2**64 - 1), "n": np.int8(2)}
+    wishes = SamplingParams(
+        temperature=np.float32(0.5), logit_bias={np.int32(3): np.float16(2)}, **given
+    )
+    assert wishes == SamplingParams(
+        max_tokens=5, seed=2**64 - 1, n=2, temperature=0.5, logit_bias={3: 2.0}
+    )
+    assert {type(getattr(wishes, name)) for name in given} == {int}
+    assert type(wishes.temperature) is float
+    assert json.loads(json.dumps(dataclasses.asdict(wishes)))["logit_bias"] == {"3": 2.0}
 
 
 def test_the_most_that_may_be_asked_for_keeps_logits_finite():
