@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from infer.completion import Piece, TokenLogprob
+from infer.engine.options import parse_mesh
 from infer.engine.request import Request, Started
 from infer.params import DEFAULT_MAX_TOKENS, SamplingParams
 from infer.server.answers import Answer, Choice, token_text
@@ -12,6 +13,7 @@ from infer.server.api_types import CompletionRequest
 from infer.server.errors import ApiError
 from infer.server.generation import Arrival, Context, Generation, Prepare
 from infer.server.loaded import Lease
+from infer.server.settings import Settings
 
 
 def start_completion(
@@ -26,6 +28,7 @@ def start_completion(
             400, f"prompt has {len(prompts)} entries, over {settings.max_prompts}", param="prompt"
         )
     params = within_ceilings(context, params, num_prompts=len(prompts))
+    _check_room(settings, len(prompts), params.n)
     structure = None
     if body.response_format is not None:
         structure = body.response_format.structure(settings.max_schema_bytes)
@@ -47,6 +50,21 @@ def start_completion(
 
     accepted: Prepare = prepare
     return Generation(context, arrival, "completions", body.model, accepted), CompletionAnswer
+
+
+def _check_room(settings: Settings, num_prompts: int, n: int) -> None:
+    """Raises ApiError for more prompts than even an idle engine takes, which would be told to come
+    again for ever. Each prompt is a request of the engine's; its choices wait and run with it."""
+    copies = 1 if settings.mesh is None else parse_mesh(settings.mesh).get("data", 1)
+    room = copies * (settings.queue_limit + -(-settings.max_slots // n))
+    if num_prompts > room:
+        of = f" of n {n}" if n > 1 else ""
+        raise ApiError(
+            400,
+            f"prompt has {num_prompts} entries{of}; at most {room} can run and wait at once "
+            f"(max_slots {settings.max_slots}, queue_limit {settings.queue_limit}); send fewer",
+            param="prompt",
+        )
 
 
 def within_ceilings(

@@ -1,5 +1,6 @@
 """What a client is told when a request fails: OpenAI's error object, and gRPC's codes."""
 
+import math
 from typing import Any
 
 _TYPES = {
@@ -58,9 +59,9 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         if self.retry_after_seconds is None:
             return {}
-        # Whole seconds, and never 0, which clients read as "at once".
+        # Whole seconds: not one too few, and never 0, which clients read as "at once".
         seconds = min(self.retry_after_seconds, _LONGEST_WAIT_SECONDS)
-        return {"retry-after": str(max(1, round(seconds)))}
+        return {"retry-after": str(max(1, math.ceil(seconds)))}
 
 
 def unforeseen(request_id: str) -> ApiError:

@@ -92,7 +92,7 @@ class ScriptedEngine:
         ]
         tokens = [iter(self.script(request, index)) for index in range(request.params.n)]
         with self._lock:
-            if len(self._waiting) + max(0, len(self._active) - self.slots) >= self.queue_limit:
+            if len(self._waiting) >= self.queue_limit + max(0, self.slots - len(self._active)):
                 raise QueueFullError(f"{self.queue_limit} requests wait", 3.0)
             self.seen.append(request)
             self._waiting.append(_Running(request, on_event, rows, tokens))

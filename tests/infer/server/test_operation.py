@@ -338,6 +338,23 @@ def test_wrong_methods_and_paths_are_error_objects(small):
 # Overload and time
 
 
+def test_more_prompts_than_an_idle_engine_takes_are_no_reason_to_come_again():
+    sizes = {"max_slots": 2, "queue_limit": 3}
+    with running(engine_options=slow(0.05, slots=2, queue_limit=3), **sizes) as server:
+        for n, most in ((1, 5), (2, 4), (3, 4)):
+            prompts = ["x"] * most
+            status, body, _ = server.complete(prompts, n=n, max_tokens=1)
+            assert status == 200 and len(body["choices"]) == n * most
+            status, body, headers = server.complete([*prompts, "x"], n=n, max_tokens=1)
+            assert status == 400 and headers["retry-after"] is None
+            assert body["error"]["param"] == "prompt"
+            assert f"at most {most} can run and wait at once" in body["error"]["message"]
+        # The choices of a chat, and the texts of an embedding request, wait together.
+        assert server.chat(n=16, max_tokens=1)[0] == 200
+        many = {"model": "m", "input": ["x"] * 64}
+        assert server.call("/v1/embeddings", many)[0] == 200
+
+
 def test_over_the_queue_limit_requests_are_refused_at_once():  # R101
     options = slow(0.01, slots=2, queue_limit=4)
     with running(engine_options=options) as server:
