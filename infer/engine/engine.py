@@ -8,6 +8,7 @@ the first request, so no request waits for a compilation.
 import contextlib
 import itertools
 import logging
+import math
 import secrets
 import threading
 import time
@@ -281,7 +282,7 @@ class BatchingEngine:
                 seconds = self._request_seconds * (1 + waiting / self.options.max_slots)
                 raise QueueFullError(
                     f"{waiting} requests wait, as many as may (queue_limit); try again in "
-                    f"{seconds:.0f} seconds",
+                    f"{math.ceil(seconds)} seconds",
                     seconds,
                 )
             self._active[request.id] = active

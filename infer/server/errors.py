@@ -20,13 +20,14 @@ _TYPES = {
     504: "timeout_error",
 }
 
+_USUAL_WAIT_SECONDS = 10
 _LONGEST_WAIT_SECONDS = 24 * 60 * 60
 
 
 class ApiError(Exception):
     """Raised anywhere below a route; `status` is HTTP's. param: the field at fault.
 
-    retry_after_seconds: when to come again, for 429 and 503.
+    retry_after_seconds: when to come again, for 429 and 503; 10 where nobody knows better.
     """
 
     def __init__(
@@ -43,6 +44,8 @@ class ApiError(Exception):
         self.message = message
         self.param = param
         self.code = code
+        if retry_after_seconds is None and status in (429, 503):
+            retry_after_seconds = _USUAL_WAIT_SECONDS
         self.retry_after_seconds = retry_after_seconds
 
     def to_json(self) -> dict[str, Any]:

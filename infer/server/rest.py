@@ -23,6 +23,7 @@ from infer.server.generation import Arrival, Context
 from infer.server.sse import ClientLeftError, EventStream, run_while_connected
 from infer.server.texts import detokenize, embed, tokenize
 
+NOT_READY_SECONDS = 2
 VERSION_HEADER = "x-llama-jax-version"
 
 
@@ -54,8 +55,10 @@ class Rest:
 
     async def readyz(self, request: Request) -> Response:
         models = self._context.models
-        status = 200 if models.is_ready else 503
-        return JSONResponse({"status": models.condition}, status_code=status)
+        if models.is_ready:
+            return JSONResponse({"status": models.condition})
+        headers = {"retry-after": str(NOT_READY_SECONDS)}
+        return JSONResponse({"status": models.condition}, status_code=503, headers=headers)
 
     async def metrics(self, request: Request) -> Response:
         text = self._context.metrics.text()

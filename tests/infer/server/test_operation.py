@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from infer.server.api_types import ChatRequest
+from infer.server.errors import ApiError
 from infer.server.loaded import Source
 from infer.server.openapi import openapi
 from infer.server.settings import Secret, Tenant
@@ -176,7 +177,6 @@ def test_a_tenant_has_only_so_many_requests_at_once(guarded):
 
 def test_a_tenant_has_only_so_many_requests_a_minute():
     from infer.server.auth import Caller, Gate
-    from infer.server.errors import ApiError
     from infer.server.settings import Settings
 
     now = [0.0]
@@ -338,6 +338,22 @@ def test_wrong_methods_and_paths_are_error_objects(small):
 # Overload and time
 
 
+@pytest.mark.parametrize(
+    ("status", "given", "told"),
+    [
+        (503, None, "10"),
+        (429, None, "10"),
+        (400, None, None),
+        (429, 0.0, "1"),
+        (429, 2.01, "3"),
+        (429, 1e12, "86400"),
+    ],
+)
+def test_who_is_told_to_come_again_is_told_when(status, given, told):
+    error = ApiError(status, "later", retry_after_seconds=given)
+    assert error.headers.get("retry-after") == told
+
+
 def test_more_prompts_than_an_idle_engine_takes_are_no_reason_to_come_again():
     sizes = {"max_slots": 2, "queue_limit": 3}
     with running(engine_options=slow(0.05, slots=2, queue_limit=3), **sizes) as server:
@@ -467,8 +483,9 @@ def test_connections_have_a_ceiling():
 def test_alive_at_once_and_ready_when_warm():  # R103
     with running(engine_options={"start_seconds": 0.7}, wait_ready=False) as server:
         assert server.call("/healthz")[0] == 200
-        status, body, _ = server.call("/readyz")
+        status, body, headers = server.call("/readyz")
         assert (status, body["status"]) == (503, "starting")
+        assert int(headers["retry-after"]) >= 1
         status, body, headers = server.complete()
         assert (status, body["error"]["code"]) == (503, "model_not_ready")
         assert int(headers["retry-after"]) >= 1

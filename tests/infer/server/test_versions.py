@@ -314,8 +314,9 @@ def test_a_damaged_model_harms_no_other(models_dir, fleet, tmp_path):
         versions = {e["id"]: e["version"] for e in server.call("/v1/models")[1]["data"]}
         assert versions == {"m": None, "n": "1"}
         assert len(server.call("/admin/models", key=ADMIN)[1]["models"]) == 2
-        status, body, _ = server.call("/v1/completions", {"model": "m", "prompt": "x"})
+        status, body, headers = server.call("/v1/completions", {"model": "m", "prompt": "x"})
         assert (status, body["error"]["code"]) == (503, "registry_damaged")
+        assert headers["retry-after"] == "10"
         assert "state.json" not in body["error"]["message"]
         assert server.call("/v1/completions", {"model": "n", "prompt": "x"})[0] == 200
 
