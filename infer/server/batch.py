@@ -9,10 +9,11 @@ import fcntl
 import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from starlette.types import ASGIApp, Message
 
@@ -88,15 +89,16 @@ def _read_line(text: str, where: str) -> Line:
 
 
 @contextmanager
-def open_answers(path: Path) -> Iterator[tuple[BinaryIO, set[str]]]:
+def open_answers(path: Path) -> Iterator[tuple[FileIO, set[str]]]:
     """The file of answers, to be appended to, and the ids it answers. One process at a time."""
-    with path.open("a+b") as file:
+    # Without a buffer, of which an end that could not be written would be tried again later.
+    with path.open("a+b", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{path} is being written by another run; wait for it") from None
         file.seek(0)
-        content = file.read()
+        content = file.readall()
         # What comes after the last line's end was being written when the run was killed.
         *whole, unfinished = content.split(b"\n")
         done = {_answered_id(text, path, number) for number, text in enumerate(whole, start=1)}
@@ -131,8 +133,8 @@ async def run_batch(
 ) -> Counts:
     """Answers what is not answered yet, many requests at once.
 
-    Raises ValueError for files that are no batch, RuntimeError when the engine fails: then what is
-    answered stays, and another run goes on.
+    Raises ValueError for files that are no batch, RuntimeError when the engine fails and OSError
+    when an answer cannot be written: then what is answered stays, and another run goes on.
     """
     lines = read_batch(source)
 
@@ -148,6 +150,10 @@ async def run_batch(
     # What is wrong with the file is said before the model is loaded, which may take long. A new
     # one is made only when it is loaded.
     if target.exists():
+        if not (target.is_file() or target.is_dir()):
+            raise ValueError(
+                f"{target} is a device or a pipe; give a file, which a run can go on in"
+            )
         with open_answers(target) as (_, done):
             if not unanswered(done):
                 return Counts(len(lines), len(done))
@@ -180,7 +186,7 @@ async def _started(settings: Settings, build: Build, model: Source) -> AsyncIter
 
 async def _answer_all(
     todo: list[Line],
-    file: BinaryIO,
+    file: FileIO,
     counts: Counts,
     context: Context,
     on_done: Callable[[Counts], None],
@@ -200,7 +206,7 @@ async def _answer_all(
         async with asyncio.TaskGroup() as group:
             for _ in range(min(len(todo), 2 * context.settings.max_slots)):
                 group.create_task(work())
-    except* RuntimeError as errors:
+    except* (RuntimeError, OSError) as errors:
         raise errors.exceptions[0] from errors
 
 
@@ -258,13 +264,21 @@ async def _post(app: ASGIApp, path: str, body: bytes) -> tuple[int, dict[str, st
     return status, headers, b"".join(parts)
 
 
-def _append(file: BinaryIO, line: Line, status: int, request_id: str, body: Any) -> None:
+def _append(file: FileIO, line: Line, status: int, request_id: str, body: Any) -> None:
     answer = {
         "id": f"batch_req_{request_id}",
         "custom_id": line.custom_id,
         "response": {"status_code": status, "request_id": request_id, "body": body},
         "error": None,
     }
-    file.write(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
-    file.flush()
-    os.fsync(file.fileno())
+    rest = memoryview(json.dumps(answer, ensure_ascii=False).encode() + b"\n")
+    begin = file.seek(0, os.SEEK_END)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError as error:
+        # Others may still write behind it.
+        with suppress(OSError):
+            file.truncate(begin)
+        raise OSError(error.errno, error.strerror, str(file.name)) from error

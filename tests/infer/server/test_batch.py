@@ -1,16 +1,20 @@
 """Batches: nothing lost, nothing done twice, also when the run is killed."""
 
 import asyncio
+import errno
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from infer.engine.request import Failed
+from infer.server import build
 from infer.server.batch import open_answers, read_batch, run_batch
 from infer.server.build import given_sources
 from infer.server.loaded import Built, Source
@@ -107,14 +111,17 @@ def scripted():
     return ScriptedEngine(byte_tokenizer(), saying(byte_tokenizer(), "four"))
 
 
+def built(engine=None):
+    return Built(engine or scripted(), byte_tokenizer())
+
+
 def run(source, target, engine):
-    build = lambda source: Built(engine, byte_tokenizer())  # noqa: E731
     return asyncio.run(
         run_batch(
             source,
             target,
             settings=Settings(models=("m",)),
-            build=build,
+            build=lambda source: built(engine),
             model=Source("m", "1", "m"),
         )
     )
@@ -158,6 +165,47 @@ def test_a_request_that_the_engine_fails_at_is_answered_with_its_error(tmp_path)
     assert {each: found[each]["status_code"] for each in found} == {"c0": 500, "c1": 200, "c2": 200}
     assert found["c0"]["body"]["error"]["code"] == "engine_failed"
     assert run(source, target, engine).done == 0
+
+
+def test_a_full_disk_ends_the_run_and_another_goes_on(tmp_path, monkeypatch, capsys):
+    source = write(tmp_path / "in.jsonl", [line(n) for n in range(40)])
+    target = tmp_path / "out.jsonl"
+    room = [5000]
+
+    class Disk(io.FileIO):
+        """Takes what there is room for."""
+
+        def write(self, data):
+            if not room[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = super().write(data[: room[0]])
+            room[0] -= written
+            return written
+
+    usual = Path.open
+
+    def opened(path, mode="r", *more, **options):
+        return Disk(path, "a+") if mode == "a+b" else usual(path, mode, *more, **options)
+
+    monkeypatch.setattr(Path, "open", opened)
+    monkeypatch.setattr(build, "given_sources", lambda settings: [Source("m", "1", "m")])
+    monkeypatch.setattr(build, "make_build", lambda settings: lambda source: built())
+    assert cli.main(["batch", "m", str(source), str(target)]) == cli.FAILED
+    *_, said = capsys.readouterr().err.splitlines()
+    assert said == f"llama-jax batch: error: {target}: No space left on device"
+    before = target.read_bytes()
+    done = len(answers(target))
+    assert 0 < done < 40 and before.endswith(b"\n") and len(before) < 5000
+    room[0] = 10**6
+    assert run(source, target, scripted()).before == done
+    assert target.read_bytes().startswith(before)
+    assert len({each["custom_id"] for each in answers(target)}) == len(answers(target)) == 40
+
+
+def test_what_is_no_file_is_refused(tmp_path):
+    source = write(tmp_path / "in.jsonl", [line(0)])
+    with pytest.raises(ValueError, match="/dev/full is a device or a pipe; give a file"):
+        run(source, Path("/dev/full"), scripted())
 
 
 def test_an_engine_that_breaks_ends_the_run(tmp_path):
