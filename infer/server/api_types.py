@@ -15,8 +15,9 @@ from infer.engine.request import Structure
 from infer.params import SamplingParams
 from infer.server.errors import ApiError
 
-# Notes for OpenAI's own bookkeeping and billing.
+# By the path to them, lists left out.
 IGNORED = (
+    # Notes for OpenAI's own bookkeeping and billing.
     "user",
     "metadata",
     "store",
@@ -24,6 +25,15 @@ IGNORED = (
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
+    # Text is the only one.
+    "modalities",
+    # OpenAI pads chunks against eavesdroppers; there is nothing to switch off here.
+    "stream_options.include_obfuscation",
+    # A schema holds the answer always, and the model does not read what stands beside it.
+    "response_format.json_schema.name",
+    "response_format.json_schema.description",
+    "response_format.json_schema.strict",
+    "tools.function.strict",
 )
 
 Ids = Annotated[list[int], Field(max_length=2**20)]
@@ -57,7 +67,6 @@ class _Body(BaseModel):
 
 class StreamOptions(_Body):
     include_usage: bool = False
-    # OpenAI pads chunks against eavesdroppers; there is nothing to switch off here.
     include_obfuscation: bool = False
 
 
@@ -266,6 +275,15 @@ class Function(_Body):
 class Tool(_Body):
     type: Literal["function"]
     function: Function
+
+    def to_template(self) -> dict[str, Any]:
+        """The tool as chat templates expect it."""
+        function: dict[str, Any] = {"name": self.function.name}
+        if self.function.description is not None:
+            function["description"] = self.function.description
+        if self.function.parameters is not None:
+            function["parameters"] = self.function.parameters
+        return {"type": "function", "function": function}
 
 
 class FunctionName(_Body):

@@ -107,7 +107,7 @@ def chat_ids(lease: Lease, body: ChatRequest) -> list[int]:
         raise ApiError(400, f"{lease.loaded.name} has no tokenizer and cannot chat", param="model")
     tools = None
     if body.tools and body.tool_choice != "none":
-        tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+        tools = [tool.to_template() for tool in body.tools]
     template = _template(lease, body, tools)
     variables = body.chat_template_kwargs or {}
     taken = sorted(_TAKEN & set(variables))

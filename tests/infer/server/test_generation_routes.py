@@ -1,12 +1,19 @@
 """The two generation routes and their streams, as clients see them."""
 
+import builtins
 import json
 import re
+import types
+import typing
 import urllib.request
+from typing import get_args, get_origin
 
 import openai
 import pytest
+from pydantic import BaseModel
 
+from infer.server import api_types
+from infer.server.api_types import IGNORED
 from infer.server.loaded import Built
 from llama_jax.formats.chat import Rendered
 from llama_jax.formats.tokenizer import Tokenizer
@@ -447,11 +454,85 @@ def test_unknown_models_are_404_and_never_paths(server, name):  # R100, R116
 
 
 def test_fields_that_change_nothing_are_accepted(server):
-    from infer.server.api_types import IGNORED
-
-    given = dict.fromkeys(IGNORED, "x") | {"metadata": {"a": "b"}, "store": True}
-    assert server.chat(**given)[0] == 200
+    names = [name for name in IGNORED if "." not in name and name != "modalities"]
+    given = dict.fromkeys(names, "x") | {"metadata": {"a": "b"}, "store": True}
+    assert server.chat(**given, modalities=["text"])[0] == 200
     assert server.complete(**given)[0] == 200
+
+
+# Between them, every field that a request may have.
+BODIES = {
+    "/v1/chat/completions": [
+        {"messages": [*MESSAGES, {"role": "assistant", "content": "", "name": "x", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+            {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "x"}]}],
+         "tools": [{"type": "function", "function": {"name": "f"}}],
+         "tool_choice": {"type": "function", "function": {"name": "f"}},
+         "chat_template": "{{ tools }}", "stream": True, "stream_options": {"include_usage": True}},
+        {"messages": MESSAGES, "response_format": {
+            "type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+    ],
+    "/v1/completions": [
+        {"prompt": "x", "n": 1, "best_of": 1, "response_format": {"type": "regex", "regex": "x"}},
+        {"prompt": "x", "response_format": {"type": "grammar", "grammar": "start: \"x\""}},
+        {"prompt": "x", "response_format": {
+            "type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+        {"prompt": "x", "stream": True, "stream_options": {"include_usage": True}},
+    ],
+    "/v1/embeddings": [{"input": "x"}],
+    "/tokenize": [{"prompt": "x"}, {"messages": MESSAGES}],
+    "/detokenize": [{"tokens": [65]}],
+}  # fmt: skip
+
+
+def kinds_of(annotation):
+    """The types and the fixed words that a value may be."""
+    inner = get_args(annotation)
+    match get_origin(annotation):
+        case typing.Annotated:
+            return kinds_of(inner[0])
+        case typing.Literal:
+            return set(inner)
+        case typing.Union | types.UnionType:
+            return set().union(*map(kinds_of, inner)) - {types.NoneType}
+        case builtins.list:
+            return {list} | kinds_of(inner[0])
+    return {annotation} - {types.NoneType}
+
+
+def fields_of(body, path=""):
+    """(path, class, name) of each field that may be more than one word, however deep it lies."""
+    for name, field in body.model_fields.items():
+        own, kinds = f"{path}{field.alias or name}", kinds_of(field.annotation)
+        if len(kinds) > 1 or any(not isinstance(kind, str) for kind in kinds):
+            yield own, body.__name__, name
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from fields_of(kind, f"{own}.")
+
+
+def test_every_field_is_read_or_listed_as_one_that_changes_nothing(server, monkeypatch):
+    read = set()
+
+    def noting(body, name):
+        read.add((type(body).__name__, name))
+        return object.__getattribute__(body, name)
+
+    monkeypatch.setattr(api_types._Body, "__getattribute__", noting, raising=False)
+    for path, bodies in BODIES.items():
+        for body in bodies:
+            assert server.call(path, {"model": "m", **body})[0] == 200, (path, body)
+    kinds = (
+        api_types.ChatRequest,
+        api_types.CompletionRequest,
+        api_types.EmbeddingRequest,
+        api_types.TokenizeRequest,
+        api_types.DetokenizeRequest,
+    )
+    unread = {
+        path for kind in kinds for path, owner, name in fields_of(kind) if (owner, name) not in read
+    }
+    assert unread == set(IGNORED)
 
 
 def test_logprobs_in_both_forms(server):  # R91, R92
