@@ -99,11 +99,16 @@ def _taker(array: jax.Array) -> Callable[[jax.Array, int], jax.Array]:
     """What takes so many rows from a begin on."""
     if array.dtype.itemsize > 1 or not jnp.issubdtype(array.dtype, jnp.floating):
         return lambda begin, height: jax.lax.dynamic_slice_in_dim(array, begin, height)
-    # XLA's CPU backend widens floats of eight bits to move them, but not bytes.
-    held = jax.lax.bitcast_convert_type(array, jnp.uint8)
-    return lambda begin, height: jax.lax.bitcast_convert_type(
-        jax.lax.dynamic_slice_in_dim(held, begin, height), array.dtype
-    )
+
+    def take(begin: jax.Array, height: int) -> jax.Array:
+        # XLA's CPU backend widens floats of eight bits to move them, but not bytes. The barrier
+        # keeps it from making bytes of the whole matrix before the loop, in each step anew.
+        floats, begin = jax.lax.optimization_barrier((array, begin))
+        held = jax.lax.bitcast_convert_type(floats, jnp.uint8)
+        piece = jax.lax.dynamic_slice_in_dim(held, begin, height)
+        return jax.lax.bitcast_convert_type(piece, array.dtype)
+
+    return take
 
 
 def _rows(x: jax.Array, array: jax.Array, weight: DecodingTensor, compute: Compute) -> jax.Array:
