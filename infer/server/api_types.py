@@ -25,8 +25,9 @@ IGNORED = (
     "safety_identifier",
     "prompt_cache_key",
     "prompt_cache_retention",
-    # Text is the only one.
+    # Text is the only one, and no annotation can be given.
     "modalities",
+    "messages.annotations",
     # OpenAI pads chunks against eavesdroppers; there is nothing to switch off here.
     "stream_options.include_obfuscation",
     # A schema holds the answer always, and the model does not read what stands beside it.
@@ -214,8 +215,8 @@ class Message(_Body):
     name: str | None = None
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
-    # The openai package sends these back as nulls.
-    annotations: None = None
+    # The openai package sends these back as nulls, and the first as an empty list.
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
     function_call: None = None
     refusal: None = None

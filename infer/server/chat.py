@@ -137,7 +137,16 @@ def _template(
 
     tokenizer = lease.loaded.tokenizer
     assert tokenizer is not None
-    asked = body.chat_template if body.chat_template is not None else lease.loaded.source.template
+    asked, known = body.chat_template, tokenizer.chat_templates
+    if asked is None:
+        asked = lease.loaded.source.template
+    elif asked not in known and "{" not in asked:
+        raise ApiError(
+            400,
+            f"chat_template is {asked[:40]!r}, which is no template, and no name of one of "
+            f"{lease.loaded.name}'s: {', '.join(sorted(known)) or 'it has none'}",
+            param="chat_template",
+        )
     template = chat_template(tokenizer, asked, tools=tools)
     if tools and "tools" not in template.source:
         raise ApiError(

@@ -1,6 +1,6 @@
 """/v1/completions: texts or token ids in, texts out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +37,7 @@ def start_completion(
         return [
             Request(
                 id=f"{unique}-{place}",
-                prompt_token_ids=prompt_ids(lease, prompt, "prompt"),
+                prompt_token_ids=prompt_ids(lease, prompt, place_of("prompt", place, prompts)),
                 params=params,
                 continues_text=True,
                 adapter=lease.adapter,
@@ -91,6 +91,11 @@ def within_ceilings(
     if params.max_tokens is None and ceiling < DEFAULT_MAX_TOKENS:
         return replace(params, max_tokens=ceiling)
     return params
+
+
+def place_of(field: str, place: int, entries: Sequence[Any]) -> str:
+    """What an entry is called in an error: by its place where it is not the only one."""
+    return f"{field}.{place}" if len(entries) > 1 else field
 
 
 def prompt_ids(lease: Lease, prompt: str | list[int], field: str) -> tuple[int, ...]:

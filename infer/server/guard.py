@@ -29,6 +29,7 @@ OPEN_PATHS = ("/healthz", "/readyz")
 _SECRET_PARAMETER = re.compile(
     rb"(?i)(^|&)([^=&]*(key|token|secret|passw|credential)[^=&]*|auth|authorization)(=|&|$)"
 )
+TWO_LENGTHS = "two_lengths"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -89,6 +90,13 @@ class Guard:
             raise ApiError(431, f"over {self._settings.max_headers} headers")
         if size > self._settings.max_header_bytes:
             raise ApiError(431, f"headers over {self._settings.max_header_bytes} bytes")
+        if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
+            # A proxy that believes the other one takes what follows for a request of its own.
+            raise ApiError(
+                400,
+                "content-length and transfer-encoding are both given; send one",
+                code=TWO_LENGTHS,
+            )
         if _SECRET_PARAMETER.search(unquote_to_bytes(scope["query_string"])):
             raise ApiError(
                 400,
@@ -132,7 +140,7 @@ def error_response(error: ApiError, path: str) -> JSONResponse:
         # Basic makes browsers ask for the key when someone opens the page.
         scheme = "Basic" if path == "/" else "Bearer"
         headers["www-authenticate"] = f'{scheme} realm="llama-jax"'
-    if error.status in (408, 413, 431):
+    if error.status in (408, 413, 431) or error.code == TWO_LENGTHS:
         # The rest of such a request is not read.
         headers["connection"] = "close"
     return JSONResponse(error.to_json(), status_code=error.status, headers=headers)

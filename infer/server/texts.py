@@ -13,7 +13,7 @@ from infer.server.api_types import (
     refused,
 )
 from infer.server.chat import chat_ids
-from infer.server.completions import prompt_ids
+from infer.server.completions import place_of, prompt_ids
 from infer.server.errors import ApiError
 from infer.server.generation import Arrival, Context
 from infer.server.loaded import Lease
@@ -62,7 +62,10 @@ async def embed(context: Context, body: EmbeddingRequest, arrival: Arrival) -> R
 
 
 def _embed_all(lease: Lease, inputs: list[str | list[int]]) -> tuple[list[list[float]], int]:
-    ids = [prompt_ids(lease, each, "input") for each in inputs]
+    ids = [
+        prompt_ids(lease, each, place_of("input", place, inputs))
+        for place, each in enumerate(inputs)
+    ]
     return [lease.loaded.engine.embed(each) for each in ids], sum(map(len, ids))
 
 

@@ -460,6 +460,31 @@ def test_fields_that_change_nothing_are_accepted(server):
     assert server.complete(**given)[0] == 200
 
 
+def test_what_openai_answered_is_a_turn_of_a_conversation(server):
+    answered = {"role": "assistant", "content": "x", "refusal": None, "annotations": []}
+    assert server.chat(messages=[*MESSAGES, answered, *MESSAGES])[0] == 200
+    answered["annotations"] = [{"type": "url_citation"}]
+    status, body, _ = server.chat(messages=[*MESSAGES, answered, *MESSAGES])
+    assert (status, body["error"]["param"]) == (400, "messages.1.annotations")
+
+
+def test_of_several_prompts_the_wrong_one_is_named(server):
+    for path, field in (("/v1/completions", "prompt"), ("/v1/embeddings", "input")):
+        status, body, _ = server.call(path, {"model": "m", field: ["a", ""]})
+        assert (status, body["error"]["param"]) == (400, f"{field}.1")
+        assert body["error"]["message"] == f"{field}.1 has no tokens"
+        status, body, _ = server.call(path, {"model": "m", field: [""]})
+        assert (status, body["error"]["param"]) == (400, field)
+
+
+def test_a_template_that_has_no_such_name_is_not_taken_for_a_text(server):
+    for given in ("defualt", ""):
+        status, body, _ = server.chat(chat_template=given)
+        assert (status, body["error"]["param"]) == (400, "chat_template")
+        assert "no name of one of m's: default" in body["error"]["message"]
+    assert server.chat(chat_template="default")[0] == 200
+
+
 # Between them, every field that a request may have.
 BODIES = {
     "/v1/chat/completions": [

@@ -325,6 +325,17 @@ def test_embeddings_wait_apart_from_other_requests_and_are_bounded_too():  # R10
         assert server.call("/v1/embeddings", {"model": "m", "input": "x"})[0] == 200
 
 
+def test_a_body_of_two_lengths_is_refused_and_the_connection_ends(small):
+    hidden = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n"
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"transfer-encoding: chunked\r\ncontent-length: %d\r\n\r\n0\r\n\r\n" % (5 + len(hidden))
+    )
+    received = raw_exchange(small, head + hidden)
+    assert received.count(b"HTTP/1.1") == 1 and status_of(received) == 400
+    assert b"two_lengths" in received and b"connection: close" in received
+
+
 def test_wrong_methods_and_paths_are_error_objects(small):
     status, body, headers = small.call("/v1/completions")
     assert (status, body["error"]["type"], headers["allow"]) == (
