@@ -214,10 +214,15 @@ class _EngineMaker:
         self, source: Source, model: Any, mesh: Any, *, draft: Any = None, followers: Any = None
     ) -> "BatchingEngine":
         from infer.engine.engine import BatchingEngine
+        from infer.engine.memory import longest_context
 
-        version = replace(self.options, model_version=f"{source.name}@{source.version}")
+        options = replace(self.options, model_version=f"{source.name}@{source.version}")
+        if self.settings.models_dir is not None and options.max_context is not None:
+            # One setting for many models, of which some were made for less.
+            longest = longest_context(model.config)
+            options = replace(options, max_context=min(options.max_context, longest))
         return BatchingEngine(
-            model, version, compute=self.compute, mesh=mesh, draft=draft, followers=followers
+            model, options, compute=self.compute, mesh=mesh, draft=draft, followers=followers
         )
 
 

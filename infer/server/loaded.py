@@ -22,7 +22,7 @@ PROBE_SECONDS = 120.0
 @dataclass(frozen=True)
 class Source:
     """What a version is made from. model: a MODEL of the command line or a path. template: the text
-    that replaces the tokenizer's chat template. adapters: folders of those loaded at start."""
+    that replaces the tokenizer's chat template. adapters: folders of those loaded with it."""
 
     name: str
     version: str

@@ -60,6 +60,8 @@ class Models:
         self._switching: Key | None = None
         # Versions that have been given room and are not loaded yet.
         self._building: set[Key] = set()
+        # Beside versions that were put away, which come back when they are asked for.
+        self._adapters_away: dict[Key, tuple[str, ...]] = {}
         self._making_room = asyncio.Lock()
         self._watcher: asyncio.Task[None] | None = None
         self.is_draining = False
@@ -319,6 +321,7 @@ class Models:
         if loaded.is_pinned:
             raise ApiError(409, f"{name} was given at the start and stays loaded")
         await self._unload(loaded, self._settings.drain_seconds)
+        self._adapters_away.pop((name, version), None)
 
     async def add_adapter(self, name: str, version: str, adapter: str) -> None:
         """Loads an adapter that the registry knows beside a loaded version. Raises ApiError."""
@@ -455,12 +458,15 @@ class Models:
         manifest = self._registry.verify(name, version, hashes=self._settings.verify_hashes)
         folder = self._registry.folder(name, version)
         template = manifest.template
+        known = self._registry.adapters(name)
+        away = self._adapters_away.get(key, ())
         return Source(
             name=name,
             version=version,
             model=folder / manifest.model,
             adapter=None if manifest.adapter is None else folder / manifest.adapter,
             template=None if template is None else read_text(folder / template),
+            adapters={adapter: known[adapter] for adapter in away if adapter in known},
             created=manifest.created,
         )
 
@@ -468,7 +474,7 @@ class Models:
         """Unloads the version unused for longest when as many are loaded as may be."""
         async with self._making_room:
             while (loaded := self._in_the_way(key, switch)) is not None:
-                await self._unload(loaded, 0)
+                await self._put_away(loaded)
             self._building.add(key)
 
     def _in_the_way(self, key: Key, switch: State | None) -> Loaded | None:
@@ -515,6 +521,11 @@ class Models:
         state = self._states.get(loaded.name, State())
         return loaded.version in (state.active, state.canary)
 
+    async def _put_away(self, loaded: Loaded) -> None:
+        """Unloads a version that nobody uses now and nobody said to unload."""
+        self._adapters_away[loaded.name, loaded.version] = tuple(loaded.adapters)
+        await self._unload(loaded, 0)
+
     async def _unload(self, loaded: Loaded, drain_seconds: float) -> None:
         self._loaded.pop((loaded.name, loaded.version), None)
         await asyncio.to_thread(loaded.engine.stop, drain_seconds)
@@ -533,11 +544,11 @@ class Models:
                     self._restarting[key] = task
                     task.add_done_callback(functools.partial(self._restarted, key))
                 elif self._is_idle(loaded):
-                    await self._unload(loaded, 0)
+                    await self._put_away(loaded)
             # What a switch has replaced.
             if len(self._loaded) > self._settings.max_loaded:
                 for loaded in self._idle(but_answering=True)[:1]:
-                    await self._unload(loaded, 0)
+                    await self._put_away(loaded)
 
     def _restarted(self, key: Key, task: asyncio.Task[None]) -> None:
         self._restarting.pop(key, None)

@@ -152,7 +152,11 @@ class Settings:
     max_lora_rank: int = _setting(16, "of those adapters", low=1)
 
     max_slots: int = _setting(16, "choices computed together", low=1)
-    max_context: int | None = _setting(None, "tokens of prompt and answer; None is the model's")
+    max_context: int | None = _setting(
+        None,
+        "tokens of prompt and answer; None is what the model was made for. More is refused, but a "
+        "model of models_dir that was made for less keeps its own",
+    )
     cache_tokens: int | None = _setting(
         None, "that running requests and cached prefixes may hold; None is every slot full", low=1
     )

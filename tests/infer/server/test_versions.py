@@ -9,7 +9,7 @@ import pytest
 
 from infer.registry import Registry, State, register
 from infer.server.build import given_sources, make_build
-from infer.server.loaded import Built
+from infer.server.loaded import Built, Source
 from infer.server.settings import Secret, Settings
 from llama_jax.formats.hf import save_hf
 from tests.infer.server.running import byte_tokenizer, running, until
@@ -379,6 +379,26 @@ def test_adapters_are_loaded_beside_the_active_version(models_dir, fleet):
             assert (status, body["version"]) == (200, "1")
 
 
+def test_a_version_that_made_room_comes_back_with_its_adapters(models_dir, fleet):
+    for name in ("poet", "gone"):
+        (models_dir / "m" / "adapters" / name).mkdir(parents=True)
+    with serving(models_dir, fleet, max_loaded=1) as server:
+        assert said(server) == "1"
+        for name in ("poet", "gone"):
+            assert admin(server, "adapters/load", adapter=name)[0] == 200
+        (models_dir / "m" / "adapters" / "gone").rmdir()
+        assert said(server, model="m@2") == "2"
+        assert fleet.built[0][1].state == "stopped"
+        assert said(server, model="m:poet") == "1"
+        assert list(fleet.built[2][1].adapters) == ["poet"]
+    with serving(models_dir, fleet) as server:
+        assert admin(server, "models/load", version="2")[0] == 200
+        assert admin(server, "adapters/load", adapter="poet", version="2")[0] == 200
+        for what in ("unload", "load"):  # as somebody said
+            assert admin(server, f"models/{what}", version="2")[0] == 200
+        assert not fleet.built[-1][1].adapters
+
+
 def test_adapters_come_and_go_while_the_model_serves(models_dir, fleet):
     for name in ("poet", "bad"):
         (models_dir / "m" / "adapters" / name).mkdir(parents=True)
@@ -416,8 +436,6 @@ def test_models_given_at_the_start_stay():
 
 @pytest.mark.parametrize(("kind", "code"), [(ValueError, 2), (RuntimeError, 1)])
 def test_a_start_that_cannot_load_ends_with_an_error(kind, code):
-    from infer.server.loaded import Source
-
     def build(source):
         raise kind("no such thing")
 
@@ -449,6 +467,18 @@ def test_a_model_whose_own_template_reaches_out_is_not_loaded(tmp_path, template
         status, body, _ = admin(server, "models/load", version="1")
         assert (status, body["error"]["code"]) == (503, "load_failed")
         assert "'default' is refused" in body["error"]["message"]
+
+
+def test_models_of_a_registry_that_were_made_for_less_keep_their_own_context(tmp_path):
+    folder = tmp_path / "tiny"
+    config = tiny_config(vocab_size=264, max_position_embeddings=64)
+    save_hf(folder, config, tiny_params(config))
+    source = Source("m", "1", folder)
+    for max_context, used in ((200, 64), (48, 48)):
+        settings = Settings(models_dir=str(tmp_path), max_context=max_context, block_size=16)
+        assert make_build(settings)(source).engine.max_context == used
+    with pytest.raises(ValueError, match="max_context is 200, but the model was made for 64"):
+        make_build(Settings(models=(str(folder),), max_context=200))(source)
 
 
 def _answers(server):
