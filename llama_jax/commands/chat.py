@@ -10,6 +10,8 @@ from llama_jax.commands.sampling import add_sampling_arguments, to_compute, to_s
 HELP = "talk with a model in the terminal"
 EXAMPLE = "llama-jax chat smollm2-135m"
 
+_TOP_P = 0.95
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from llama_jax.commands.adapted import add_adapter_arguments
@@ -17,13 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL")
     parser.add_argument("--system", metavar="TEXT", help="the system message")
     add_adapter_arguments(parser)
-    add_sampling_arguments(parser, temperature=0.7, top_p=0.95)
+    add_sampling_arguments(parser, temperature=0.7, top_p=_TOP_P)
 
 
 def run(args: argparse.Namespace) -> int:
     from llama_jax.commands.startup import start_jax
 
-    params, compute = to_sampling_params(args), to_compute(args)
+    params, compute = to_sampling_params(args, top_p=_TOP_P), to_compute(args)
     start_jax()
     from infer.chat import chat
     from llama_jax.commands.adapted import load_adapted

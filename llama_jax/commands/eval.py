@@ -63,6 +63,10 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
 
     if args.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {args.batch_size}")
+    if args.no_exact_match and args.cache_dtype is not None:
+        raise ValueError(
+            "--cache-dtype is about generating, which --no-exact-match leaves out; keep one"
+        )
     rows = list(read_rows(args.data))
     start_jax()
     from llama_jax.commands.adapted import load_adapted

@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from llama_jax.commands.startup import start_jax
 
     # Everything that can be wrong with the request is checked before JAX starts.
-    params = to_sampling_params(args, n=args.n, logprobs=args.logprobs)
+    params = to_sampling_params(args, top_p=1.0, n=args.n, logprobs=args.logprobs)
     compute = to_compute(args)
     prompts, chat = _prompts(args)
     start_jax()

@@ -23,6 +23,7 @@ EXAMPLE = (
 # What --stop waits for: a step, and the save after it.
 _STOP_SECONDS = 600
 _LOG_SECONDS = 60
+_WAIT = "6h"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="print every command and manifest, run nothing"
     )
-    actions = parser.add_argument_group("instead of launching").add_mutually_exclusive_group()
+    actions = parser.add_argument_group(
+        "instead of launching",
+        "added to a launch's own words or to its config, project and zone alone: how the machines "
+        "were made, and what runs on them, is then not read",
+    ).add_mutually_exclusive_group()
     actions.add_argument("--status", action="store_true", help="machines and training now")
     actions.add_argument("--logs", action="store_true", help="the first worker's log so far")
     actions.add_argument("--stop", action="store_true", help="save, stop training, keep machines")
@@ -56,16 +61,13 @@ def _add_machines(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--subnetwork")
     group.add_argument("--internal-ips", action="store_true", help="no public addresses")
     group.add_argument("--iap", action="store_true", help="reach machines through IAP")
-    group.add_argument(
-        "--wait", default="6h", metavar="TIME", help="for machines (default: %(default)s)"
-    )
+    group.add_argument("--wait", metavar="TIME", help=f"for machines (default: {_WAIT})")
 
 
 def _add_job(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--package",
-        default="checkout",
-        help="what to install: checkout, a .whl file, or llama-jax==… (default: %(default)s)",
+        help="what to install: checkout, a .whl file, or llama-jax==… (default: checkout)",
     )
     group.add_argument(
         "--env", action="append", default=[], metavar="NAME=VALUE", help="no secrets"
@@ -94,7 +96,7 @@ def _add_job(group: argparse._ArgumentGroup) -> None:
 def _add_cluster(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--gke", action="store_true", help="write a JobSet manifest instead of VMs")
     group.add_argument("--image", help="container image with llama-jax (deploy/Dockerfile)")
-    group.add_argument("--namespace", default="default", help="(default: %(default)s)")
+    group.add_argument("--namespace", help="(default: default)")
     group.add_argument("--queue", metavar="NAME", help="Kueue's local queue")
     group.add_argument(
         "--manifest", metavar="FILE", help="where to write it (default: deploy/NAME.yaml)"
@@ -115,9 +117,9 @@ def _check_together(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that the chosen kind of launch would not read."""
     unread = {
         True: ("project", "zone", "reserved", "runtime_version", "network", "subnetwork",
-               "internal_ips", "iap", "forward", "keep", "detach", "status", "logs", "stop",
-               "delete"),
-        False: ("image", "queue", "manifest", "apply"),
+               "internal_ips", "iap", "wait", "package", "forward", "keep", "detach", "status",
+               "logs", "stop", "delete"),
+        False: ("image", "namespace", "queue", "manifest", "apply"),
     }[args.gke]  # fmt: skip
     for name in unread:
         if getattr(args, name) not in (None, False, []):
@@ -152,7 +154,7 @@ def _target(args: argparse.Namespace) -> Any:
 
 
 def _on_machines(args: argparse.Namespace) -> dict[str, Any]:
-    from train.launch.package import read_package
+    from train.launch.package import CHECKOUT, read_package
     from train.launch.places import place
     from train.launch.plan import (
         Machines,
@@ -171,7 +173,7 @@ def _on_machines(args: argparse.Namespace) -> dict[str, Any]:
         wanted,
         tier="spot" if args.spot else "reserved" if args.reserved else "on-demand",
         runtime_version=args.runtime_version or runtime_version(wanted),
-        wait_seconds=to_seconds(args.wait),
+        wait_seconds=to_seconds(_WAIT if args.wait is None else args.wait),
         service_account=args.service_account,
         network=args.network,
         subnetwork=args.subnetwork,
@@ -183,7 +185,7 @@ def _on_machines(args: argparse.Namespace) -> dict[str, Any]:
         read_environment(
             plain=args.env, secrets=args.secret, forward=args.forward, local=os.environ
         ),
-        read_package(args.package),
+        read_package(CHECKOUT if args.package is None else args.package),
     )
     report = {
         "name": target.name,
@@ -320,7 +322,7 @@ def _on_cluster(args: argparse.Namespace) -> dict[str, Any]:
         place(config, may_copy=False),
         image=args.image,
         spot=args.spot,
-        namespace=args.namespace,
+        namespace="default" if args.namespace is None else args.namespace,
         service_account=args.service_account,
         max_restarts=args.retries,
         environment=plain,

@@ -46,10 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-rows",
         type=int,
-        default=CALIBRATION_ROWS,
         metavar="N",
         help=f"how many of them to use, up to {CALIBRATION_TOKENS} tokens each "
-        "(default: %(default)s)",
+        f"(default: {CALIBRATION_ROWS})",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a model that OUT holds")
 
@@ -129,8 +128,14 @@ def _check(args: argparse.Namespace) -> tuple[int, int] | None:
                 raise ValueError(f"{flag} judges by activations; give --calibration F.jsonl")
     elif not structure and args.method != "wanda":
         raise ValueError("--calibration is not read by --method magnitude; use wanda or drop it")
-    if args.calibration_rows < 1:
-        raise ValueError(f"--calibration-rows must be at least 1, not {args.calibration_rows}")
+    if args.calibration_rows is not None:
+        if args.calibration is None:
+            raise ValueError(
+                "--calibration-rows says how many rows of --calibration to use; give that too, or "
+                "leave it out"
+            )
+        if args.calibration_rows < 1:
+            raise ValueError(f"--calibration-rows must be at least 1, not {args.calibration_rows}")
     return None if args.pattern is None else _pattern(args.pattern)
 
 
@@ -182,7 +187,7 @@ def _measured(args: argparse.Namespace, model: "Model", rows: Any) -> "Importanc
     length = min(CALIBRATION_TOKENS, model.config.max_position_embeddings)
     data = DataSection(train=tuple(args.calibration), long_rows="cut", long_texts="cut")
     samples = render_rows(
-        rows[: args.calibration_rows],
+        rows[: args.calibration_rows or CALIBRATION_ROWS],
         model.tokenizer,
         data,
         sequence_length=length,

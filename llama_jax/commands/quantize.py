@@ -25,6 +25,7 @@ SCHEMES = (
     "qat",
 )
 METHODS = ("smoothquant", "awq", "gptq")
+CALIBRATION_TOKENS = 8192
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-tokens",
         type=int,
-        default=8192,
         metavar="N",
-        help="how many of their tokens at most (default: %(default)s)",
+        help=f"how many of their tokens at most (default: {CALIBRATION_TOKENS})",
     )
     parser.add_argument(
         "--skip",
@@ -84,8 +84,6 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     if args.all and args.skip:
         raise ValueError("--all and --skip contradict each other; keep one")
     measures = _measures(args)
-    if args.calibration_tokens < 1:
-        raise ValueError(f"--calibration-tokens must be at least 1, not {args.calibration_tokens}")
     start_jax()
     from llama_jax import tree
     from llama_jax.formats.atomic import check_target
@@ -129,6 +127,16 @@ def _measures(args: argparse.Namespace) -> bool:
             else f"--calibration is for the -static schemes and for --method; {args.scheme} alone "
             f"measures nothing"
         )
+    if args.calibration_tokens is not None:
+        if not measures:
+            raise ValueError(
+                "--calibration-tokens says how many tokens of --calibration to use; give that too, "
+                "or leave it out"
+            )
+        if args.calibration_tokens < 1:
+            raise ValueError(
+                f"--calibration-tokens must be at least 1, not {args.calibration_tokens}"
+            )
     return measures
 
 
@@ -170,7 +178,7 @@ def _calibrated(args: argparse.Namespace, out: Path) -> tuple[int, Any]:
     before = tree.num_bytes(model.params)
     params = quantize_calibrated(
         model,
-        calibration_rows(model, rows, args.calibration_tokens),
+        calibration_rows(model, rows, args.calibration_tokens or CALIBRATION_TOKENS),
         scheme=args.scheme,
         methods=args.method or (),
         tile=args.tile,

@@ -28,21 +28,19 @@ def add_sampling_arguments(
         help="0 always takes the most likely token (default: %(default)s)",
     )
     group.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="sample from the K most likely; 0: off"
+        "--top-k", type=int, metavar="K", help="sample from the K most likely; 0: off (default)"
     )
     group.add_argument(
         "--top-p",
         type=float,
-        default=top_p,
         metavar="P",
-        help="sample from the most likely that reach probability P; 1: off (default: %(default)s)",
+        help=f"sample from the most likely that reach probability P; 1: off (default: {top_p})",
     )
     group.add_argument(
         "--min-p",
         type=float,
-        default=0.0,
         metavar="P",
-        help="leave out tokens below P times the largest probability; 0: off",
+        help="leave out tokens below P times the largest probability; 0: off (default)",
     )
     group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1: off")
     group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X", help="0: off")
@@ -75,24 +73,35 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def to_sampling_params(
-    args: argparse.Namespace, *, n: int = 1, logprobs: int | None = None
+    args: argparse.Namespace, *, top_p: float, n: int = 1, logprobs: int | None = None
 ) -> "SamplingParams":
-    from infer.params import SamplingParams
+    """top_p: the command's own, where none is given. Raises ValueError for values out of range, and
+    for flags that choose among likely tokens where the likeliest is always taken."""
+    from infer.params import GREEDY_BELOW, SamplingParams
 
-    return SamplingParams(
+    given = {
+        name: value
+        for name in ("top_k", "top_p", "min_p", "seed")
+        if (value := getattr(args, name)) is not None
+    }
+    params = SamplingParams(
         max_tokens=args.max_tokens,
         temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        min_p=args.min_p,
         repetition_penalty=args.repetition_penalty,
         frequency_penalty=args.frequency_penalty,
         presence_penalty=args.presence_penalty,
-        seed=args.seed,
         stop=tuple(args.stop),
         n=n,
         logprobs=logprobs,
+        **{"top_p": top_p, **given},
     )
+    if given and args.temperature < GREEDY_BELOW:
+        flag = "--" + next(iter(given)).replace("_", "-")
+        raise ValueError(
+            f"{flag} means nothing at --temperature {args.temperature:g}, which always takes the "
+            f"most likely token; give a temperature, such as 0.7, or leave {flag} out"
+        )
+    return params
 
 
 def to_compute(args: argparse.Namespace) -> "Compute":

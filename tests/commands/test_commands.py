@@ -149,6 +149,10 @@ def test_generate_refuses_files_it_does_not_understand(
     [
         (("--temperature", "-1"), "temperature is -1.0"),
         (("--top-p", "1.5"), "top_p is 1.5"),
+        (("--top-p", "0.9"), "--top-p means nothing at --temperature 0,"),
+        (("--min-p", "0.1"), "--min-p means nothing at --temperature 0,"),
+        (("--top-k", "5", "--temperature", "0"), "--top-k means nothing at --temperature 0,"),
+        (("--seed", "5"), "--seed means nothing at --temperature 0,"),
         (("--max-tokens", "-1"), "max_tokens is -1"),
         (("--n", "0"), "n is 0"),
         (("--batch-size", "0"), "batch_size is 0"),
@@ -276,6 +280,11 @@ def test_eval_of_chat_rows_counts_exactly_right_answers(
         ('{"text": "abc"}\n', ("--sequence-length", "1"), "takes 2 to 256 tokens"),
         ('{"text": "abc"}\n', ("--sequence-length", "300"), "takes 2 to 256 tokens"),
         ('{"text": "abc"}\n', ("--batch-size", "0"), "--batch-size must be at least 1"),
+        (
+            '{"text": "abc"}\n',
+            ("--no-exact-match", "--cache-dtype", "int8"),
+            "--cache-dtype is about generating, which --no-exact-match leaves out",
+        ),
         (
             '{"messages": [{"role": "assistant", "content": "a"}]}\n',
             (),
@@ -446,6 +455,9 @@ def test_static_scales_need_rows_and_only_they_do(model: str, run: Run, tmp_path
     flags = ("--scheme", "int8", "--calibration", tmp_path / "rows.jsonl")
     code, _, error = run("quantize", model, tmp_path / "q", *flags)
     assert code == 2 and "int8 alone measures nothing" in error
+    flags = ("--scheme", "int8", "--calibration-tokens", 9)
+    code, _, error = run("quantize", model, tmp_path / "q", *flags)
+    assert code == 2 and "--calibration-tokens says how many tokens of --calibration" in error
 
 
 def test_quantize_measured_on_rows(model: str, run: Run, tmp_path: Path) -> None:

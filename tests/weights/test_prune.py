@@ -340,6 +340,7 @@ def test_a_smaller_dense_model_is_a_valid_llama(tmp_path, capsys):
         (("--sparsity", "0.5", "--method", "wanda"), "give --calibration"),
         (("--layers", "1"), "--layers judges by activations"),
         (("--layers", "0"), "--layers judges by activations"),
+        (("--units", "40", "--calibration-rows", "9"), "--calibration-rows says how many rows of"),
         (("--units", "500"), "500 units cannot be kept of 96"),
         (("--kv-heads", "0"), "0 key/value heads"),
         (("--units", "40", "--method", "wanda"), "--method is about single weights"),
