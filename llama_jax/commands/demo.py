@@ -101,12 +101,17 @@ def _config(args: argparse.Namespace, out: Path) -> "RunConfig":
     from llama_jax.commands.run_config import configs_folder
     from train.config import load_run_config
 
-    overrides = [f"output={out / 'run'}"]
-    if args.steps is not None:
-        overrides.append(f"train.steps={args.steps}")
+    path, overrides = configs_folder() / CONFIG, [f"output={out / 'run'}"]
     if args.devices is not None:
-        overrides += [f"mesh.cpu_devices={args.devices}"]
-    return load_run_config(configs_folder() / CONFIG, overrides)
+        overrides.append(f"mesh.cpu_devices={args.devices}")
+    config = load_run_config(path, overrides)
+    if args.steps is None:
+        return config
+    # A shorter run has a shorter warm-up, of the same part of its steps.
+    warmup = config.schedule.warmup_steps
+    warmup = min(warmup, warmup * args.steps // config.train.steps)
+    overrides += [f"train.steps={args.steps}", f"schedule.warmup_steps={warmup}"]
+    return load_run_config(path, overrides)
 
 
 def score(model: "Model", config: "RunConfig", progress: "Progress") -> dict[str, float]:

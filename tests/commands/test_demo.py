@@ -1,5 +1,6 @@
 """The demo from end to end, on a tiny random model in place of the real one."""
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -95,9 +96,20 @@ def test_a_folder_that_is_no_demos_is_left_alone(
     assert (tmp_path / "letter.txt").read_text() == "dear"
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (3, 0), (14, 2), (28, 4), (100, 4)])
+def test_any_number_of_steps_has_a_warm_up_that_fits(steps: int, warmup: int) -> None:
+    args = argparse.Namespace(steps=steps, devices=None)
+    config = demo._config(args, Path("runs/demo"))
+    assert (config.train.steps, config.schedule.warmup_steps) == (steps, warmup)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
-    [(("--steps", "0"), "train.steps"), (("--devices", "0"), "mesh.cpu_devices")],
+    [
+        (("--steps", "0"), "train.steps"),
+        (("--steps", "-9"), "train.steps"),
+        (("--devices", "0"), "mesh.cpu_devices"),
+    ],
 )
 def test_the_demo_refuses_wrong_numbers(
     flags: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
