@@ -199,6 +199,11 @@ class DataSection(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.num_workers > 1 and not self.prefetch:
+            raise ValueError(
+                f"data.num_workers is {self.num_workers}, but data.prefetch is 0, so that no "
+                f"thread makes batches ahead; set prefetch, or num_workers to 1"
+            )
         if not self.train:
             raise ValueError("data.train is empty; name at least one source of rows")
         for name in ("train", "eval"):
@@ -300,6 +305,11 @@ class OptimizerSection(Section):
                     f"optimizer.{name} is {value!r}, but {self.name} does not read it (it reads "
                     f"{', '.join(reads)}); remove it or choose another optimizer"
                 )
+        if self.offload and self.name == "sgd" and not self.momentum:
+            raise ValueError(
+                "optimizer.offload is true, but sgd without momentum keeps no moments; set "
+                "momentum, or offload to false"
+            )
 
 
 @dataclass(frozen=True)
@@ -327,6 +337,11 @@ class ScheduleSection(Section):
             raise ValueError(
                 "schedule.decay_steps and schedule.final_ratio mean nothing to a constant "
                 "schedule; remove them or choose cosine, linear or wsd"
+            )
+        if self.decay_steps == 0 and self.final_ratio:
+            raise ValueError(
+                f"schedule.final_ratio is {self.final_ratio}, but schedule.decay_steps is 0, so "
+                f"that the rate does not fall; set one of them otherwise"
             )
         if self.name == "wsd" and self.decay_steps is None:
             raise ValueError("schedule.decay_steps is missing; wsd needs the length of its decay")
@@ -543,7 +558,7 @@ class DistillSection(Section):
     )
     teacher_architecture: str | None = option(
         "a name of `llama-jax models` whose shape the teacher has: `fit` then works before it is "
-        "there; null: what it says itself",
+        "there, and a teacher of another shape is refused; null: what it says itself",
         default=None,
     )
     divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon"] = option(
@@ -597,6 +612,12 @@ class DistillSection(Section):
             raise ValueError("distill.teacher is empty; name the model to learn from")
         if self.teacher_architecture is not None:
             _check_architecture(self.teacher_architecture, "distill.teacher_architecture")
+        if not self.on_policy and self.on_policy_temperature != 1:
+            raise ValueError(
+                f"distill.on_policy_temperature is {self.on_policy_temperature}, but "
+                f"distill.on_policy is 0, so that the student samples nothing; set on_policy, or "
+                f"leave the temperature out"
+            )
         if self.hidden is not None:
             self.hidden.check("distill.hidden")
         if self.attention is not None:
@@ -675,6 +696,12 @@ class RunConfig(Section):
             )
         if not all(self.train.sample_prompts):
             raise ValueError("train.sample_prompts holds an empty prompt; remove it")
+        longest = self.train.sample_max_tokens
+        if longest != TrainSection.sample_max_tokens and not self.train.sample_prompts:
+            raise ValueError(
+                f"train.sample_max_tokens is {longest}, but train.sample_prompts is empty; give "
+                f"prompts, or leave it out"
+            )
         if self.train.keep_best and not has_eval:
             raise ValueError(
                 "train.keep_best is set, but there is nothing to evaluate on; set data.eval or "
@@ -839,6 +866,12 @@ class RunConfig(Section):
                 f"schedule.warmup_steps {schedule.warmup_steps} and decay_steps "
                 f"{schedule.decay_steps or 0} take {needed} updates, but train.steps is "
                 f"{train.steps}; shorten them or train longer"
+            )
+        if schedule.final_ratio and schedule.warmup_steps == train.steps:
+            raise ValueError(
+                f"schedule.final_ratio is {schedule.final_ratio}, but the warm-up takes all "
+                f"{train.steps} of train.steps, so that the rate never falls; shorten "
+                f"schedule.warmup_steps, or leave final_ratio out"
             )
 
     def to_dict(self) -> dict[str, Any]:

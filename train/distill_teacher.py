@@ -20,6 +20,7 @@ from train.config import DistillSection, RunConfig
 from train.distill import Teacher
 from train.run_dir import RunDir
 from train.setup import Setup
+from train.start import check_architecture
 
 _SHOWN = 3
 
@@ -28,12 +29,19 @@ def read_teacher(run: RunConfig, tokenizer: Any) -> Teacher | None:
     """The teacher on shapes; None for other methods.
 
     Raises ValueError for a teacher whose tokenizer is another than the student's, or that brings
-    none, and for one that reads fewer positions than the rows have.
+    none, for one of another shape than `distill.teacher_architecture`, and for one that reads fewer
+    positions than the rows have.
     """
     section = run.distill
     if section is None:
         return None
     stored = load_abstract(section.teacher)
+    check_architecture(
+        section.teacher_architecture,
+        section.teacher,
+        stored.config,
+        field="distill.teacher_architecture",
+    )
     _check_tokenizer(section.teacher, stored.tokenizer, tokenizer)
     config, params = _held(section, stored.config, stored.params)
     _check_length(run, config)

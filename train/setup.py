@@ -153,6 +153,7 @@ def make_setup(
     compute, rules = run.compute, run.compute.rules
     items = run.train.batch_size // run.train.gradient_accumulation_steps
     check_batch(items * rows_per_item(run), run.train.sequence_length, mesh, rules)
+    _check_experts(compute, config)
     params = _abstract_params(run, config, base)
     if run.lora is not None and run.lora.lora_dropout:
         check_dropout(config, params)
@@ -229,6 +230,14 @@ def make_setup(
         beside=beside,
         teacher=taught_by,
     )
+
+
+def _check_experts(compute: Compute, config: ModelConfig) -> None:
+    for name in () if config.moe is not None else ("moe", "moe_chunk_tokens"):
+        if (value := getattr(compute, name)) != getattr(Compute, name):
+            raise ValueError(
+                f"compute.{name} is {value}, but the model has no experts; leave it out"
+            )
 
 
 def _init_auxiliary(run: RunConfig, config: ModelConfig, teacher: ModelConfig | None) -> tree.Tree:

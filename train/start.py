@@ -66,23 +66,26 @@ def read_shape(run: RunConfig) -> tuple[ModelConfig, tree.Tree]:
 def _stored(section: ModelSection) -> tuple[ModelConfig, tree.Tree | None, Any]:
     """(config, weights or None where there is only a shape, tokenizer) of `model.name`."""
     if section.init == "random" and section.name in presets:
-        return presets[section.name], None, None
-    stored = load_abstract(section.name)
-    if section.architecture is not None and stored.params is not None:
-        _check_architecture(section, stored.config)
-    return stored.config, stored.params, stored.tokenizer
+        config, params, tokenizer = presets[section.name], None, None
+    else:
+        stored = load_abstract(section.name)
+        config, params, tokenizer = stored.config, stored.params, stored.tokenizer
+    check_architecture(section.architecture, section.name, config)
+    return config, params, tokenizer
 
 
-def _check_architecture(section: ModelSection, config: ModelConfig) -> None:
-    """Compares the shapes of all weights."""
-    assert section.architecture is not None
-    wanted = weight_table(presets[section.architecture])
-    found = weight_table(config)
+def check_architecture(
+    named: str | None, model: str, config: ModelConfig, field: str = "model.architecture"
+) -> None:
+    """Compares the shapes of all weights with those of the preset `named`, if there is one."""
+    if named is None:
+        return
+    wanted, found = weight_table(presets[named]), weight_table(config)
     for path in (*wanted, *found):
         shapes = [row.shape if (row := table.get(path)) else None for table in (wanted, found)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"model.architecture is {section.architecture}, but {section.name} has {path} of "
+                f"{field} is {named}, but {model} has {path} of "
                 f"shape {shapes[1]}, not {shapes[0]}; name its own architecture or leave it out"
             )
 

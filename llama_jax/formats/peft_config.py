@@ -11,8 +11,8 @@ from typing import Any
 
 from llama_jax.config import ModelConfig
 from llama_jax.formats.json_fields import read_json
-from llama_jax.weights.lora_config import LoraConfig, pattern_names
-from llama_jax.weights.lora_plan import module_names, names_module
+from llama_jax.weights.lora_config import LoraConfig, used_keys
+from llama_jax.weights.lora_plan import adapted_modules, module_names, names_module
 from llama_jax.weights.table import weight_table
 
 CONFIG_NAME = "adapter_config.json"
@@ -124,7 +124,8 @@ def to_lora_config(config: ModelConfig, raw: dict[str, Any]) -> LoraConfig:
     """The `LoraConfig` of a checked JSON object.
 
     PEFT lets lists name modules that a model does not have (lists are shared between models);
-    such names are dropped here, and the adapter's tensors decide whether anything is missing.
+    such names, and patterns that decide nothing, are dropped here, and the adapter's tensors decide
+    whether anything is missing.
     """
     modules = [m for row in weight_table(config).values() for m, _ in module_names(row)]
     fields = {name: raw[name] for name in _READ if raw.get(name) is not None}
@@ -145,9 +146,11 @@ def to_lora_config(config: ModelConfig, raw: dict[str, Any]) -> LoraConfig:
     if isinstance(fields.get("layers_to_transform"), list):
         fields["layers_to_transform"] = tuple(fields["layers_to_transform"]) or None
     lora = LoraConfig(**fields)
+    adapted = adapted_modules(config, lora)
 
     def known(patterns: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in patterns.items() if any(pattern_names(k, m) for m in modules)}
+        used = used_keys(patterns, adapted)
+        return {key: value for key, value in patterns.items() if key in used}
 
     return dataclasses.replace(
         lora, rank_pattern=known(lora.rank_pattern), alpha_pattern=known(lora.alpha_pattern)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,7 +124,17 @@ def lora_scale(rank: int, alpha: float, use_rslora: bool) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    return next((v for key, v in patterns.items() if pattern_names(key, module)), default)
+    key = _deciding_key(patterns, module)
+    return default if key is None else patterns[key]
+
+
+def _deciding_key(patterns: Mapping[str, Any], module: str) -> str | None:
+    return next((key for key in patterns if pattern_names(key, module)), None)
+
+
+def used_keys(patterns: Mapping[str, Any], modules: Iterable[str]) -> set[str | None]:
+    """The keys that decide about one of these modules, and None where none does."""
+    return {_deciding_key(patterns, module) for module in modules}
 
 
 def pattern_names(key: str, module: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import ModelConfig
-from llama_jax.weights.lora_config import LoraConfig, lora_scale, pattern_names
+from llama_jax.weights.lora_config import LoraConfig, lora_scale, pattern_names, used_keys
 from llama_jax.weights.table import Weight, weight_table
 
 
@@ -72,13 +72,24 @@ def plan_adapter(config: ModelConfig, lora: LoraConfig) -> AdapterPlan:
         if rank.any():
             ranks[path], scales[path] = rank, scale
     _check_names(config, lora, rows)
-    _check_patterns(lora, rows)
+    _check_patterns(config, lora)
     if not ranks:
         raise ValueError(
             f"lora.target_modules {lora.target_modules!r} matches no module of this model; its "
             f"modules are {', '.join(_short_names(rows))}"
         )
     return AdapterPlan(ranks, scales, saved, lora.use_rslora)
+
+
+def adapted_modules(config: ModelConfig, lora: LoraConfig) -> list[str]:
+    """The names of all modules that get low-rank factors."""
+    return [
+        module
+        for row in weight_table(config).values()
+        if row.role not in ("norm", "bias")
+        for module, _ in module_names(row)
+        if _is_target(config, lora, row, module)
+    ]
 
 
 def _is_target(config: ModelConfig, lora: LoraConfig, row: Weight, module: str) -> bool:
@@ -168,15 +179,23 @@ def _check_names(config: ModelConfig, lora: LoraConfig, rows: Mapping[str, Weigh
                 )
 
 
-def _check_patterns(lora: LoraConfig, rows: Mapping[str, Weight]) -> None:
-    modules = [module for row in rows.values() for module, _ in module_names(row)]
+def _check_patterns(config: ModelConfig, lora: LoraConfig) -> None:
+    modules = adapted_modules(config, lora)
     for field_name in ("rank_pattern", "alpha_pattern"):
-        for key in getattr(lora, field_name):
-            if not any(pattern_names(key, module) for module in modules):
+        patterns = getattr(lora, field_name)
+        used = used_keys(patterns, modules)
+        for key in patterns:
+            if key in used:
+                continue
+            if any(pattern_names(key, module) for module in modules):
                 raise ValueError(
-                    f"lora.{field_name}: {key!r} is the end of no module's name in this model; its "
-                    f"modules are {', '.join(_short_names(rows))}"
+                    f"lora.{field_name}: {key!r} decides nothing, because keys before it are "
+                    f"about the same modules; put it before them, or remove it"
                 )
+            raise ValueError(
+                f"lora.{field_name}: {key!r} is the end of no module's name that gets an adapter; "
+                f"adapters are on {', '.join(sorted({_last(m) for m in modules}))}"
+            )
 
 
 def _short_names(rows: Mapping[str, Weight]) -> list[str]:

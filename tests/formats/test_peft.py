@@ -81,8 +81,8 @@ CASES = {
             "target_modules": ["q_proj", "down_proj"],
             "modules_to_save": ["embed_tokens", "lm_head", "norm"],
             "use_rslora": True,
-            # A name that is not in this model means nothing, as in PEFT.
-            "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 5, "c_attn": 9},
+            # A name that is not in this model, or has no adapter, means nothing, as in PEFT.
+            "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 5, "c_attn": 9, "up_proj": 9},
             "alpha_pattern": {"down_proj": 3},
         },
     ),

@@ -244,6 +244,12 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path, teacher):
         loop._build(distill(tmp_path, str(short)))
 
 
+def test_a_teacher_of_another_shape_than_the_config_says_is_refused(tmp_path, teacher):
+    message = "distill.teacher_architecture is llama3.2-1b, but .* has embed_tokens.weight of shape"
+    with pytest.raises(ValueError, match=message):
+        loop._build(distill(tmp_path, teacher, distill={"teacher_architecture": "llama3.2-1b"}))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -266,6 +272,10 @@ def test_a_teacher_with_another_tokenizer_is_refused(tmp_path, teacher):
         ({"distill": {"top_k": 4, "temperature": {"start": 2, "end": 1}}}, "at one temperature"),
         ({"distill": {"top_k": 4, "on_policy": 0.5}}, "leave one of them out"),
         ({"distill": {"top_k": 0}}, "distill.top_k is 0"),
+        (
+            {"distill": {"on_policy_temperature": 0.5}},
+            "on_policy_temperature is 0.5, but distill.on_policy is 0",
+        ),
         ({"distill": {"on_policy": 0.5}}, "data.packing is true, but distill.on_policy"),
     ],
 )

@@ -423,6 +423,8 @@ def test_full_training_and_partial_freezing(tmp_path, method):
         ({"model__overrides": {**TINY, "layers": 3}}, "model.overrides has no field 'layers'"),
         ({"model__overrides": {**TINY, "vocab_size": 200}}, "vocab_size is 200"),
         ({"model__name": "smollm3"}, "neither there nor a name that is known"),
+        ({"model__architecture": "llama3.2-1b"}, "model.architecture is llama3.2-1b, but smollm2"),
+        ({"compute__moe": "dense"}, "compute.moe is dense, but the model has no experts"),
         ({"train__sequence_length": 129}, "reads at most 128 positions"),
         ({"train__sequence_length": 8}, "none of .* rows is left"),
         ({"train__batch_size": 6}, r"batch size 6 \(.*batch_size.*\) is not a multiple of 4"),

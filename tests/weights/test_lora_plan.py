@@ -129,6 +129,15 @@ def test_a_wrong_configuration_is_refused(options, message):
         ({"exclude_modules": ("q_prj",)}, "lora.exclude_modules"),
         ({"rank_pattern": {"q_prj": 4}}, "lora.rank_pattern: 'q_prj' is the end of no module's"),
         ({"alpha_pattern": {"proj": 4}}, "lora.alpha_pattern: 'proj' is the end of no module's"),
+        (
+            {"target_modules": ["q_proj", "up_proj"], "rank_pattern": {"v_proj": 4}},
+            "'v_proj' is the end of no module's name that gets an adapter; adapters are on q_proj, "
+            "up_proj",
+        ),
+        (
+            {"rank_pattern": {r".*proj": 4, "v_proj": 2}},
+            "lora.rank_pattern: 'v_proj' decides nothing, because keys before it",
+        ),
         ({"layers_to_transform": (12,)}, "12 layers, 0 to 11"),
         ({"modules_to_save": ("layers.0.input_layernorm",)}, "in some layers only"),
         ({"modules_to_save": ("proj",), "target_modules": ("q_proj",)}, "leave it out of one"),
