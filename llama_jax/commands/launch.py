@@ -105,12 +105,25 @@ def _add_cluster(group: argparse._ArgumentGroup) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
+    _check_given(args)
     _check_together(args)
     if args.gke:
         return _on_cluster(args)
     if args.status or args.logs or args.stop or args.delete:
         return _act(args)
     return _on_machines(args)
+
+
+def _check_given(args: argparse.Namespace) -> None:
+    """Raises ValueError for a flag without a value: an empty variable of a script would otherwise
+    mean a default, or the current folder. The config and its overrides speak for themselves."""
+    for name, value in vars(args).items():
+        if name in ("config", "overrides"):
+            continue
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.strip():
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} is empty; give it a value, or leave it out")
 
 
 def _check_together(args: argparse.Namespace) -> None:
@@ -331,6 +344,8 @@ def _on_cluster(args: argparse.Namespace) -> dict[str, Any]:
     )
     text = manifest(job)
     path = Path(args.manifest) if args.manifest is not None else Path("deploy", f"{job.name}.yaml")
+    if path.is_dir():
+        raise ValueError(f"--manifest {path} is a folder; name the file to write")
     command = ["kubectl", "apply", "-f", str(path)]
     report = {
         "name": job.name,

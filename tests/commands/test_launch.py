@@ -144,7 +144,15 @@ def test_ctrl_c_ends_the_watching_and_says_what_stays(capsys, tmp_path, monkeypa
         ([*CONFIG, "--gke", "--slice", "v5e-4", "--image", "a", "--keep"], "--keep means nothing"),
         ([*CONFIG, "--gke", "--image", "a", "--wait", "6h"], "--wait means nothing on GKE"),
         ([*CONFIG, "--gke", "--image", "a", "--package", "checkout"], "--package means nothing"),
-        ([*CONFIG, *WHERE, "--slice", "v5e-4", "--wait", "long"], "such as 90s"),
+        ([*CONFIG, *WHERE, "--slice", "v5e-4", "--wait", "long"], "--wait 'long' is not a dur"),
+        *(
+            ([*CONFIG, *WHERE, "--slice", "v5e-4", flag, " "], f"{flag} is empty; give it a value")
+            for flag in ("--name", "--env", "--runtime-version", "--service-account", "--forward")
+        ),
+        ([*CONFIG, *WHERE, "--slice", "v5e-4", "--env", "=x"], "'' is no name of a variable"),
+        ([*CONFIG, *WHERE, "--slice", "v5e-4", "--env", "x"], "NAME=VALUE, such as"),
+        ([*CONFIG, "--gke", "--slice", "v5e-4", "--image", "a", "--manifest", ""], "--manifest is"),
+        ([*CONFIG, "--gke", "--slice", "v5e-4", "--image", "a", "--manifest", "/"], "is a folder"),
         ([*CONFIG, *WHERE, "--slice", "v5e-4", "--retries", "-1"], "--retries must be 0 or more"),
         ([*CONFIG, "train.stpes=3", *WHERE, "--slice", "v5e-4"], "stpes"),
     ],

@@ -119,10 +119,10 @@ def default_name(config: Path) -> str:
 
 
 def to_seconds(text: str) -> int:
-    """`90s`, `15m`, `6h`, `2d` -> seconds. Raises ValueError for anything else."""
+    """Of --wait: `90s`, `15m`, `6h`, `2d` -> seconds. Raises ValueError for anything else."""
     match = re.fullmatch(r"(\d+)([smhd])", text)
     if match is None or int(match[1]) == 0:
-        raise ValueError(f"{text!r} is not a duration such as 90s, 15m, 6h or 2d")
+        raise ValueError(f"--wait {text!r} is not a duration such as 90s, 15m, 6h or 2d")
     return int(match[1]) * _UNITS[match[2]]
 
 

@@ -78,7 +78,8 @@ def read_environment(
     for text in plain:
         name, equals, value = text.partition("=")
         if not equals or not _VARIABLE.fullmatch(name):
-            raise ValueError(f"--env {name!r} is not of the form NAME=VALUE")
+            what = f"{name!r} is no name of a variable" if equals else "there is no = in it"
+            raise ValueError(f"--env must be NAME=VALUE, such as --env JAX_LOG_COMPILES=1: {what}")
         if _SOUNDS_SECRET.search(name) or _KNOWN.search(value):
             raise ValueError(
                 f"--env {name} looks like a secret, and commands are logged; use --secret "

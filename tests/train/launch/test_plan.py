@@ -267,7 +267,7 @@ def test_variables_that_are_missing_or_set_twice():
         read_environment(plain=[], secrets=[], forward=["HF_TOKEN"], local={"HF_TOKEN": ""})
     with pytest.raises(ValueError, match="A is set twice"):
         read_environment(plain=["A=1"], secrets=["A=b"], forward=[], local={})
-    with pytest.raises(ValueError, match="not of the form NAME=VALUE"):
+    with pytest.raises(ValueError, match="--env must be NAME=VALUE"):
         read_environment(plain=["A"], secrets=[], forward=[], local={})
 
 
