@@ -6,7 +6,9 @@ that name the field with its full path.
 """
 
 import dataclasses
+import inspect
 import math
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -78,11 +80,7 @@ def from_dict(cls: type[Any], values: Any, where: str = "", start: Any = None) -
     for spec in fields:
         path = f"{where}.{spec.name}" if where else spec.name
         if spec.name in values:
-            # A section fills in what is left out by itself, and may do so by what is given.
-            has_start = dataclasses.is_dataclass(spec.default) and not isinstance(
-                spec.default, Section
-            )
-            begin = spec.default if has_start else None
+            begin = spec.default if _has_start(spec) else None
             given[spec.name] = convert(hints[spec.name], values[spec.name], path, begin)
             _check_bounds(spec, given[spec.name], path)
         elif start is not None:
@@ -91,6 +89,12 @@ def from_dict(cls: type[Any], values: Any, where: str = "", start: Any = None) -
             doc = spec.metadata.get("doc")
             raise ValueError(f"{path} is missing{f': {doc}' if doc else ''}")
     return cls(**given)
+
+
+def _has_start(spec: dataclasses.Field[Any]) -> bool:
+    """Whether fields left out come from the default of `spec`. A section fills them in by itself,
+    and may do so by what is given."""
+    return dataclasses.is_dataclass(spec.default) and not isinstance(spec.default, Section)
 
 
 def convert(hint: Any, value: Any, where: str, start: Any = None) -> Any:
@@ -194,15 +198,16 @@ def to_dict(section: Any) -> Any:
     return section
 
 
-def json_schema(cls: type[Any]) -> dict[str, Any]:
-    """JSON Schema (2020-12) of the mappings that `from_dict(cls, …)` takes."""
-    hints = typing.get_type_hints(cls)
+def json_schema(cls: type[Any], start: Any = None) -> dict[str, Any]:
+    """JSON Schema (2020-12) of the mappings that `from_dict(cls, …)` takes, `start` as there."""
+    hints, documented = typing.get_type_hints(cls), _documented(cls)
     properties, required = {}, []
     for spec in dataclasses.fields(cls):
-        entry = _hint_schema(hints[spec.name])
+        default = spec.default if start is None else getattr(start, spec.name)
+        entry = _hint_schema(hints[spec.name], default if _has_start(spec) else None)
         meta = spec.metadata
-        if meta.get("doc"):
-            entry["description"] = meta["doc"]
+        if doc := meta.get("doc") or documented.get(spec.name):
+            entry["description"] = doc
         for name, keyword in (
             ("low", "minimum"),
             ("high", "maximum"),
@@ -211,9 +216,9 @@ def json_schema(cls: type[Any]) -> dict[str, Any]:
         ):
             if meta.get(name) is not None:
                 entry[keyword] = meta[name]
-        if spec.default is not dataclasses.MISSING:
-            if not dataclasses.is_dataclass(spec.default):
-                entry["default"] = to_dict(spec.default)
+        if default is not dataclasses.MISSING:
+            if not dataclasses.is_dataclass(default):
+                entry["default"] = to_dict(default)
         elif spec.default_factory is dataclasses.MISSING:
             required.append(spec.name)
         properties[spec.name] = entry
@@ -223,10 +228,21 @@ def json_schema(cls: type[Any]) -> dict[str, Any]:
     return {**schema, "additionalProperties": False}
 
 
-def _hint_schema(hint: Any) -> dict[str, Any]:
+def _documented(cls: type[Any]) -> dict[str, str]:
+    """What a docstring says of fields: paragraphs that begin `name: ` or `name and name: `, whose
+    further lines are indented."""
+    found: dict[str, str] = {}
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    entries = re.findall(r"^(\w+(?:(?:, | and )\w+)*): (.*(?:\n +.*)*)", doc, re.MULTILINE)
+    for names, text in entries:
+        found |= dict.fromkeys(re.split(", | and ", names), " ".join(text.split()))
+    return found
+
+
+def _hint_schema(hint: Any, start: Any = None) -> dict[str, Any]:
     origin, arguments = get_origin(hint), get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return json_schema(hint)  # type: ignore[arg-type]
+        return json_schema(hint, start)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
         choices = [_hint_schema(choice) for choice in arguments]
         return {"anyOf": choices}

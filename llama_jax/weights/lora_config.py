@@ -16,12 +16,14 @@ _MOST_RANK = 1_000_000
 class LoraConfig:
     """PEFT's fields, with PEFT's meaning.
 
-    r and lora_alpha: rank and numerator of the scale, lora_alpha / r, or lora_alpha / sqrt(r)
-      with use_rslora. rank_pattern and alpha_pattern override them for modules whose name ends
-      with, or matches as a regular expression at its end, a key; the first such key counts.
+    r: the rank.
+    lora_alpha: numerator of the scale, lora_alpha / r.
+    use_rslora: the scale is lora_alpha / sqrt(r) instead.
+    rank_pattern and alpha_pattern: another r or lora_alpha for modules whose name ends with, or
+      matches as a regular expression at its end, a key; the first such key counts.
     target_modules: names, each the whole name of a module or its last parts (`q_proj`); or one
       string, a regular expression for the whole name; or "all-linear": every matrix but the head.
-    exclude_modules: the same, taken away.
+    exclude_modules: those of them to leave out, named in the same ways.
     layers_to_transform: only these layers, counted from 0; not together with a regular expression.
     modules_to_save: modules trained whole beside their originals; a name means every module whose
       name ends with it, so `norm` means all norms.

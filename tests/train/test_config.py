@@ -249,6 +249,19 @@ def test_the_schema_describes_every_field_and_allows_no_other():
     steps = schema["properties"]["train"]["properties"]["steps"]
     assert steps == {"type": "integer", "minimum": 1, "description": "batches to train on"}
     assert schema["properties"]["optimizer"]["properties"]["name"]["enum"][0] == "adamw"
+    held = schema["properties"]["compute"]["properties"]["param_dtype"]
+    assert held["default"] == config().compute.param_dtype == "float32"
+    assert held["description"].startswith("of the trained parameters; None keeps the dtype")
+    lora = schema["properties"]["lora"]["anyOf"][0]["properties"]
+    assert lora["rank_pattern"]["description"].startswith("another r or lora_alpha for modules")
+    bare = [
+        f"{name}.{field}"
+        for name, section in schema["properties"].items()
+        for kind in section.get("anyOf", [section])
+        for field, entry in kind.get("properties", {}).items()
+        if not entry.get("description")
+    ]
+    assert bare == []
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
