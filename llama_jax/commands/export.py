@@ -127,7 +127,7 @@ def _write(args: argparse.Namespace, out: Path, model: "Model") -> list[Path]:
             out,
             model.config,
             model.params,
-            base_model_name_or_path=args.model,
+            **_origin(args),
             overwrite=args.overwrite,
         )
     if args.format == "compressed-tensors":
@@ -176,6 +176,28 @@ def _write(args: argparse.Namespace, out: Path, model: "Model") -> list[Path]:
         merge=args.merge,
         overwrite=args.overwrite,
     )
+
+
+def _origin(args: argparse.Namespace) -> dict[str, Any]:
+    """What an adapter's arrays do not say: the base it is for, and the dropout it was trained with.
+    A run notes both."""
+    from llama_jax.formats.json_fields import read_json
+    from llama_jax.formats.peft_config import read_adapter_config
+    from llama_jax.load import find_model
+    from train.run_dir import RunDir
+
+    base, lora = args.model, {}
+    if args.adapter is not None:
+        lora = read_adapter_config(Path(args.adapter))
+    else:
+        folder = find_model(args.model).resolve().parent
+        run = RunDir(folder.parent)
+        if folder == run.checkpoints and run.config.is_file():
+            noted = read_json(run.config)
+            lora = noted["lora"] or {}
+            # Random weights, and slices of others, are nowhere but in the checkpoint.
+            base = noted["model"]["name"] if noted["model"]["init"] == "weights" else base
+    return {"base_model_name_or_path": base, "lora_dropout": lora.get("lora_dropout") or 0.0}
 
 
 def show(report: dict[str, Any], args: argparse.Namespace) -> None:

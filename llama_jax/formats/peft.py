@@ -7,6 +7,7 @@ adapted one.
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,9 +264,13 @@ def save_adapter(
     params: tree.Tree,
     *,
     base_model_name_or_path: str | None,
+    lora_dropout: float = 0.0,
     overwrite: bool = False,
 ) -> list[Path]:
     """Writes the adapter on `params`, in the dtype its arrays have; returns the files.
+
+    lora_dropout: what the adapter was trained with, which its arrays do not say; it changes nothing
+    but further training.
 
     The folder appears whole or not at all. Raises ValueError for a model without adapter and for
     one that PEFT's configuration cannot describe.
@@ -273,7 +278,7 @@ def save_adapter(
     parts = adapters(params)
     if config.moe is not None:
         parts = peft_mixtral.with_one_rank(parts)
-    lora = describe_plan(config, plan_of(parts))
+    lora = replace(describe_plan(config, plan_of(parts)), lora_dropout=lora_dropout)
     arrays: dict[str, np.ndarray] = {}
     for path, part in parts.items():
         arrays.update(_tensors_of(config, weight_table(config)[path], part))

@@ -174,7 +174,7 @@ def to_json(lora: LoraConfig, base_model_name_or_path: str | None) -> dict[str, 
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "lora_dropout": 0.0,
+        "lora_dropout": lora.lora_dropout,
         "use_dora": False,
     }
     if lora.ensure_weight_tying:  # PEFT before 0.19 does not know the field

@@ -1,7 +1,9 @@
 """Every command on a tiny model: what it writes, what it reports, what it refuses."""
 
+import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from llama_jax import cli, tree
 from llama_jax.demo.make_tokenizer import FOLDER as TOKENIZER
 from llama_jax.formats.hf import save_hf
 from llama_jax.formats.tokenizer import load_tokenizer
+from llama_jax.weights.lora import remove_lora
 from tests.tiny import tiny_config, tiny_params
 
 pytestmark = pytest.mark.compiled_quickly
@@ -529,6 +532,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     argv = [
         "train", "tiny-lora-cpu.yaml", "train.steps=4", "train.batch_size=8",
         "train.sequence_length=256", "train.eval_every_steps=2", "schedule.warmup_steps=1",
+        "lora.lora_dropout=0.125",
         f"output={out}", "--json",
     ]  # fmt: skip
     assert cli.main(argv) == 0
@@ -548,6 +552,7 @@ def test_train_again_is_done_at_once_and_reports_the_same(trained: Path, run: Ru
     code, report, _ = run(
         "train", "tiny-lora-cpu.yaml", "train.steps=4", "train.batch_size=8",
         "train.sequence_length=256", "train.eval_every_steps=2", "schedule.warmup_steps=1",
+        "lora.lora_dropout=0.125",
         f"output={trained}",
     )  # fmt: skip
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
@@ -569,12 +574,34 @@ def test_a_trained_checkpoint_is_a_model_and_its_adapter_is_exported(
         "adapter_config.json",
         "adapter_model.safetensors",
     }
+    written = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert written["lora_dropout"] == 0.125
+    assert written["base_model_name_or_path"] == str(checkpoint), "random weights have no name"
     code, _, error = run("export", checkpoint, tmp_path / "hf", "--format", "hf")
     assert code == 2 and "merge" in error
     code, _, _ = run("export", checkpoint, tmp_path / "hf", "--format", "hf", "--merge")
     assert code == 0
     _, merged, _ = run("generate", tmp_path / "hf", *flags)
     assert merged["outputs"] == tuned["outputs"]
+
+
+def test_an_exported_adapter_names_the_base_it_was_trained_on_and_keeps_its_dropout(
+    trained: Path, model: str, run: Run, tmp_path: Path
+) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    noted = json.loads((copy / "config.json").read_text())
+    noted["model"] |= {"name": model, "init": "weights"}
+    (copy / "config.json").write_text(json.dumps(noted))
+    first, again = tmp_path / "a", tmp_path / "b"
+    assert run("export", copy, first, "--format", "peft")[0] == 0
+    written = json.loads((first / "adapter_config.json").read_text())
+    assert written["base_model_name_or_path"] == model
+    tuned, base = lj.load(trained), tmp_path / "base"
+    lj.save_hf(dataclasses.replace(tuned, params=remove_lora(tuned.params)), base)
+    code, _, error = run("export", base, again, "--format", "peft", "--adapter", first)
+    assert code == 0, error
+    assert json.loads((again / "adapter_config.json").read_text())["lora_dropout"] == 0.125
 
 
 def test_dry_run_writes_nothing(run: Run, tmp_path: Path) -> None:
