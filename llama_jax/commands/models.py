@@ -50,9 +50,29 @@ def describe(name: str, config: "ModelConfig") -> dict[str, Any]:
         "dtype": config.dtype,
         "load": ["hf", "gguf", "checkpoint"],
         "export": list(FORMATS),
-        "train": list(get_args(get_type_hints(RunConfig)["method"])),
-        "quantize": list(SCHEMES),
+        "train": [
+            method
+            for method in get_args(get_type_hints(RunConfig)["method"])
+            if method != "qat" or _is_quantized_by(config, method)
+        ],
+        "quantize": [scheme for scheme in SCHEMES if _is_quantized_by(config, scheme)],
     }
+
+
+def _is_quantized_by(config: "ModelConfig", scheme: str) -> bool:
+    """Whether a model of this shape is taken, with what is skipped by default."""
+    from llama_jax.weights.quantize import Quantization
+    from llama_jax.weights.table import abstract_params, weight_table
+
+    # What qat trains for are products of integers with dynamic activations.
+    scheme = "int8-dynamic" if scheme == "qat" else scheme
+    # Of every weight, as a calibration would have it.
+    peaks: Any = dict.fromkeys(weight_table(config)) if scheme.endswith("-static") else None
+    try:
+        Quantization(scheme, peaks=peaks).chosen(config, abstract_params(config))
+    except ValueError:
+        return False
+    return True
 
 
 def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
@@ -74,6 +94,13 @@ def show(report: list[dict[str, Any]], args: argparse.Namespace) -> None:
         for preset in report
     ]
     print_table("Presets", columns, rows)
-    # The same for every preset: the rooms know the weight table, not the family.
+    # Almost the same for every preset: the rooms know the weight table, not the family.
     for name in ("load", "train", "quantize", "export"):
-        print(f"{name}: {', '.join(report[0][name])}")
+        presets_of: dict[tuple[str, ...], list[str]] = {}
+        for preset in report:
+            presets_of.setdefault(tuple(preset[name]), []).append(preset["name"])
+        most = max(presets_of, key=lambda kinds: len(presets_of[kinds]))
+        print(f"{name}: {', '.join(most)}")
+        for kinds, names in presets_of.items():
+            if kinds != most:
+                print(f"  of {', '.join(names)}: {', '.join(kinds)}")

@@ -14,11 +14,12 @@ import pytest
 
 import llama_jax as lj
 from llama_jax import cli, tree
+from llama_jax.commands.models import describe
 from llama_jax.demo.make_tokenizer import FOLDER as TOKENIZER
 from llama_jax.formats.hf import save_hf
 from llama_jax.formats.tokenizer import load_tokenizer
 from llama_jax.weights.lora import remove_lora
-from tests.tiny import tiny_config, tiny_params
+from tests.tiny import FAMILIES, tiny_config, tiny_params
 
 pytestmark = pytest.mark.compiled_quickly
 
@@ -496,6 +497,27 @@ def test_methods_that_do_not_fit(
 ) -> None:
     code, _, error = run("quantize", model, tmp_path / "q", *flags)
     assert code == 2 and message in error
+
+
+def test_models_lists_what_each_preset_is_taken_for(run: Run) -> None:
+    code, report, _ = run("models")
+    assert code == 0
+    presets = {preset["name"]: preset for preset in report}
+    assert "int8-static" in presets["llama3.1-8b"]["quantize"]
+    assert "qat" in presets["llama3.1-8b"]["train"]
+    experts = presets["mixtral-8x7b"]
+    assert experts["quantize"] == ["int8", "int4", "nf4", "fp8"] and "qat" not in experts["train"]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-dynamic"])
+def test_what_models_does_not_list_for_experts_is_refused(
+    scheme: str, run: Run, tmp_path: Path
+) -> None:
+    config = FAMILIES["mixtral"]
+    save_hf(tmp_path / "experts", config, tiny_params(config))
+    code, _, error = run("quantize", tmp_path / "experts", tmp_path / "q", "--scheme", scheme)
+    listed = scheme in describe("experts", config)["quantize"]
+    assert (code == 0) == listed == (scheme == "int8"), error
 
 
 def test_a_quantized_model_is_merged_onto_itself_or_onto_another(
