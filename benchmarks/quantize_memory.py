@@ -59,7 +59,7 @@ def main() -> int:
         report, peak = json.loads(run.stdout), int(run.stderr.split()[-1])
     itemsize = np.dtype(jax.numpy.dtype(arguments.dtype)).itemsize
     largest = max(
-        math.prod(row.shape[row.num_stacked if row.path.startswith("layers.") else 0 :])
+        math.prod(row.shape[row.hf_name.count("{") :])  # what is not stacked
         for row in weight_table(config).values()
     )
     bound = 3 * largest * itemsize + 500 * MIB

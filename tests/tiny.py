@@ -4,7 +4,9 @@ import jax
 import numpy as np
 
 from llama_jax.config import ModelConfig, MoeConfig, RopeScaling
+from llama_jax.weights.quantize import Quantization
 from llama_jax.weights.table import init_params, weight_table
+from llama_jax.weights.tensors import Leaf
 
 _BASE = {
     "model_type": "llama",
@@ -76,3 +78,10 @@ def tiny_params(config: ModelConfig, seed: int = 0):
 
 def tiny_tokens(batch: int = 2, length: int = 12, seed: int = 0, vocab: int = 128) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, vocab, (batch, length), dtype=np.int32)
+
+
+def quantize_array(
+    weight: jax.Array, *, scheme: str, tile: int | None = None, double: bool = False
+) -> Leaf:
+    """One weight [..., out, in] as `quantize` would store it."""
+    return Quantization(scheme, tile, double=double).apply("the weight", weight)

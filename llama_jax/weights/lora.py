@@ -6,7 +6,6 @@ weight multiplies is `dot.py`'s. Nothing here changes the model.
 
 import dataclasses
 import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -269,24 +268,3 @@ def unmerge_lora(params: tree.Tree, parts: dict[str, Leaf]) -> tree.Tree:
         return wide.astype(leaf.dtype)
 
     return apply_adapters(tree.map_with_path(subtract, params), parts)
-
-
-@dataclass(frozen=True)
-class AdapterSize:
-    """`parameters` counts true ranks, without the padding of stacked layers; `num_bytes` is what
-    the arrays take, padding included."""
-
-    parameters: int
-    num_bytes: int
-
-
-def adapter_size(params: tree.Tree) -> AdapterSize:
-    parameters = num_bytes = 0
-    for part in adapters(params).values():
-        if isinstance(part, LoraTensor):
-            parameters += sum(part.ranks) * (part.lora_a.shape[-1] + part.lora_b.shape[-2])
-            num_bytes += tree.num_bytes((part.lora_a, part.lora_b))
-        else:
-            parameters += part.saved.size
-            num_bytes += tree.num_bytes(part.saved)
-    return AdapterSize(parameters, num_bytes)

@@ -251,15 +251,6 @@ def stored_types(params: tree.Tree) -> str | None:
     return ", ".join(sorted(kinds)) or None
 
 
-def quantize_array(
-    weight: jax.Array, *, scheme: str, tile: int | None = None, double: bool = False
-) -> Leaf:
-    """One weight [..., out, in] as a quantized leaf; the same rules as `quantize`."""
-    how = Quantization(scheme, tile, double=double)
-    _check_leaf("the weight", weight, how)
-    return how.apply("the weight", weight)
-
-
 def _input_scale(peak: jax.Array) -> jax.Array:
     """Of inputs that are zero throughout, one."""
     return jnp.where(peak > 0, peak / 127, 1.0).astype(jnp.float32)

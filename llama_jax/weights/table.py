@@ -40,15 +40,6 @@ class Weight:
     def contracted(self) -> int | None:
         return -1 if self.role in ("matrix", "router", "head") else None
 
-    @property
-    def num_stacked(self) -> int:
-        """Leading dimensions that count layers and experts."""
-        return sum(axis in ("layers", "experts") for axis in self._stacked_axes())
-
-    def _stacked_axes(self) -> tuple[str | None, ...]:
-        # The router's rows are experts too, but they are its output dimension, not a stack.
-        return self.axes[: 2 if "{expert}" in self.hf_name else 1]
-
     def hf_names(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(HF tensor name, index into the stacked array) for each tensor the files hold."""
         fields = [name for name in ("layer", "expert") if f"{{{name}}}" in self.hf_name]

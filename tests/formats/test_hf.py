@@ -21,11 +21,10 @@ from llama_jax.formats import safetensors as st
 from llama_jax.formats.hf import load_hf, save_hf
 from llama_jax.mesh.sharding import make_mesh, shardings
 from llama_jax.model.transformer import forward
-from llama_jax.weights.quantize import quantize_array
 from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import LoraTensor, SavedTensor, to_array
 from tests.reference import reference_logits, reference_model
-from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
+from tests.tiny import FAMILIES, quantize_array, tiny_config, tiny_params, tiny_tokens
 
 pytestmark = pytest.mark.compiled_quickly
 

@@ -13,10 +13,10 @@ from llama_jax.weights import decoding
 from llama_jax.weights.dot import dot
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
-from llama_jax.weights.quantize import INTEGER_SCHEMES, SCHEMES, Quantization, quantize_array
+from llama_jax.weights.quantize import INTEGER_SCHEMES, SCHEMES, Quantization
 from llama_jax.weights.tensors import DecodingTensor, LoraTensor, to_array
 from tests.adapters import trained
-from tests.tiny import tiny_config, tiny_tokens
+from tests.tiny import quantize_array, tiny_config, tiny_tokens
 from tests.weights.test_integer import quantized
 
 pytestmark = pytest.mark.compiled_quickly

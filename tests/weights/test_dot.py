@@ -10,8 +10,8 @@ import pytest
 from llama_jax.config import Compute
 from llama_jax.weights import decoding
 from llama_jax.weights.dot import dot
-from llama_jax.weights.quantize import quantize_array
 from llama_jax.weights.tensors import DecodingTensor, narrowed
+from tests.tiny import quantize_array
 
 
 @pytest.mark.parametrize("most", [24, 48])

@@ -14,7 +14,6 @@ from llama_jax.model import transformer
 from llama_jax.model.layout import unstack_layers
 from llama_jax.weights.dot import dot, embed
 from llama_jax.weights.lora import (
-    adapter_size,
     adapters,
     add_lora,
     apply_adapters,
@@ -248,7 +247,6 @@ def test_layers_may_differ_in_rank():
     assert leaf.lora_a[0, :2].all()
     assert not leaf.lora_a[0, 2:].any()
     np.testing.assert_allclose(forward(unstack_layers(params)), forward(params), atol=1e-5)
-    assert adapter_size(params).parameters == (2 + 5) * (64 + 64) + (2 + 2) * (64 + 32)
 
     def loss(part, rest):
         return (transformer.forward(CONFIG, tree.combine(part, rest), TOKENS) ** 2).mean()
@@ -316,9 +314,3 @@ def test_shapes_alone_can_be_adapted():
     shapes = jax.eval_shape(lambda p: add_lora(CONFIG, p, lora, jax.random.key(0)), PARAMS)
     adapted = add_lora(CONFIG, PARAMS, lora, jax.random.key(0))
     assert jax.tree.structure(shapes) == jax.tree.structure(adapted)
-    size = adapter_size(adapted)
-    trained_arrays = tree.partition(adapted, trainable_mask(CONFIG, adapted, None, method="lora"))[
-        0
-    ]
-    assert size.num_bytes == sum(x.nbytes for x in jax.tree.leaves(trained_arrays))
-    assert size.parameters == sum(x.size for x in jax.tree.leaves(trained_arrays))

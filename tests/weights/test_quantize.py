@@ -14,7 +14,7 @@ from llama_jax.model import transformer
 from llama_jax.weights.dot import dot, embed
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
-from llama_jax.weights.quantize import SCHEMES, encode, quantize, quantize_array
+from llama_jax.weights.quantize import SCHEMES, encode, quantize
 from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import (
     NF4_VALUES,
@@ -26,7 +26,7 @@ from llama_jax.weights.tensors import (
     unpack_nibbles,
 )
 from tests.adapters import trained
-from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
+from tests.tiny import FAMILIES, quantize_array, tiny_config, tiny_params, tiny_tokens
 
 pytestmark = pytest.mark.compiled_quickly
 

@@ -40,7 +40,6 @@ def test_expert_names_count_layers_and_experts():
     named = dict(row.hf_names())
     assert len(named) == 2 * 4
     assert named["model.layers.1.block_sparse_moe.experts.3.w2.weight"] == (1, 3)
-    assert row.num_stacked == 2
 
 
 def test_fresh_parameters_are_drawn_as_transformers_draws_them():

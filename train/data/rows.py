@@ -45,11 +45,6 @@ class Row:
     where: str
 
 
-def parse_row(line: str | bytes, where: str) -> Row:
-    """The checked row of a JSON text; ValueError says what is wrong with it."""
-    return check_row(parse_json(line, where), where)
-
-
 def parse_json(line: str | bytes, where: str) -> Any:
     try:
         return json_fields.parse_json(line, unique=True)

@@ -1,7 +1,5 @@
 """Rows to samples: what is trained, what is cut, and that everything left out is counted."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -9,7 +7,7 @@ from tests.train.tiny_data import byte_tokenizer, chat_row
 from train.config import DataSection
 from train.data.render import PROMPT_WITH_INPUT, render, render_rows
 from train.data.report import DataReport, colored, spans
-from train.data.rows import Row, parse_row
+from train.data.rows import Row, check_row
 from train.data.samples import Sample
 
 TOKENIZER = byte_tokenizer()
@@ -17,7 +15,7 @@ END = TOKENIZER.eos_token_ids[0]
 
 
 def row(values: dict) -> Row:
-    return parse_row(json.dumps(values), "rows.jsonl, line 1")
+    return check_row(values, "rows.jsonl, line 1")
 
 
 class Plain:

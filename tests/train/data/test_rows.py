@@ -2,7 +2,11 @@
 
 import pytest
 
-from train.data.rows import parse_row
+from train.data.rows import Row, check_row, parse_json
+
+
+def read(line: str | bytes, where: str) -> Row:
+    return check_row(parse_json(line, where), where)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +54,7 @@ from train.data.rows import parse_row
 )
 def test_bad_rows_say_what_is_wrong_and_where(row, message):
     with pytest.raises(ValueError, match=f"rows.jsonl, line 7: .*{message}"):
-        parse_row(row, "rows.jsonl, line 7")
+        read(row, "rows.jsonl, line 7")
 
 
 def test_the_kinds_of_rows():
@@ -61,11 +65,11 @@ def test_the_kinds_of_rows():
         "chat": chat,
         "preference": '{"prompt": "p", "chosen": "c", "rejected": "r"}',
     }
-    assert [parse_row(text, "here").kind for text in rows.values()] == list(rows)
+    assert [read(text, "here").kind for text in rows.values()] == list(rows)
 
 
 def test_an_answer_may_be_a_list_of_one_message():
-    row = parse_row(
+    row = read(
         '{"prompt": [{"role": "user", "content": "p"}],'
         ' "chosen": [{"role": "assistant", "content": "c"}], "rejected": "r"}',
         "here",
