@@ -59,6 +59,12 @@ DEFAULT_RULES: LogicalRules = (
 )
 
 
+def require_type(name: str, value: Any, kinds: type | tuple[type, ...], allowed: str) -> None:
+    """Raises ValueError for an argument `name` of another type, saying what is `allowed`."""
+    if not isinstance(value, kinds):
+        raise ValueError(f"{name} is of type {type(value).__name__}; give {allowed}")
+
+
 def _require_int(owner: str, name: str, value: Any, *, low: int, high: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
         raise ValueError(

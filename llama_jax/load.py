@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from llama_jax import tree
-from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
+from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig, require_type
 from llama_jax.mesh.sharding import shardings
 from llama_jax.model_name import ALLOWED, SMOLLM2, is_hub_id
 from llama_jax.weights.table import abstract_params
@@ -58,9 +58,11 @@ def load(
     while they are read: the full-precision model never exists. `into` takes the weights as they are
     read, for `formats.checkpoint.save_streamed`.
 
-    Raises ValueError for anything else, saying what is allowed, and for a tokenizer that has more
-    ids than the model has embedding rows; ConnectionError when the Hub cannot be reached.
+    Raises ValueError for anything else, also in the other arguments, saying what is allowed, and
+    for a tokenizer that has more ids than the model has embedding rows; ConnectionError when the
+    Hub cannot be reached.
     """
+    _check_options(mesh, rules, adapter, resize, quantization, into)
     path = find_model(model)
     load_path = _load_folder if path.is_dir() else _load_file
     loaded = load_path(
@@ -69,6 +71,23 @@ def load(
     if adapter is None:
         return loaded
     return _adapted(loaded, Path(adapter), mesh=mesh, rules=rules, resize=resize)
+
+
+def _check_options(
+    mesh: Any, rules: Any, adapter: Any, resize: Any, quantization: Any, into: Any
+) -> None:
+    from llama_jax.weights.quantize import Quantization
+
+    nothing = type(None)
+    require_type("mesh", mesh, (Mesh, nothing), "a Mesh, as make_mesh makes, or None")
+    require_type("rules", rules, tuple, "a tuple of pairs, as DEFAULT_RULES")
+    require_type("adapter", adapter, (str, Path, nothing), "a PEFT adapter folder, or None")
+    require_type("resize", resize, bool, "True or False")
+    require_type(
+        "quantization", quantization, (Quantization, nothing), "a Quantization('int8'), or None"
+    )
+    if into is not None and not callable(into):
+        raise ValueError(f"into is of type {type(into).__name__}; give a function, or None")
 
 
 def find_model(model: str | Path) -> Path:
@@ -118,8 +137,16 @@ def load_abstract(model: str | Path) -> Model:
 
 def save_hf(model: Model, path: str | Path, **options: Any) -> list[Path]:
     """Writes `model` as a Hugging Face folder, tokenizer included; see `formats.hf.save_hf` for
-    the options: dtype, max_shard_size, merge, overwrite."""
+    the options: dtype, max_shard_size, merge, overwrite. Raises ValueError for a model or a path of
+    another type."""
     from llama_jax.formats import hf
+
+    require_type("model", model, Model, "a Model, as load gives, and the path behind it")
+    require_type("model.config", model.config, ModelConfig, "a ModelConfig")
+    require_type("model.params", model.params, dict, "the tree of parameters, as load gives")
+    require_type("path", path, (str, Path), "the folder to write")
+    for name in ("merge", "overwrite"):
+        require_type(name, options.get(name, False), bool, "True or False")
 
     return hf.save_hf(path, model.config, model.params, tokenizer=model.tokenizer, **options)
 

@@ -320,3 +320,35 @@ def test_save_hf_takes_the_model_first(folder, tmp_path):
 def test_what_is_no_name_at_all_is_refused(model):
     with pytest.raises(ValueError, match="is no MODEL; give a Hugging Face folder"):
         lj.load(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mesh": {"data": 1}}, "mesh is of type dict; give a Mesh"),
+        ({"rules": {"batch": "data"}}, "rules is of type dict; give a tuple of pairs"),
+        ({"adapter": 3}, "adapter is of type int; give a PEFT adapter folder"),
+        ({"resize": "no"}, "resize is of type str; give True or False"),
+        ({"quantization": "int8"}, "quantization is of type str; give a Quantization"),
+        ({"into": 3}, "into is of type int; give a function"),
+    ],
+)
+def test_options_of_another_type_are_named(tmp_path, options, message):
+    hf.save_hf(tmp_path / "a", CONFIG, PARAMS)
+    with pytest.raises(ValueError, match=message):
+        lj.load(tmp_path / "a", **options)
+
+
+def test_what_save_hf_cannot_write_is_named(tmp_path):
+    model, out = lj.Model(CONFIG, PARAMS, None), tmp_path / "out"
+    for arguments, options, message in (
+        ((out, model), {}, "model is of type .*Path; give a Model, as load gives"),
+        ((PARAMS, out), {}, "model is of type dict"),
+        ((lj.Model(CONFIG, None, None), out), {}, "model.params is of type NoneType"),
+        ((lj.Model({}, PARAMS, None), out), {}, "model.config is of type dict"),
+        ((model, 3), {}, "path is of type int; give the folder"),
+        ((model, out), {"overwrite": "no"}, "overwrite is of type str; give True or False"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            lj.save_hf(*arguments, **options)
+    assert not out.exists()

@@ -6,6 +6,7 @@ mesh axes, and everything here follows from the two.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -38,10 +39,7 @@ def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[Any] | None = None)
     unknown = [axis for axis in sizes if axis not in MESH_AXES]
     if unknown:
         raise ValueError(f"mesh axis {unknown[0]!r} is unknown; axes are {', '.join(MESH_AXES)}")
-    full = {axis: sizes.get(axis, 1) for axis in MESH_AXES}
-    for axis, size in full.items():
-        if isinstance(size, bool) or not isinstance(size, int) or (size < 1 and size != -1):
-            raise ValueError(f"mesh.{axis} is {size!r}; it must be a positive integer or -1")
+    full = {axis: _size(axis, sizes.get(axis, 1)) for axis in MESH_AXES}
     free = [axis for axis, size in full.items() if size == -1]
     fixed = math.prod(size for size in full.values() if size != -1)
     if len(free) > 1:
@@ -60,6 +58,17 @@ def make_mesh(sizes: Mapping[str, int], *, devices: Sequence[Any] | None = None)
         )
     shape = tuple(full.values())
     return Mesh(_arrange(devices, shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+
+
+def _size(axis: str, size: Any) -> int:
+    """Of whatever Python takes for an integer, as NumPy's are, a boolean aside."""
+    try:
+        number = 0 if isinstance(size, bool) else operator.index(size)
+    except TypeError:
+        number = 0
+    if number < 1 and number != -1:
+        raise ValueError(f"mesh.{axis} is {size!r}; it must be a positive integer or -1")
+    return number
 
 
 def _arrange(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:

@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax import tree
-from llama_jax.config import Compute, LogicalRules, ModelConfig
+from llama_jax.config import Compute, LogicalRules, ModelConfig, require_type
 from llama_jax.kernels import cudnn, splash
 from llama_jax.mesh.sequence import (
     balanced_places,
@@ -634,12 +635,42 @@ def forward(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T V"]:
-    """Float32 logits of every position. Plain function of arrays: jit, grad and vmap it."""
+    """Float32 logits of every position. Plain function of arrays: jit, grad and vmap it.
+
+    Raises ValueError, naming it, for an argument of another type or shape.
+    """
     compute = Compute() if compute is None else compute
+    _check_arguments(config, params, compute)
+    for name, ids in (("tokens", tokens), ("positions", positions), ("segment_ids", segment_ids)):
+        if ids is not None or name == "tokens":
+            _check_ids(name, ids, like=tokens)
     hidden, _, _ = hidden_states(
         config, params, tokens, compute=compute, positions=positions, segment_ids=segment_ids
     )
     return logits(config, params, hidden, compute=compute)
+
+
+def _check_arguments(config: Any, params: Any, compute: Any) -> None:
+    require_type("config", config, ModelConfig, "a ModelConfig, such as model.config")
+    require_type("params", params, dict, "the tree of parameters, such as model.params")
+    lacking = [name for name in ("embed_tokens", "layers", "norm") if name not in params]
+    if lacking:
+        raise ValueError(
+            f"params holds {', '.join(map(str, params)) or 'nothing'}, but no "
+            f"{', '.join(lacking)}; give the whole tree of parameters, such as model.params"
+        )
+    require_type("compute", compute, Compute, "a Compute, such as Compute(dtype='bfloat16')")
+
+
+def _check_ids(name: str, ids: Any, *, like: Any) -> None:
+    allowed = "an integer array [B, T], such as jnp.asarray([[1, 2, 3]])"
+    require_type(name, ids, (jax.Array, np.ndarray), allowed)
+    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise ValueError(f"{name} is {ids.dtype} of shape {ids.shape}; give {allowed}")
+    if ids.shape != like.shape:
+        raise ValueError(
+            f"{name} has shape {ids.shape}, but tokens {like.shape}; give one for each"
+        )
 
 
 def decode(

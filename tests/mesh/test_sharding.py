@@ -124,6 +124,8 @@ def test_every_dimension_that_does_not_divide_is_named():
         ({"model": 2}, "mesh axis 'model' is unknown"),
         ({"data": 0}, "mesh.data is 0"),
         ({"data": 2.0}, "mesh.data is 2.0"),
+        ({"data": True}, "mesh.data is True"),
+        ({"data": np.bool_(True)}, "mesh.data is "),
     ],
 )
 def test_meshes_that_cannot_be(sizes, message):
@@ -133,6 +135,8 @@ def test_meshes_that_cannot_be(sizes, message):
 
 def test_minus_one_takes_what_is_left():
     assert make_mesh({"fsdp": -1, "tensor": 2}).shape["fsdp"] == 4
+    counted = make_mesh({"fsdp": np.int64(-1), "tensor": np.int32(2)})
+    assert counted.shape["fsdp"] == 4 and type(counted.shape["tensor"]) is int
 
 
 def test_two_axes_of_an_array_may_not_share_a_mesh_axis():
