@@ -102,7 +102,7 @@ def make_train_step(
         taken = config.replace(tie_word_embeddings=False) if is_parted else config
         narrowed = _narrowed_matrices(config) if compute.gradient_dtype == "bfloat16" else set()
         gradient = _make_gradient(
-            taken, compute, _bound(loss, state.step, beside), narrowed, lora_dropout
+            taken, compute, _bound(loss, state.step, beside), narrowed, (lora_dropout, axis)
         )
         trained, frozen = tree.partition(state.params, mask)
         trained = joined(trained, state.auxiliary)
@@ -111,7 +111,7 @@ def make_train_step(
         sums, gradients = _accumulate(
             lambda part, key: gradient(*given, part, key),
             batch,
-            _dropout_key(state, axis),
+            jax.random.fold_in(jax.random.fold_in(state.rng, _DROPOUT), state.step),
             (accumulation_steps, rows_per_item),
             compute,
         )
@@ -196,17 +196,18 @@ def _over_devices(values: Any, axis: str | None) -> Any:
     return values if axis is None else jax.lax.psum(values, axis)
 
 
-def _dropout_key(state: TrainState, axis: str | None) -> jax.Array:
-    """A step's own; with pmap each device's, which has rows of its own."""
-    key = jax.random.fold_in(jax.random.fold_in(state.rng, _DROPOUT), state.step)
-    return key if axis is None else jax.random.fold_in(key, jax.lax.axis_index(axis))
-
-
 def _make_gradient(
-    config: ModelConfig, compute: Compute, loss: Loss, narrowed: Set[str], lora_dropout: float
+    config: ModelConfig,
+    compute: Compute,
+    loss: Loss,
+    narrowed: Set[str],
+    dropout: tuple[float, str | None],
 ) -> Any:
     """(trained, frozen, batch, key) -> (sums, gradient of the sums) of one micro-batch. narrowed:
-    the arrays whose gradient is kept in bfloat16. key: for what is dropped out."""
+    the arrays whose gradient is kept in bfloat16. dropout: the rate before adapters, and pmap's
+    axis; key: for what is dropped out."""
+
+    rate, axis = dropout
 
     def total(
         trained: tree.Tree,
@@ -216,8 +217,8 @@ def _make_gradient(
         tapped: Mapping[str, jax.Array],
     ) -> tuple[jax.Array, Metrics]:
         params, auxiliary = parted(tree.combine(trained, frozen))
-        if lora_dropout:
-            params = with_dropout(config, params, key, lora_dropout)
+        if rate:
+            params = with_dropout(config, params, key, rate, axis=axis)
         if tapped:
             params = tree.map_arrays_with_path(
                 lambda path, array: TappedTensor(tapped[path], array) if path in tapped else array,

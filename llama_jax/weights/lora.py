@@ -103,7 +103,9 @@ def make_lora_tensor(
     return LoraTensor(base, lora_a, lora_b, scale, ranks, plan.use_rslora)
 
 
-def with_dropout(config: ModelConfig, params: tree.Tree, key: jax.Array, rate: float) -> tree.Tree:
+def with_dropout(
+    config: ModelConfig, params: tree.Tree, key: jax.Array, rate: float, *, axis: str | None
+) -> tree.Tree:
     """The parameters as one step of training uses them: what goes into each adapter is dropped out
     with probability `rate`, by numbers that follow from the key, the weight and the layer.
 
@@ -118,7 +120,7 @@ def with_dropout(config: ModelConfig, params: tree.Tree, key: jax.Array, rate: f
         own = jax.random.fold_in(key, numbers[path])
         keys = jax.random.key_data(jax.random.split(own, leaf.scale.shape))
         held = {spec.name: getattr(leaf, spec.name) for spec in dataclasses.fields(leaf)}
-        return DroppedLora(**held, key=keys, rate=rate)
+        return DroppedLora(**held, key=keys, rate=rate, axis=axis)
 
     return tree.map_with_path(dropped, params)
 

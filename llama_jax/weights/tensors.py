@@ -336,15 +336,23 @@ class LoraTensor:
 class DroppedLora(LoraTensor):
     """A `LoraTensor` within a training step: what goes into its factors is dropped out, as PEFT
     does it (Srivastava et al. 2014): each number is zero with probability `rate`, else divided by
-    1 - rate. The base gets all of it. key: [..., 2] uint32, of each matrix of the stack."""
+    1 - rate. The base gets all of it. key: [..., 2] uint32, of each matrix of the stack; axis: of
+    `jax.pmap`, where a device has a part of the rows and draws what it would have drawn for them
+    among all."""
 
     key: Array
     rate: float = field(metadata={"static": True})
+    axis: str | None = field(metadata={"static": True})
 
     def dropped(self, x: jax.Array) -> jax.Array:
         """x [T, in], for one matrix."""
         key = jax.random.wrap_key_data(self.key, impl="threefry2x32")
-        kept = jax.random.bernoulli(key, 1 - self.rate, x.shape)
+        rows, width = x.shape
+        parts = 1 if self.axis is None else jax.lax.axis_size(self.axis)
+        kept = jax.random.bernoulli(key, 1 - self.rate, (parts * rows, width))
+        if self.axis is not None:
+            own = jax.lax.axis_index(self.axis) * rows
+            kept = jax.lax.dynamic_slice_in_dim(kept, own, rows)
         return jnp.where(kept, x / (1 - self.rate), 0).astype(x.dtype)
 
 

@@ -35,7 +35,7 @@ def identity(size, base, key):
     """An adapter that gives what goes into it, on a base that gives `base` times that."""
     eye = jnp.eye(size)
     held = LoraTensor(base * eye, eye, eye, jnp.float32(1), (size,))
-    return DroppedLora(**vars(held), key=jax.random.key_data(key), rate=RATE)
+    return DroppedLora(**vars(held), key=jax.random.key_data(key), rate=RATE, axis=None)
 
 
 def adapted(config=CONFIG, **more):
@@ -83,7 +83,7 @@ def test_an_adapter_gets_what_is_left_divided_by_its_share_and_the_base_gets_all
 
 
 def test_every_matrix_and_layer_has_numbers_of_its_own():
-    params = with_dropout(CONFIG, adapted(), jax.random.key(0), RATE)
+    params = with_dropout(CONFIG, adapted(), jax.random.key(0), RATE, axis=None)
     dropped = [leaf for leaf in tree.flatten(params).values() if isinstance(leaf, DroppedLora)]
     assert len(dropped) == 7 and {leaf.rate for leaf in dropped} == {RATE}
     keys = np.concatenate([np.asarray(leaf.key).reshape(-1, 2) for leaf in dropped])
@@ -104,8 +104,7 @@ def test_a_step_drops_anew_and_the_same_again_and_evaluation_drops_nothing():
     np.testing.assert_allclose(sums["loss"] / sums["weight"], losses[2], rtol=1e-6)
 
 
-@pytest.mark.parametrize("apart", ["micro-batches", "devices of pmap"])
-def test_parts_of_a_batch_drop_apart(apart):
+def test_micro_batches_drop_apart():
     """Two equal ones: their losses differ, so the mean square is more than the square mean."""
     row = random_batch(1)
     batch = jax.tree.map(lambda x: jnp.concatenate([x, x]), row)
@@ -116,14 +115,8 @@ def test_parts_of_a_batch_drop_apart(apart):
 
     found = {}
     for rate in (0.0, RATE):
-        if apart == "micro-batches":
-            case = Case(rate, loss=loss, accumulation_steps=2)
-            step = jax.jit(case.step)
-        else:
-            case = Case(rate, loss=loss, axis=AXIS)
-            pair = make_mesh({"data": 2}, devices=jax.devices()[:2])
-            step = make_pmap_step(case.step, CONFIG, pair, num_beside=0)
-        _, metrics = step(case.state, batch)
+        case = Case(rate, loss=loss, accumulation_steps=2)
+        _, metrics = jax.jit(case.step)(case.state, batch)
         found[rate] = float(metrics["squared"] / metrics["loss"] ** 2) - 1
     assert abs(found[0.0]) < 1e-6 < 1e-5 < found[RATE]
 
@@ -154,6 +147,20 @@ def test_any_mesh_drops_the_same():
     )
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_pmap_drops_what_jit_drops(parts):
+    """Each device the part that its rows have in all draws, in each micro-batch."""
+    batch = random_batch(8)
+    case, alone = (Case(RATE, accumulation_steps=parts, axis=axis) for axis in (AXIS, None))
+    expected, metrics = jax.jit(alone.step)(alone.state, batch)
+    four = make_mesh({"data": 4}, devices=jax.devices()[:4])
+    got, found = make_pmap_step(case.step, CONFIG, four, num_beside=0)(case.state, batch)
+    np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-6)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got.params, expected.params
+    )
+
+
 @pytest.mark.parametrize("rate", [1, -0.1, True, "0.1", float("nan")])
 def test_a_rate_is_a_probability(rate):
     with pytest.raises(ValueError, match=r"lora\.lora_dropout is .* a probability"):
@@ -172,4 +179,4 @@ def test_what_is_multiplied_in_pieces_is_refused(config, targets, path):
     with pytest.raises(ValueError, match=rf"{path}.* leave it out"):
         check_dropout(config, params)
     with pytest.raises(ValueError, match=path):
-        with_dropout(config, params, jax.random.key(0), RATE)
+        with_dropout(config, params, jax.random.key(0), RATE, axis=None)
