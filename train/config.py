@@ -338,11 +338,6 @@ class ScheduleSection(Section):
                 "schedule.decay_steps and schedule.final_ratio mean nothing to a constant "
                 "schedule; remove them or choose cosine, linear or wsd"
             )
-        if self.decay_steps == 0 and self.final_ratio:
-            raise ValueError(
-                f"schedule.final_ratio is {self.final_ratio}, but schedule.decay_steps is 0, so "
-                f"that the rate does not fall; set one of them otherwise"
-            )
         if self.name == "wsd" and self.decay_steps is None:
             raise ValueError("schedule.decay_steps is missing; wsd needs the length of its decay")
 
@@ -866,12 +861,6 @@ class RunConfig(Section):
                 f"schedule.warmup_steps {schedule.warmup_steps} and decay_steps "
                 f"{schedule.decay_steps or 0} take {needed} updates, but train.steps is "
                 f"{train.steps}; shorten them or train longer"
-            )
-        if schedule.final_ratio and schedule.warmup_steps == train.steps:
-            raise ValueError(
-                f"schedule.final_ratio is {schedule.final_ratio}, but the warm-up takes all "
-                f"{train.steps} of train.steps, so that the rate never falls; shorten "
-                f"schedule.warmup_steps, or leave final_ratio out"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The flags of commands that generate, and what they become."""
 
 import argparse
+import logging
 from typing import TYPE_CHECKING
 
 from llama_jax.config import CACHE_DTYPES, FLOAT_DTYPES
@@ -8,6 +9,8 @@ from llama_jax.config import CACHE_DTYPES, FLOAT_DTYPES
 if TYPE_CHECKING:
     from infer.params import SamplingParams
     from llama_jax.config import Compute
+
+logger = logging.getLogger(__name__)
 
 DTYPES = FLOAT_DTYPES
 
@@ -75,8 +78,9 @@ def add_cache_argument(parser: argparse.ArgumentParser) -> None:
 def to_sampling_params(
     args: argparse.Namespace, *, top_p: float, n: int = 1, logprobs: int | None = None
 ) -> "SamplingParams":
-    """top_p: the command's own, where none is given. Raises ValueError for values out of range, and
-    for flags that choose among likely tokens where the likeliest is always taken."""
+    """top_p: the command's own, where none is given. Raises ValueError for values out of range; of
+    flags that choose among likely tokens where the likeliest is always taken it is only told, for
+    scripts give them always."""
     from infer.params import GREEDY_BELOW, SamplingParams
 
     given = {
@@ -96,10 +100,11 @@ def to_sampling_params(
         **{"top_p": top_p, **given},
     )
     if given and args.temperature < GREEDY_BELOW:
-        flag = "--" + next(iter(given)).replace("_", "-")
-        raise ValueError(
-            f"{flag} means nothing at --temperature {args.temperature:g}, which always takes the "
-            f"most likely token; give a temperature, such as 0.7, or leave {flag} out"
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        logger.warning(
+            "%s: no effect at --temperature %g, which always takes the most likely token",
+            flags,
+            args.temperature,
         )
     return params
 
