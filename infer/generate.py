@@ -125,9 +125,10 @@ def parts_of(model: Any) -> tuple[ModelConfig, Any, "Tokenizer | None"]:
 class Generator:
     """A model made ready to generate.
 
-    layers: `unrolled` runs over per-layer arrays, which on a CPU decodes 2.6 times faster and holds
-      the layers twice unless `params` come from `layout.unstack_layers`; `scanned` compiles
-      one layer. `auto` unrolls on a single CPU device and takes tuples of layers as they are.
+    layers: `unrolled` runs over per-layer arrays, which on a CPU decodes 2.6 times faster;
+      elsewhere these are copies unless `params` come from `layout.unstack_layers`. `scanned`
+      compiles one layer. `auto` unrolls on a single CPU device and takes tuples of layers as they
+      are.
     batch_size: rows (prompts times choices) computed together at most.
     max_context: tokens a prompt and its answer may have together, at most and by default
       `config.max_position_embeddings`.

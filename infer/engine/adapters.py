@@ -19,17 +19,10 @@ from llama_jax.weights.lora import adapters
 from llama_jax.weights.table import abstract_params, weight_table
 from llama_jax.weights.tensors import LoraTensor, StackedLora
 
-# The matrices of a layer, by the name they have in it: (block, names whose outputs are joined).
-_PLACES = (
-    ("self_attn", "qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    ("self_attn", "q_proj", ("q_proj",)),
-    ("self_attn", "k_proj", ("k_proj",)),
-    ("self_attn", "v_proj", ("v_proj",)),
-    ("self_attn", "o_proj", ("o_proj",)),
-    ("mlp", "gate_up_proj", ("gate_proj", "up_proj")),
-    ("mlp", "gate_proj", ("gate_proj",)),
-    ("mlp", "up_proj", ("up_proj",)),
-    ("mlp", "down_proj", ("down_proj",)),
+# The matrices of a layer that adapters may lie beside.
+_MATRICES = (
+    *(("self_attn", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(("mlp", name) for name in ("gate_proj", "up_proj", "down_proj")),
 )
 
 # By path, with layers first: A [L, in, R] and B [L, R, out], scale included.
@@ -62,12 +55,12 @@ class AdapterStack:
                 "stacked ones; give the parameters as they were loaded"
             )
         layer = layers if isinstance(layers, dict) else layers[0]
-        # Host copies, by (block, name): A [L, in, parts * count * rank], B transposed alike.
+        # Host copies, by (block, name): A [L, in, count * rank], B transposed alike.
         self._factors: dict[tuple[str, str], tuple[np.ndarray, np.ndarray]] = {}
-        for block, name, parts in _PLACES:
+        width = count * rank
+        for block, name in _MATRICES:
             if name in layer.get(block, {}):
                 *_, out, inner = layer[block][name]["weight"].shape
-                width = len(parts) * count * rank
                 self._factors[block, name] = (
                     np.zeros((num_layers, inner, width), dtype),
                     np.zeros((num_layers, width, out), dtype),
@@ -98,7 +91,7 @@ class AdapterStack:
                 )
             else:
                 lora_a, lora_b = jax.device_put(arrays, places)
-            leaf = StackedLora(base, lora_a, lora_b, nobody, self.count, self.rank)
+            leaf = StackedLora(base, lora_a, lora_b, nobody, self.rank)
             layer[block][name] = {**layer[block][name], "weight": leaf}
         return layer
 
@@ -106,7 +99,7 @@ class AdapterStack:
         """Where both factors of stacked layers lie."""
         if self._mesh is None:
             return None
-        stack, out, inner = weight_table(self._config)[f"layers.{block}.{name}.weight"].axes
+        stack, out, inner = weight_table(self._config)[_path(block, name)].axes
         axes = (stack, inner, "rank"), (stack, "rank", out)
         return [NamedSharding(self._mesh, partition_spec(each, self._rules)) for each in axes]
 
@@ -116,7 +109,7 @@ class AdapterStack:
         # What an adapter stores beside its factors is compared with the base's own.
         abstract |= {name: part for name, part in self._base.items() if name != "layers"}
         found = adapters(load_adapter(folder, self._config, abstract))
-        served = {f"layers.{block}.{n}.weight" for block, _, names in _PLACES for n in names}
+        served = {_path(*place) for place in _MATRICES}
         for path, part in found.items():
             if not isinstance(part, LoraTensor) or path not in served:
                 raise ValueError(
@@ -138,29 +131,19 @@ class AdapterStack:
 
     def put(self, place: int, adapter: Factors) -> None:
         """Makes adapter number `place` the given one; an empty one changes nothing."""
+        begin = place * self.rank
         for (block, name), (lora_a, lora_b) in self._factors.items():
-            parts = next(names for b, n, names in _PLACES if (b, n) == (block, name))
-            begin_out = 0
-            for number, part in enumerate(parts):
-                begin = (number * self.count + place) * self.rank
-                lora_a[:, :, begin : begin + self.rank] = 0
-                lora_b[:, begin : begin + self.rank] = 0
-                width = self._width(block, part)
-                if f"layers.{block}.{part}.weight" in adapter:
-                    a, b = adapter[f"layers.{block}.{part}.weight"]
-                    end = begin + b.shape[1]
-                    lora_a[:, :, begin:end] = a
-                    lora_b[:, begin:end, begin_out : begin_out + width] = b
-                begin_out += width
+            lora_a[:, :, begin : begin + self.rank] = 0
+            lora_b[:, begin : begin + self.rank] = 0
+            if (path := _path(block, name)) in adapter:
+                a, b = adapter[path]
+                end = begin + b.shape[1]
+                lora_a[:, :, begin:end] = a
+                lora_b[:, begin:end] = b
 
-    def _width(self, block: str, name: str) -> int:
-        """Outputs of one matrix."""
-        config = self._config
-        if name in ("q_proj",):
-            return config.num_attention_heads * config.head_dim
-        if name in ("k_proj", "v_proj"):
-            return config.num_key_value_heads * config.head_dim
-        return config.intermediate_size if name in ("gate_proj", "up_proj") else config.hidden_size
+
+def _path(block: str, name: str) -> str:
+    return f"layers.{block}.{name}.weight"
 
 
 def with_chosen(params: Any, chosen: jax.Array, *, length: int) -> Any:

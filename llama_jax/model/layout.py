@@ -1,45 +1,51 @@
 """Two layouts of the same parameters: stacked layers, and layers made for decoding.
 
 A scan over stacked weights copies each layer's slice before using it, which costs decoding on a
-CPU a factor of 2.6. Separate arrays per layer avoid that, and while they are being made, products
-of the same input are joined and matrices become leaves that `dot` multiplies fastest with few rows.
+CPU a factor of 2.6. An array for each layer avoids that, and its matrices become leaves that `dot`
+multiplies fastest with few rows.
 """
 
 import dataclasses
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from llama_jax import tree
 from llama_jax.weights.tensors import DecodingTensor, LoraTensor, is_quantized
 
-_JOINED = {
-    "qkv_proj": ("self_attn", ("q_proj", "k_proj", "v_proj")),
-    "gate_up_proj": ("mlp", ("gate_proj", "up_proj")),
-}
-
 
 def unstack_layers(params: tree.Tree) -> tree.Tree:
-    """The same parameters with `layers` as a tuple of per-layer trees; names stay."""
-    return _per_layer(params, lambda layer: layer)
+    """The same parameters with `layers` as a tuple of per-layer trees; names stay.
+
+    On a single CPU device the arrays lie in the memory of the stacked ones, which they keep; else
+    they are copies.
+    """
+    layers = params["layers"]
+    if not isinstance(layers, dict):
+        raise ValueError("the layers of these parameters are not stacked; they were split before")
+    leaves, structure = jax.tree.flatten(layers)
+    count = leaves[0].shape[0]
+    if all(map(_is_on_one_cpu, leaves)):
+        each = zip(*map(_views, leaves), strict=True)
+        return {**params, "layers": tuple(jax.tree.unflatten(structure, one) for one in each)}
+    # One compilation for all layers: the index is an argument.
+    take = jax.jit(_take)
+    return {**params, "layers": tuple(take(layers, index) for index in range(count))}
 
 
 def for_decoding(params: tree.Tree) -> tree.Tree:
-    """`unstack_layers` with matrices joined, and made, with the head, for few rows, also what lies
-    under adapters; experts stay.
+    """`unstack_layers` with matrices, also what lies under adapters, and the head, or the embedding
+    that serves as one, made for few rows; experts stay.
 
     The result runs in `hidden_states` and `decode` like any parameters, but no longer follows the
-    weight table. It is a copy of all layers: drop the stacked ones if memory is short.
+    weight table.
     """
-    return head_for_decoding(_per_layer(params, _joined))
-
-
-def head_for_decoding(params: tree.Tree) -> tree.Tree:
-    """The parameters with the head, or the embedding that serves as one, made for few rows."""
-    name = "lm_head" if "lm_head" in params else "embed_tokens"
-    return {**params, name: {"weight": _for_few_rows(name, params[name]["weight"])}}
+    apart = unstack_layers(params)
+    layers = tuple(tree.map_with_path(_for_few_rows, layer) for layer in apart["layers"])
+    head = "lm_head" if "lm_head" in params else "embed_tokens"
+    made = {"weight": _for_few_rows(head, params[head]["weight"])}
+    return {**apart, "layers": layers, head: made}
 
 
 def summing_alike(params: tree.Tree, *, rows: int) -> tree.Tree:
@@ -54,40 +60,21 @@ def summing_alike(params: tree.Tree, *, rows: int) -> tree.Tree:
     return jax.tree.map(alike, params, is_leaf=lambda leaf: isinstance(leaf, DecodingTensor))
 
 
-def _per_layer(params: tree.Tree, change: Any) -> tree.Tree:
-    layers = params["layers"]
-    if not isinstance(layers, dict):
-        raise ValueError("the layers of these parameters are not stacked; they were split before")
-    count = jax.tree.leaves(layers)[0].shape[0]
-    # One compilation for all layers: the index is an argument.
-    take = jax.jit(partial(_take, change))
-    return {**params, "layers": tuple(take(layers, index) for index in range(count))}
+def _is_on_one_cpu(leaf: Any) -> bool:
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    devices = leaf.devices()
+    return len(devices) == 1 and all(device.platform == "cpu" for device in devices)
 
 
-def _take(change: Any, layers: tree.Tree, index: jax.Array) -> tree.Tree:
-    return change(jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, False), layers))
+def _views(stacked: jax.Array) -> list[jax.Array]:
+    # A CPU's device memory is the host's: what is aligned as XLA wants it is taken as it is.
+    (device,) = stacked.devices()
+    return jax.device_put(list(np.asarray(stacked)), device if stacked.committed else None)
 
 
-def _joined(layer: tree.Tree) -> tree.Tree:
-    layer = {name: dict(part) for name, part in layer.items()}
-    for joined, (block, names) in _JOINED.items():
-        parts = [layer[block][name] for name in names] if block in layer else []
-        if parts and _are_of_one_kind([part["weight"] for part in parts]):
-            for name in names:
-                del layer[block][name]
-            layer[block][joined] = jax.tree.map(lambda *each: jnp.concatenate(each), *parts)
-    return tree.map_with_path(_for_few_rows, layer)
-
-
-def _are_of_one_kind(weights: list[Any]) -> bool:
-    """Whether these are matrices of which every array has a row for each output: not so adapters,
-    and quantized ones with one scale for all activations."""
-    kinds = {jax.tree.structure(weight) for weight in weights}
-    return len(kinds) == 1 and all(
-        (isinstance(weight, jax.Array) or is_quantized(weight))
-        and all(array.shape[:1] == weight.shape[:1] for array in jax.tree.leaves(weight))
-        for weight in weights
-    )
+def _take(layers: tree.Tree, index: jax.Array) -> tree.Tree:
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, 0, False), layers)
 
 
 def _for_few_rows(path: str, leaf: Any) -> Any:

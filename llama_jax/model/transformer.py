@@ -8,7 +8,7 @@ the same numbers. Nothing outside this file knows Flax.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -117,11 +117,10 @@ class Attention(nnx.Module):
     q_proj: Linear
     k_proj: Linear
     v_proj: Linear
-    qkv_proj: Linear  # instead of the three, in parameters made for decoding
 
     def __init__(self, config: ModelConfig, compute: Compute, params: Params):
         self.config, self.compute = config, compute
-        for name in _one_or_each(params, "qkv_proj", ("q_proj", "k_proj", "v_proj")):
+        for name in ("q_proj", "k_proj", "v_proj"):
             setattr(self, name, Linear(compute, params[name]))
         self.o_proj = Linear(compute, params["o_proj"])
 
@@ -135,10 +134,9 @@ class Attention(nnx.Module):
             split = projected.reshape(batch, length, -1, size)
             return constrain(split, ("batch", "length", axis, "head_dim"), rules)
 
-        query, key, value = self._project(x)
-        query = rope.rotate(heads(query, "heads"), context.cos, context.sin)
-        key = rope.rotate(heads(key, "kv_heads"), context.cos, context.sin)
-        value = heads(value, "kv_heads")
+        query = rope.rotate(heads(self.q_proj(x), "heads"), context.cos, context.sin)
+        key = rope.rotate(heads(self.k_proj(x), "kv_heads"), context.cos, context.sin)
+        value = heads(self.v_proj(x), "kv_heads")
         if isinstance(layer_cache, PagedCache):
             window = self.config.sliding_window
             mixed, layer_cache = attend_pages(
@@ -175,40 +173,24 @@ class Attention(nnx.Module):
         mixed = attend(query, keys, values, context.mask, is_divided=is_divided)
         return self.o_proj(mixed.reshape(batch, length, -1)), layer_cache
 
-    def _project(self, x: jax.Array) -> Sequence[jax.Array]:
-        if not hasattr(self, "qkv_proj"):
-            return self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        query = self.config.num_attention_heads * self.config.head_dim
-        key = self.config.num_key_value_heads * self.config.head_dim
-        return jnp.split(self.qkv_proj(x), (query, query + key), axis=-1)
-
 
 class Mlp(nnx.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate x) * up x)."""
 
     gate_proj: Linear
     up_proj: Linear
-    gate_up_proj: Linear  # instead of the two, in parameters made for decoding
 
     def __init__(self, compute: Compute, params: Params):
-        for name in _one_or_each(params, "gate_up_proj", ("gate_proj", "up_proj")):
+        for name in ("gate_proj", "up_proj"):
             setattr(self, name, Linear(compute, params[name]))
         self.down_proj = Linear(compute, params["down_proj"])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        if hasattr(self, "gate_up_proj"):
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        else:
-            gate, up = self.gate_proj(x), self.up_proj(x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
         # Before the gradients of gate_proj and up_proj: three whole matrices would wait for their
         # sum over the chips, and the gated product with them.
         is_whole = isinstance(self.down_proj.weight.get_value(), jax.Array)
         return self.down_proj(gated(gate, up, is_whole), gradients_in_turn=is_whole)
-
-
-def _one_or_each(params: Params, fused: str, each: tuple[str, ...]) -> tuple[str, ...]:
-    """The names a layer really has: `layout.for_decoding` joins products of the same input."""
-    return (fused,) if fused in params else each
 
 
 class SparseMoe(nnx.Module):

@@ -59,7 +59,7 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
     if isinstance(weight, StackedLora):
         base = _product(x, weight.base, compute)
         low = plain_product(x, weight.lora_a.astype(x.dtype), compute, contracted=0)
-        owner = jnp.arange(low.shape[1], dtype=jnp.int32) // weight.rank % weight.count
+        owner = jnp.arange(low.shape[1], dtype=jnp.int32) // weight.rank
         # The others' part is zero, and adds exactly nothing.
         low = jnp.where(weight.chosen[:, None] == owner, low, 0).astype(x.dtype)
         return base + plain_product(low, weight.lora_b.astype(x.dtype), compute, contracted=0)

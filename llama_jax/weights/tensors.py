@@ -361,16 +361,15 @@ class DroppedLora(LoraTensor):
 class StackedLora:
     """A matrix with several low-rank updates, of which each row of activations takes one.
 
-    base: [out, in], any leaf without an adapter; lora_a: [in, J * A * R] and lora_b:
-    [J * A * R, out], scales included, for the J matrices that are joined in this one, A = `count`
-    adapters and R = `rank`; chosen: [T], the adapter of each row, negative for none.
+    base: [out, in], any leaf without an adapter; lora_a: [in, A * R] and lora_b: [A * R, out],
+    scales included, for A adapters of R = `rank`; chosen: [T], the adapter of each row, negative
+    for none.
     """
 
     base: Leaf
     lora_a: Array
     lora_b: Array
     chosen: Array
-    count: int = field(metadata={"static": True})
     rank: int = field(metadata={"static": True})
 
     @property

@@ -393,22 +393,6 @@ def test_single_prompts_need_no_list(tiny):
     assert dataclasses.asdict(one[0])["text"] is None
 
 
-def test_the_unrolled_layers_are_kept_until_the_model_goes():
-    from infer import layers
-
-    config = tiny_config()
-    params = tiny_params(config, seed=3)
-    first = layers.with_layers(params, "auto", None)
-    assert layers.with_layers(params, "auto", None)["layers"] is first["layers"]
-    changed = {**params, "layers": jax.tree.map(lambda x: x + 1, params["layers"])}
-    other = layers.with_layers(changed, "auto", None)["layers"]
-    assert other is not first["layers"]
-    scale = other[1]["input_layernorm"]["weight"]
-    np.testing.assert_array_equal(scale, changed["layers"]["input_layernorm"]["weight"][1])
-    del changed
-    assert not layers._recent
-
-
 def test_row_pieces_never_show_what_is_taken_back():
     tokenizer = word_tokenizer(["ab", "a", "b!", "c"])
     params = SamplingParams(stop=("ab!",), max_tokens=9)

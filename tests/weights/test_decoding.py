@@ -88,11 +88,7 @@ def test_a_quantized_model_made_for_decoding_is_the_same_model(scheme):
     config, tokens = tiny_config(), tiny_tokens(2, 12)
     params = quantized(scheme)
     made = for_decoding(params)
-    block = made["layers"][0]["self_attn"]
-    # One scale for all activations of each matrix keeps them apart.
-    joined = not scheme.endswith("static")
-    assert ("qkv_proj" in block) == joined
-    assert isinstance(block["qkv_proj" if joined else "q_proj"]["weight"], DecodingTensor)
+    assert isinstance(made["layers"][0]["self_attn"]["q_proj"]["weight"], DecodingTensor)
     np.testing.assert_allclose(
         forward(config, made, tokens), forward(config, params, tokens), atol=2e-5
     )
