@@ -194,9 +194,12 @@ def _origin(args: argparse.Namespace) -> dict[str, Any]:
         run = RunDir(folder.parent)
         if folder == run.checkpoints and run.config.is_file():
             noted = read_json(run.config)
-            lora = noted["lora"] or {}
-            # Random weights, and slices of others, are nowhere but in the checkpoint.
-            base = noted["model"]["name"] if noted["model"]["init"] == "weights" else base
+            try:
+                lora, model = noted["lora"] or {}, noted["model"]
+                # Random weights, and slices of others, are nowhere but in the checkpoint.
+                base = model["name"] if model["init"] == "weights" else base
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{run.config} is not as a run writes it: {error!r}") from error
     return {"base_model_name_or_path": base, "lora_dropout": lora.get("lora_dropout") or 0.0}
 
 

@@ -631,6 +631,9 @@ def test_an_exported_adapter_names_the_base_it_was_trained_on_and_keeps_its_drop
     code, _, error = run("export", base, again, "--format", "peft", "--adapter", first)
     assert code == 0, error
     assert json.loads((again / "adapter_config.json").read_text())["lora_dropout"] == 0.125
+    (copy / "config.json").write_text("{}")
+    code, _, error = run("export", copy, tmp_path / "c", "--format", "peft")
+    assert code == 2 and "config.json is not as a run writes it: KeyError('lora')" in error
 
 
 def test_dry_run_writes_nothing(run: Run, tmp_path: Path) -> None:
