@@ -388,10 +388,10 @@ _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 def parse_bytes(size: int | str) -> int:
     """`"5GB"` -> 5_000_000_000, `"2GiB"` -> 2_147_483_648; an integer is itself."""
-    if isinstance(size, int) and not isinstance(size, bool):
-        count = float(size)
+    if not isinstance(size, str):
+        count = size if isinstance(size, int) and not isinstance(size, bool) else math.nan
     else:
-        text = str(size).strip().upper()
+        text = size.strip().upper()
         number = text.rstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ").strip()
         unit = text[len(number) :].strip()
         try:

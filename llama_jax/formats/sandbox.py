@@ -230,6 +230,7 @@ def strftime_on(day: date) -> Callable[[str], str]:
 
 _NESTED_FIELD = re.compile(r"\{[^{}]*\{")  # a width that is itself a field
 _FIELD_OF_FIELD = re.compile(r"\{[^{}:!]*[.\[]")
+_PRIVATE_FIELD = re.compile(r"\{[^{}:!]*[.\[]_")
 _JINJA_OWN = (jinja2.Environment, jinja2.runtime.Context, nodes.EvalContext)
 
 
@@ -359,6 +360,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
 
         def checked(*args: Any, **kwargs: Any) -> Any:
             fields = value.__self__.replace("{{", "")
+            if private := _PRIVATE_FIELD.search(fields):
+                raise UnsafeTemplateError(
+                    f"chat template formats {private[0][:40]!r}…, a private name, which is not safe"
+                )
             if _NESTED_FIELD.search(fields) or _FIELD_OF_FIELD.search(fields):
                 raise TemplateError("chat template formats with a field in a field")
             _check_format(value.__self__, [*args, *kwargs.values()])

@@ -261,7 +261,7 @@ def test_sizes_are_parsed():
     assert st.parse_bytes("1.5kb") == 1500
     assert st.parse_bytes("300") == 300
     assert st.parse_bytes(7) == 7
-    for bad in ("", "GB", "-1GB", "0", "five", "1XB", "nan", "inf", 0, -3, True, math.nan):
+    for bad in (2.5, "", "GB", "-1GB", "0", "five", "1XB", "nan", "inf", 0, -3, True, math.nan):
         with pytest.raises(ValueError, match="is not a size"):
             st.parse_bytes(bad)
 

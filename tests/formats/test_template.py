@@ -36,6 +36,12 @@ def test_internals_are_refused_in_branches_that_are_not_taken(expression: str) -
     ChatTemplate("{{ messages[0]['content__'] == '__start__' }}").check_safe()
 
 
+@pytest.mark.parametrize("field", ["{0.__class__}", "{x[0]._private}", "{0[__init__]}"])
+def test_formats_of_private_names_are_no_mere_errors(field: str) -> None:
+    with pytest.raises(UnsafeTemplateError, match="private name, which is not safe"):
+        ChatTemplate("{{ FIELD.format('a', x='a') }}".replace("FIELD", repr(field))).check_safe()
+
+
 @pytest.mark.parametrize(
     "source",
     [
