@@ -23,7 +23,7 @@ from infer.engine.lowering import AbstractDraft, AbstractEngine, StepShape, ever
 from infer.engine.memory import check_context, longest_context, page_bytes
 from infer.engine.options import EngineOptions, parse_mesh
 from infer.engine.paged_runner import PagedRunner
-from infer.server.build import engine_options, preset, quantization_of
+from infer.server.build import engine_options, quantization_of
 from infer.server.settings import Settings
 from llama_jax.config import Compute, ModelConfig
 from llama_jax.kernels.paged_int8 import BLOCK_QUERIES
@@ -32,6 +32,7 @@ from llama_jax.mesh.flops import count_flops
 from llama_jax.mesh.sharding import shardings
 from llama_jax.mesh.slices import Slice, slice_devices
 from llama_jax.model.layout import for_decoding
+from llama_jax.presets import preset
 from llama_jax.weights.table import abstract_params
 
 Say = Callable[[str], None]
@@ -211,7 +212,7 @@ def read_shape(settings: Settings) -> Shape:
 
 def _shape_of(model: str, setting: str, architecture: str | None) -> Shape:
     if architecture is not None:
-        config = preset(architecture, setting)
+        config = preset(architecture, field=setting)
         return config, abstract_params(config), None
     from llama_jax.load import load_abstract
 

@@ -12,7 +12,8 @@ from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig, require_type
 from llama_jax.mesh.sharding import shardings
 from llama_jax.model_name import ALLOWED, SMOLLM2, is_hub_id
-from llama_jax.weights.table import abstract_params
+from llama_jax.presets import preset
+from llama_jax.weights.table import abstract_params, weight_table
 
 if TYPE_CHECKING:
     from llama_jax.formats.streaming import Into
@@ -133,6 +134,23 @@ def load_abstract(model: str | Path) -> Model:
         config = read_config(path)
         params = abstract_params(config)
     return _checked(Model(config, params, _tokenizer(path, config)))
+
+
+def check_architecture(
+    name: str | None, model: str | Path, config: ModelConfig, *, field: str
+) -> None:
+    """Raises ValueError where the weights of `model` have other shapes than those of the preset
+    `name`, which `field` declares (None: it does not)."""
+    if name is None:
+        return
+    wanted, found = weight_table(preset(name, field=field)), weight_table(config)
+    for path in (*wanted, *found):
+        shapes = [row.shape if (row := table.get(path)) else None for table in (wanted, found)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{field} is {name}, but {model} has {path} of shape {shapes[1]}, not {shapes[0]}; "
+                f"name its own architecture or leave it out"
+            )
 
 
 def save_hf(model: Model, path: str | Path, **options: Any) -> list[Path]:

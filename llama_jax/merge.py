@@ -336,7 +336,8 @@ def _shared_rows(recipe: Recipe, sources: list[Source]) -> np.ndarray | None:
     same = rows < min(sizes)
     for table in tables[1:]:
         if table is not None and tables[0] is not None:
-            same &= np.asarray([tables[0].get(i) == table.get(i) for i in rows.tolist()])
+            alike = [tables[0].get(i) == table.get(i) for i in rows.tolist()]
+            same &= np.asarray(alike, bool)
     if same.all() and len(set(sizes)) == 1:
         return None
     if recipe.vocabulary == "shared_rows":

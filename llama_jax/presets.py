@@ -186,3 +186,10 @@ presets: dict[str, ModelConfig] = {
         moe=MoeConfig(num_local_experts=8, num_experts_per_tok=2, router_aux_loss_coef=0.001),
     ),
 }
+
+
+def preset(name: str, *, field: str) -> ModelConfig:
+    """The shapes of one preset; ValueError, naming the `field` that has it, for another name."""
+    if name not in presets:
+        raise ValueError(f"{field} is {name!r}; it must be one of {', '.join(presets)}")
+    return presets[name]

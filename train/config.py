@@ -17,15 +17,9 @@ from llama_jax.config import MESH_AXES, Compute
 from llama_jax.formats.json_fields import read_text
 from llama_jax.formats.yaml_text import parse_yaml
 from llama_jax.mesh.slices import slice_named
+from llama_jax.presets import preset
 from llama_jax.weights.lora_config import LoraConfig
 from train.typed import Section, from_dict, json_schema, option, to_dict
-
-
-def _check_architecture(name: str, field_name: str = "model.architecture") -> None:
-    from llama_jax.presets import presets
-
-    if name not in presets:
-        raise ValueError(f"{field_name} {name!r} is no preset; they are {', '.join(presets)}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +69,7 @@ class ModelSection(Section):
                 "model.tokenizer is empty; name a model or a folder, or set it to null"
             )
         if self.architecture is not None:
-            _check_architecture(self.architecture)
+            preset(self.architecture, field="model.architecture")
         if self.overrides and self.init == "weights":
             raise ValueError(
                 "model.overrides changes the architecture, which the stored weights do not fit; "
@@ -606,7 +600,7 @@ class DistillSection(Section):
         if not self.teacher.strip():
             raise ValueError("distill.teacher is empty; name the model to learn from")
         if self.teacher_architecture is not None:
-            _check_architecture(self.teacher_architecture, "distill.teacher_architecture")
+            preset(self.teacher_architecture, field="distill.teacher_architecture")
         if not self.on_policy and self.on_policy_temperature != 1:
             raise ValueError(
                 f"distill.on_policy_temperature is {self.on_policy_temperature}, but "

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from llama_jax import tree
 from llama_jax.config import ModelConfig
 from llama_jax.formats.json_fields import read_json
-from llama_jax.load import load, load_abstract
+from llama_jax.load import check_architecture, load, load_abstract
 from llama_jax.mesh.distributed import run_on_main
 from llama_jax.mesh.sharding import replicated, shardings
 from llama_jax.presets import presets
@@ -20,7 +20,6 @@ from train.config import DistillSection, RunConfig
 from train.distill import Teacher
 from train.run_dir import RunDir
 from train.setup import Setup
-from train.start import check_architecture
 
 _SHOWN = 3
 

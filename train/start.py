@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 
 from llama_jax import tree
 from llama_jax.config import LogicalRules, ModelConfig, check_keys
-from llama_jax.load import load, load_abstract
+from llama_jax.load import check_architecture, load, load_abstract
 from llama_jax.mesh.sharding import shardings
 from llama_jax.presets import presets
 from llama_jax.weights.cut import check_smaller, first_slices
 from llama_jax.weights.quantize import Quantization, quantize
-from llama_jax.weights.table import abstract_params, weight_table
+from llama_jax.weights.table import abstract_params
 from train.config import ModelSection, RunConfig
 from train.data.files import PACKAGE_PREFIX, package_path
 
@@ -70,24 +70,8 @@ def _stored(section: ModelSection) -> tuple[ModelConfig, tree.Tree | None, Any]:
     else:
         stored = load_abstract(section.name)
         config, params, tokenizer = stored.config, stored.params, stored.tokenizer
-    check_architecture(section.architecture, section.name, config)
+    check_architecture(section.architecture, section.name, config, field="model.architecture")
     return config, params, tokenizer
-
-
-def check_architecture(
-    named: str | None, model: str, config: ModelConfig, field: str = "model.architecture"
-) -> None:
-    """Compares the shapes of all weights with those of the preset `named`, if there is one."""
-    if named is None:
-        return
-    wanted, found = weight_table(presets[named]), weight_table(config)
-    for path in (*wanted, *found):
-        shapes = [row.shape if (row := table.get(path)) else None for table in (wanted, found)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{field} is {named}, but {model} has {path} of "
-                f"shape {shapes[1]}, not {shapes[0]}; name its own architecture or leave it out"
-            )
 
 
 def _shape(

@@ -16,7 +16,7 @@ from infer.engine.options import EngineOptions, cache_named, parse_mesh
 from infer.registry import NAME
 from infer.server.loaded import COMMAND_LINE_VERSION, Build, Built, Source
 from infer.server.settings import Settings
-from llama_jax.config import Compute, ModelConfig
+from llama_jax.config import Compute
 from llama_jax.model_name import check_model_name
 
 if TYPE_CHECKING:
@@ -83,16 +83,10 @@ def make_build(
         if settings.draft_model is None:
             return None
         from infer.layers import with_layers
-        from llama_jax.load import load
+        from llama_jax.load import check_architecture, load
 
-        draft = load(settings.draft_model)
-        if settings.draft_architecture is not None:
-            check_architecture(
-                "draft_architecture",
-                settings.draft_architecture,
-                settings.draft_model,
-                draft.config,
-            )
+        named, draft = settings.draft_architecture, load(settings.draft_model)
+        check_architecture(named, settings.draft_model, draft.config, field="draft_architecture")
         return draft.config, with_layers(draft.params, "unrolled", None), draft.tokenizer
 
     def build(source: Source) -> Built:
@@ -189,7 +183,7 @@ class _EngineMaker:
 
     def load(self, source: Source, mesh: Any) -> Any:
         from infer.engine import placement
-        from llama_jax.load import load
+        from llama_jax.load import check_architecture, load
 
         model = load(
             source.model,
@@ -198,10 +192,8 @@ class _EngineMaker:
             rules=placement.RULES,
             quantization=self.quantization,
         )
-        if self.settings.architecture is not None:
-            check_architecture(
-                "architecture", self.settings.architecture, source.model, model.config
-            )
+        named = self.settings.architecture
+        check_architecture(named, source.model, model.config, field="architecture")
         from llama_jax.formats.chat import chat_template, check_templates
 
         if source.template is None:
@@ -233,32 +225,6 @@ def quantization_of(settings: Settings) -> "Quantization | None":
     from llama_jax.weights.quantize import Quantization
 
     return Quantization(settings.quantization)
-
-
-def check_architecture(
-    setting: str, architecture: str, model: str | Path, config: ModelConfig
-) -> None:
-    """Raises ValueError where the weights of `model` have other shapes than those of a preset.
-    setting: the name of the one that names it."""
-    from llama_jax.weights.table import weight_table
-
-    wanted, found = weight_table(preset(architecture, setting)), weight_table(config)
-    for path in (*wanted, *found):
-        shapes = [row.shape if (row := table.get(path)) else None for table in (wanted, found)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(
-                f"{setting} is {architecture}, but {model} has {path} of shape {shapes[1]}, "
-                f"not {shapes[0]}; name its own architecture or leave it out"
-            )
-
-
-def preset(architecture: str, setting: str = "architecture") -> ModelConfig:
-    """The published shapes that a setting names. Raises ValueError."""
-    from llama_jax.presets import presets
-
-    if architecture not in presets:
-        raise ValueError(f"{setting} is {architecture!r}; it must be one of {', '.join(presets)}")
-    return presets[architecture]
 
 
 def given_sources(settings: Settings) -> list[Source]:

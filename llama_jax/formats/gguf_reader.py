@@ -67,8 +67,8 @@ class GGUFFile:
             columns.stop - first * tensor.block_elements,
         )
         step = max(1, CHUNK_ELEMENTS // (width * group)) * group
-        data = np.frombuffer(self._map, np.uint8, count=tensor.num_bytes, offset=tensor.start)
-        data = data.reshape(-1, row_blocks, tensor.block_bytes)
+        whole = np.frombuffer(self._map, np.uint8, count=tensor.num_bytes, offset=tensor.start)
+        data = whole.reshape(-1, row_blocks, tensor.block_bytes)
         for low in range(rows.start // group * group, rows.stop, step):
             high = min(low + step, -(-rows.stop // group) * group)
             blocks = np.ascontiguousarray(data[low:high, first:last]).reshape(1, -1)

@@ -74,12 +74,10 @@ def _integer_total(values: jax.Array, base: QArray | PackedTensor) -> jax.Array:
         even, odd = piece.half_codes()
         return integer_sums(values[:, 0::2], even) + integer_sums(values[:, 1::2], odd)
 
-    return _in_pieces(base, len(values), part, jnp.int32)
+    return _in_pieces(base, len(values), part, "int32")
 
 
-def _in_pieces(
-    leaf: Leaf, rows: int, part: Callable[[Leaf], jax.Array], dtype: str | type
-) -> jax.Array:
+def _in_pieces(leaf: Leaf, rows: int, part: Callable[[Leaf], jax.Array], dtype: str) -> jax.Array:
     """[rows, out] of what `part` makes [rows, n] of n outputs of a leaf."""
     out, inner = leaf.shape
     height = -(-out // -(-out * inner // _PIECE))

@@ -265,7 +265,7 @@ def test_a_teacher_of_another_shape_than_the_config_says_is_refused(tmp_path, te
         ({"distill": {"tempreature": 1}}, "did you mean 'temperature'"),
         ({"distill": {"divergence": "kl"}}, "allowed are forward_kl"),
         ({"distill": {"teacher": ""}}, "distill.teacher is empty"),
-        ({"distill": {"teacher_architecture": "x"}}, "teacher_architecture 'x' is no preset"),
+        ({"distill": {"teacher_architecture": "x"}}, "teacher_architecture is 'x'; it must"),
         ({"distill": {"step": "pmap"}, "mesh": {"fsdp": 2}}, "mesh.fsdp is 2"),
         ({"distill": {"step": "pmap"}}, "mesh.fsdp is -1"),
         ({"quantization": {}}, "quantized weights cannot be trained"),
