@@ -23,7 +23,7 @@ from infer.server.generation import Arrival, Context
 from infer.server.sse import ClientLeftError, EventStream, run_while_connected
 from infer.server.texts import detokenize, embed, tokenize
 
-NOT_READY_SECONDS = 2
+_NOT_READY_SECONDS = 2
 VERSION_HEADER = "x-llama-jax-version"
 
 
@@ -57,7 +57,7 @@ class Rest:
         models = self._context.models
         if models.is_ready:
             return JSONResponse({"status": models.condition})
-        headers = {"retry-after": str(NOT_READY_SECONDS)}
+        headers = {"retry-after": str(_NOT_READY_SECONDS)}
         return JSONResponse({"status": models.condition}, status_code=503, headers=headers)
 
     async def metrics(self, request: Request) -> Response:

@@ -20,9 +20,10 @@ def arrays(params):
     return [layer["mlp"]["up_proj"]["weight"] for layer in params["layers"]]
 
 
+@pytest.mark.parametrize("committed", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "float8_e4m3fn", "uint8"])
-def test_on_a_cpu_no_layer_is_copied(dtype):
-    params = stacked(dtype=dtype)
+def test_on_a_cpu_no_layer_is_copied(dtype, committed):
+    params = jax.device_put(stacked(dtype=dtype), jax.devices()[0] if committed else None)
     whole = params["layers"]["mlp"]["up_proj"]["weight"]
     begin, size = whole.unsafe_buffer_pointer(), whole.nbytes // 3
     for number, one in enumerate(arrays(unstack_layers(params))):
