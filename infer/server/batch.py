@@ -206,7 +206,10 @@ async def _answer_all(
         async with asyncio.TaskGroup() as group:
             for _ in range(min(len(todo), 2 * context.settings.max_slots)):
                 group.create_task(work())
-    except* (RuntimeError, OSError) as errors:
+    except ExceptionGroup as errors:
+        # Not `except*`: Python 3.11.2 wraps again what is raised there, 3.11.7 does not.
+        if errors.split((RuntimeError, OSError))[1] is not None:
+            raise
         raise errors.exceptions[0] from errors
 
 
