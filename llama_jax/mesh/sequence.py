@@ -7,6 +7,7 @@ out is in the order of the text. Keys and values are gathered whole (few heads h
 Llama 3's training (arXiv:2407.21783, section 3.3.2), from where the order comes too.
 """
 
+import dataclasses
 import math
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from llama_jax.config import LogicalRules
+from llama_jax.config import Compute, LogicalRules
 from llama_jax.mesh.sharding import mesh_axes, partition_spec, reduce_scattered
 
 
@@ -37,6 +38,14 @@ def length_parts(rules: LogicalRules) -> int:
 def undivided(rules: LogicalRules) -> LogicalRules:
     """The same rules with every sequence whole."""
     return tuple((axis, None if axis == "length" else names) for axis, names in rules)
+
+
+def fitting(compute: Compute, length: int) -> Compute:
+    """With sequences undivided where the mesh in force does not divide this length."""
+    parts = length_parts(compute.rules)
+    if parts == 1 or length % (2 * parts) == 0:
+        return compute
+    return dataclasses.replace(compute, rules=undivided(compute.rules))
 
 
 def balanced_places(length: int, parts: int) -> np.ndarray:

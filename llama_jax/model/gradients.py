@@ -9,6 +9,11 @@ from functools import partial
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from llama_jax.config import Compute
+
+_INPUT = "layer_input"  # what `remat: offload` sends to the host
 
 Function = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -67,3 +72,24 @@ def _gated_backward(
 
 
 gated.defvjp(_gated_forward, _gated_backward)
+
+
+def rematerialized(run: Callable[..., Any], compute: Compute) -> Callable[..., Any]:
+    """`run(layer, x, context, …)` with what its gradient needs kept as `compute.remat` says."""
+    policies = jax.checkpoint_policies
+    match compute.remat:
+        case "full":
+            return jax.checkpoint(run, policy=policies.nothing_saveable)
+        case "dots":
+            return jax.checkpoint(run, policy=policies.dots_with_no_batch_dims_saveable)
+        case "offload":
+            return jax.checkpoint(
+                lambda layer, x, *rest: run(layer, checkpoint_name(x, _INPUT), *rest),
+                policy=policies.save_and_offload_only_these_names(
+                    names_which_can_be_saved=[],
+                    names_which_can_be_offloaded=[_INPUT],
+                    offload_src="device",
+                    offload_dst="pinned_host",
+                ),
+            )
+    return run

@@ -5,6 +5,9 @@ names and shapes are stated only in the weight table. The tree decides how layer
 arrays are scanned (one layer is compiled, for training and long compiles), a tuple of per-layer
 trees is unrolled (no slice is copied, which on a CPU makes decoding 2.6 times faster). Both give
 the same numbers. Nothing outside this file knows Flax.
+
+What the layers are told of their tokens is made in `context.py`; which attention meets which cache
+is in `layer_attention.py`.
 """
 
 import dataclasses
@@ -14,58 +17,34 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax import tree
-from llama_jax.config import Compute, LogicalRules, ModelConfig, require_type
-from llama_jax.kernels import cudnn, splash
-from llama_jax.mesh.sequence import (
-    balanced_places,
-    from_balanced,
-    gather_keys,
-    length_parts,
-    to_balanced,
-    undivided,
-)
-from llama_jax.mesh.sharding import constrain, gathered
-from llama_jax.model import cache as kv
+from llama_jax.config import Compute, ModelConfig
+from llama_jax.mesh.sequence import fitting, from_balanced, length_parts, to_balanced
+from llama_jax.mesh.sharding import constrain
 from llama_jax.model import moe, rope
-from llama_jax.model.attention import attend, causal_mask
-from llama_jax.model.gradients import gated, in_turn
-from llama_jax.model.paged_cache import PagedCache, attend_pages
-from llama_jax.model.slot_cache import SlotCache, SlotRows, attend_slots
+from llama_jax.model.arguments import check_arguments
+from llama_jax.model.cache import KVCache
+from llama_jax.model.context import (
+    Context,
+    cached_context,
+    paged_context,
+    positions_of,
+    sequence_context,
+    slot_context,
+)
+from llama_jax.model.gathered import gathered_layer
+from llama_jax.model.gradients import gated, in_turn, rematerialized
+from llama_jax.model.layer_attention import LayerCache, attend_in_layer
+from llama_jax.model.norm import mean_square
+from llama_jax.model.paged_cache import PagedCache
+from llama_jax.model.slot_cache import SlotCache
 from llama_jax.weights.dot import dot, embed
-from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import Leaf, QatTensor, TappedTensor, is_adapted, is_quantized
+from llama_jax.weights.tensors import Leaf
 
 Params = tree.Tree
-# Of one layer: nothing, keys and values, or all pages.
-LayerCache = Any
-
-_KERNELS: dict[str, Any] = {"splash": splash, "cudnn": cudnn}  # of attention, for whole sequences
-_INPUT = "layer_input"  # what `remat: offload` sends to the host
-# Numbers from which XLA's CPU backend sums rows in one order; those of smaller arrays in another.
-_SUMMED_ALIKE = 4096
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What every layer needs and none owns: rotary angles, who sees whom (as a mask, and as the
-    segment ids it came from, which kernels take), which tokens are real, and,
-    with a cache, the slot where the new keys go; with a cache of slots, `rows` says all that the
-    mask and the cursor say else."""
-
-    cos: Float[Array, "B T half"]
-    sin: Float[Array, "B T half"]
-    mask: jax.Array
-    real: Float[Array, "B T"]
-    segment_ids: Int[Array, "B T"] | None
-    cursor: Int[Array, ""] | None
-    rows: SlotRows | None = None
 
 
 class RMSNorm(nnx.Module):
@@ -81,21 +60,8 @@ class RMSNorm(nnx.Module):
 
     def _norm(self, x: jax.Array, weight: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt(_mean_square(wide) + self.eps)
+        scale = jax.lax.rsqrt(mean_square(wide) + self.eps)
         return (wide * scale).astype(x.dtype) * weight.astype(x.dtype)
-
-
-def _mean_square(x: jax.Array) -> jax.Array:
-    """[..., D] -> [..., 1], of few rows with the bits that it has among many.
-
-    In an exported program the number of rows is open.
-    """
-    if isinstance(x.size, int) and x.size < _SUMMED_ALIKE:
-        rows = x.reshape(-1, x.shape[-1])
-        more = -(-_SUMMED_ALIKE // x.shape[-1]) - len(rows)
-        filled = jnp.pad(rows, ((0, more), (0, 0)))
-        return _mean_square(filled)[: len(rows)].reshape(*x.shape[:-1], 1)
-    return jnp.mean(x * x, axis=-1, keepdims=True)
 
 
 class Linear(nnx.Module):
@@ -114,75 +80,36 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-    q_proj: Linear
-    k_proj: Linear
-    v_proj: Linear
-
     def __init__(self, config: ModelConfig, compute: Compute, params: Params):
         self.config, self.compute = config, compute
-        for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(self, name, Linear(compute, params[name]))
+        self.q_proj = Linear(compute, params["q_proj"])
+        self.k_proj = Linear(compute, params["k_proj"])
+        self.v_proj = Linear(compute, params["v_proj"])
         self.o_proj = Linear(compute, params["o_proj"])
 
     def __call__(
         self, x: jax.Array, context: Context, layer_cache: LayerCache
     ) -> tuple[jax.Array, LayerCache]:
-        batch, length, _ = x.shape
-        size, rules = self.config.head_dim, self.compute.rules
+        query = rope.rotate(self._heads(self.q_proj(x), "heads"), context.cos, context.sin)
+        key = rope.rotate(self._heads(self.k_proj(x), "kv_heads"), context.cos, context.sin)
+        value = self._heads(self.v_proj(x), "kv_heads")
+        mixed, layer_cache = attend_in_layer(
+            query, key, value, context, layer_cache, config=self.config, compute=self.compute
+        )
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1)), layer_cache
 
-        def heads(projected: jax.Array, axis: str) -> jax.Array:
-            split = projected.reshape(batch, length, -1, size)
-            return constrain(split, ("batch", "length", axis, "head_dim"), rules)
-
-        query = rope.rotate(heads(self.q_proj(x), "heads"), context.cos, context.sin)
-        key = rope.rotate(heads(self.k_proj(x), "kv_heads"), context.cos, context.sin)
-        value = heads(self.v_proj(x), "kv_heads")
-        if isinstance(layer_cache, PagedCache):
-            window = self.config.sliding_window
-            mixed, layer_cache = attend_pages(
-                query, key, value, layer_cache, sliding_window=window, rules=rules
-            )
-            return self.o_proj(mixed.reshape(batch, length, -1)), layer_cache
-        if context.rows is not None:
-            assert layer_cache is not None
-            window = self.config.sliding_window
-            mixed, layer_cache = attend_slots(
-                query, key, value, layer_cache, context.rows, sliding_window=window
-            )
-            return self.o_proj(mixed.reshape(batch, length, -1)), layer_cache
-        if layer_cache is None and self.compute.attention in _KERNELS:
-            window = self.config.sliding_window
-            mixed = _KERNELS[self.compute.attention].attend(
-                query, key, value, context.segment_ids, sliding_window=window, rules=rules
-            )
-            return self.o_proj(mixed.reshape(batch, length, -1)), None
-        is_divided = length_parts(rules) > 1
-        keys: kv.Held
-        values: kv.Held
-        if layer_cache is None:
-            if is_divided:
-                key, value = (gather_keys(x, "kv_heads", rules) for x in (key, value))
-            keys, values = key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3)
-        else:
-            assert context.cursor is not None
-            keys = kv.write_keys(layer_cache[0], key, context.cursor)
-            values = kv.write_values(layer_cache[1], value, context.cursor)
-            layer_cache = (keys, values)
-            visible = context.mask.shape[-1]
-            keys, values = keys[..., :visible], values[..., :visible, :]
-        mixed = attend(query, keys, values, context.mask, is_divided=is_divided)
-        return self.o_proj(mixed.reshape(batch, length, -1)), layer_cache
+    def _heads(self, projected: jax.Array, axis: str) -> jax.Array:
+        """[B, T, N * H] -> [B, T, N, H]"""
+        split = projected.reshape(*projected.shape[:2], -1, self.config.head_dim)
+        return constrain(split, ("batch", "length", axis, "head_dim"), self.compute.rules)
 
 
 class Mlp(nnx.Module):
     """SwiGLU (Shazeer 2020): down(silu(gate x) * up x)."""
 
-    gate_proj: Linear
-    up_proj: Linear
-
     def __init__(self, compute: Compute, params: Params):
-        for name in ("gate_proj", "up_proj"):
-            setattr(self, name, Linear(compute, params[name]))
+        self.gate_proj = Linear(compute, params["gate_proj"])
+        self.up_proj = Linear(compute, params["up_proj"])
         self.down_proj = Linear(compute, params["down_proj"])
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -269,7 +196,7 @@ class Llama(nnx.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
-        cache: kv.KVCache | SlotCache | PagedCache | None = None,
+        cache: KVCache | SlotCache | PagedCache | None = None,
         visible: int | None = None,
         keep_layers: bool = False,
     ) -> tuple[Float[Array, "B T D"], Any, moe.RouterStats | None]:
@@ -278,22 +205,22 @@ class Llama(nnx.Module):
         parts = length_parts(rules)
         if parts > 1:
             if positions is None:
-                positions = _positions(tokens, segment_ids)
+                positions = positions_of(tokens, segment_ids)
             tokens, positions = to_balanced(tokens, rules), to_balanced(positions, rules)
             segment_ids = None if segment_ids is None else to_balanced(segment_ids, rules)
         x = embed(self.embed_tokens.get_value(), tokens, compute=self.compute)
         x = constrain(x, ("batch", "length", None), rules)
         if isinstance(cache, PagedCache):
-            x, cache = self._paged(x, _paged_context(self.config, tokens, cache), cache)
+            x, cache = self._paged(x, paged_context(self.config, tokens, cache), cache)
             return self.norm(x), cache, None
         if cache is None:
-            context = _context(self.config, tokens, positions, segment_ids, rules)
+            context = sequence_context(self.config, tokens, positions, segment_ids, rules)
         elif isinstance(cache, SlotCache):
             if not isinstance(self.layers, tuple):
                 raise ValueError("a cache of slots wants unrolled layers; call unstack_layers")
-            context = _slot_context(self.config, tokens, cache)
+            context = slot_context(self.config, tokens, cache)
         elif positions is None:
-            context, cache = _cached_context(self.config, tokens, segment_ids, cache, visible)
+            context, cache = cached_context(self.config, tokens, segment_ids, cache, visible)
         else:
             raise ValueError("positions follow from the cache; pass only one of the two")
         if isinstance(self.layers, tuple):
@@ -305,7 +232,7 @@ class Llama(nnx.Module):
                 states = jnp.concatenate([first[None], layers])
                 return self.norm(x, gradients_in_turn=True), states, stats
         else:
-            assert isinstance(cache, kv.KVCache)
+            assert isinstance(cache, KVCache)
             x, layers, stats = self._scanned_cached(x, context, cache)
         if cache is not None:
             keys, values = layers
@@ -316,9 +243,7 @@ class Llama(nnx.Module):
         weight = self.embed_tokens if self.lm_head is None else self.lm_head
         return _logits(weight.get_value(), hidden, self.compute)
 
-    def _unrolled(
-        self, x: jax.Array, context: Context, cache: kv.KVCache | SlotCache | None
-    ) -> Any:
+    def _unrolled(self, x: jax.Array, context: Context, cache: KVCache | SlotCache | None) -> Any:
         assert isinstance(self.layers, tuple)
         keys, values, total = [], [], None
         for index, layer in enumerate(self.layers):
@@ -354,9 +279,9 @@ class Llama(nnx.Module):
         graph, stacked = nnx.split(self.layers)
 
         def layer(state: Any, x: jax.Array, context: Context) -> Any:
-            return nnx.merge(graph, _gathered(config, compute, state))(x, context, None)
+            return nnx.merge(graph, gathered_layer(config, compute, state))(x, context, None)
 
-        run = _rematerialized(layer, compute)
+        run = rematerialized(layer, compute)
 
         def body(x: jax.Array, state: Any) -> Any:
             x, _, stats = run(state, x, context)
@@ -365,7 +290,7 @@ class Llama(nnx.Module):
         x, (layers, stats) = jax.lax.scan(body, x, stacked)
         return x, layers, jax.tree.map(lambda each: each.sum(axis=0), stats)
 
-    def _scanned_cached(self, x: jax.Array, context: Context, cache: kv.KVCache) -> Any:
+    def _scanned_cached(self, x: jax.Array, context: Context, cache: KVCache) -> Any:
         assert isinstance(self.layers, DecoderLayer)
         graph, stacked = nnx.split(self.layers)
 
@@ -398,7 +323,7 @@ def _run_layer(
 ) -> Any:
     """One of unrolled layers. Jitted for itself so that layers of one form are traced and lowered
     once, which is most of the time of a start; XLA puts them in line again."""
-    run = _rematerialized(lambda p, *rest: DecoderLayer(config, compute, p)(*rest), compute)
+    run = rematerialized(lambda p, *rest: DecoderLayer(config, compute, p)(*rest), compute)
     return run(params, x, context, held)
 
 
@@ -406,140 +331,6 @@ def _logits(weight: Leaf, hidden: jax.Array, compute: Compute) -> jax.Array:
     wide = dot(hidden, weight, compute=compute, keep_accumulator=True)
     axes = ("batch", "length", "vocab") if wide.ndim == 3 else ("batch", "vocab")
     return constrain(wide.astype(jnp.float32), axes, compute.rules)
-
-
-def _gathered(config: ModelConfig, compute: Compute, layer: Any) -> Any:
-    """The state of one layer with the weights of its linear layers in the compute dtype and, on a
-    mesh, whole along `embed`, which is what fsdp splits: said here, each is fetched once, just
-    before its product. Left to itself the TPU compiler multiplies piece by piece into wide sums,
-    which takes four times the memory traffic. Biases, norms, experts and quantized weights are left
-    to it."""
-    table, dtype = weight_table(config), jnp.dtype(compute.dtype)
-
-    def gather(keys: Any, leaf: Leaf) -> Leaf:
-        names = [key.key for key in keys if isinstance(key, jax.tree_util.DictKey)]
-        row = table.get(".".join(["layers", *names]))
-        if row is None or row.role != "matrix":
-            return leaf
-        return gathered(leaf, row.axes[1:], dtype, compute.rules)
-
-    return jax.tree_util.tree_map_with_path(
-        gather,
-        layer,
-        is_leaf=lambda x: (
-            is_adapted(x) or is_quantized(x) or isinstance(x, QatTensor | TappedTensor)
-        ),
-    )
-
-
-def _rematerialized(run: Callable[..., Any], compute: Compute) -> Callable[..., Any]:
-    """`run(layer, x, context, …)` with what its gradient needs kept as `compute.remat` says."""
-    policies = jax.checkpoint_policies
-    match compute.remat:
-        case "full":
-            return jax.checkpoint(run, policy=policies.nothing_saveable)
-        case "dots":
-            return jax.checkpoint(run, policy=policies.dots_with_no_batch_dims_saveable)
-        case "offload":
-            return jax.checkpoint(
-                lambda layer, x, *rest: run(layer, checkpoint_name(x, _INPUT), *rest),
-                policy=policies.save_and_offload_only_these_names(
-                    names_which_can_be_saved=[],
-                    names_which_can_be_offloaded=[_INPUT],
-                    offload_src="device",
-                    offload_dst="pinned_host",
-                ),
-            )
-    return run
-
-
-def _context(
-    config: ModelConfig,
-    tokens: jax.Array,
-    positions: jax.Array | None,
-    segment_ids: jax.Array | None,
-    rules: LogicalRules,
-) -> Context:
-    batch, length = tokens.shape
-    places = key_places = jnp.arange(length, dtype=jnp.int32)[None]
-    key_segments = segment_ids
-    if positions is None:
-        positions = _positions(tokens, segment_ids)
-    if segment_ids is not None:
-        positions = jnp.where(segment_ids > 0, positions, 0)  # padding is no length
-    if (parts := length_parts(rules)) > 1:
-        # Queries are in balanced order, keys, gathered, in that of the text.
-        places = jnp.asarray(balanced_places(length, parts))[None]
-        key_segments = None if segment_ids is None else from_balanced(segment_ids, rules)
-    mask = causal_mask(
-        places,
-        key_places,
-        sliding_window=config.sliding_window,
-        query_segments=segment_ids,
-        key_segments=key_segments,
-    )
-    cos, sin = rope.angles(config, jnp.broadcast_to(positions, (batch, length)))
-    real = _real(tokens, segment_ids)
-    return Context(cos=cos, sin=sin, mask=mask, real=real, segment_ids=segment_ids, cursor=None)
-
-
-def _positions(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return places if segment_ids is None else restarted_positions(segment_ids)
-
-
-def _cached_context(
-    config: ModelConfig,
-    tokens: jax.Array,
-    segment_ids: jax.Array | None,
-    cache: kv.KVCache,
-    visible: int | None,
-) -> tuple[Context, kv.KVCache]:
-    real = _real(tokens, segment_ids)
-    positions, after = cache.extend(real.astype(jnp.int32))
-    mask = causal_mask(
-        positions, after.positions[:, :visible], sliding_window=config.sliding_window
-    )
-    # Padding must not count where angles depend on a row's length.
-    cos, sin = rope.angles(config, jnp.minimum(positions, after.lengths[:, None] - 1))
-    context = Context(cos=cos, sin=sin, mask=mask, real=real, segment_ids=None, cursor=cache.cursor)
-    return context, after
-
-
-def _slot_context(config: ModelConfig, tokens: jax.Array, cache: SlotCache) -> Context:
-    assert cache.rows is not None
-    # Padding must not count where angles depend on a row's length.
-    positions = jnp.minimum(cache.rows.positions, cache.rows.visible - 1)
-    return dataclasses.replace(_served_context(config, tokens, positions), rows=cache.rows)
-
-
-def _paged_context(config: ModelConfig, tokens: jax.Array, cache: PagedCache) -> Context:
-    assert cache.rows is not None
-    positions = jnp.minimum(cache.rows.positions, cache.rows.ends[:, None] - 1)
-    return _served_context(config, tokens, positions)
-
-
-def _served_context(config: ModelConfig, tokens: jax.Array, positions: jax.Array) -> Context:
-    """Where the cache knows who sees whom."""
-    cos, sin = rope.angles(config, positions)
-    real = _real(tokens, None)
-    nothing = jnp.zeros((0,), bool)
-    return Context(cos=cos, sin=sin, mask=nothing, real=real, segment_ids=None, cursor=None)
-
-
-def _real(tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    if segment_ids is None:
-        return jnp.ones(tokens.shape, jnp.float32)
-    return (segment_ids > 0).astype(jnp.float32)
-
-
-def restarted_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """Positions that begin at 0 in each run of equal segment ids: [1,1,2,2,2] -> [0,1,0,1,2]."""
-    places = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
-    new = segment_ids[:, 1:] != segment_ids[:, :-1]
-    first = jnp.concatenate([jnp.ones_like(new[:, :1]), new], axis=1)
-    begins = jax.lax.cummax(jnp.where(first, places, 0), axis=1)
-    return places - begins
 
 
 def hidden_states(
@@ -550,7 +341,7 @@ def hidden_states(
     compute: Compute,
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
-    cache: kv.KVCache | SlotCache | PagedCache | None = None,
+    cache: KVCache | SlotCache | PagedCache | None = None,
     visible: int | None = None,
 ) -> tuple[Float[Array, "B T D"], Any, moe.RouterStats | None]:
     """Final normed states, the advanced cache, and the router's sums (None without experts).
@@ -561,7 +352,7 @@ def hidden_states(
     look at, static; the caller knows that the rest is empty. None means all. The mesh divides
     sequences only without a cache and where their length allows it.
     """
-    compute = _fitting(compute, tokens.shape[1] if cache is None else 1)
+    compute = fitting(compute, tokens.shape[1] if cache is None else 1)
     model = Llama(config, params, compute=compute)
     return model.hidden_states(
         tokens, positions=positions, segment_ids=segment_ids, cache=cache, visible=visible
@@ -587,14 +378,6 @@ def layer_states(
     )
 
 
-def _fitting(compute: Compute, length: int) -> Compute:
-    """With sequences undivided where the mesh in force does not divide this length."""
-    parts = length_parts(compute.rules)
-    if parts == 1 or length % (2 * parts) == 0:
-        return compute
-    return dataclasses.replace(compute, rules=undivided(compute.rules))
-
-
 def head_weight(config: ModelConfig, params: Params) -> Leaf:
     """The output projection [V, D]: the embedding itself when tied."""
     return params["embed_tokens" if config.tie_word_embeddings else "lm_head"]["weight"]
@@ -604,7 +387,7 @@ def logits(
     config: ModelConfig, params: Params, hidden: Float[Array, "*B D"], *, compute: Compute
 ) -> Float[Array, "*B V"]:
     """Float32 logits of normed hidden states."""
-    compute = _fitting(compute, hidden.shape[-2] if hidden.ndim > 2 else 1)
+    compute = fitting(compute, hidden.shape[-2] if hidden.ndim > 2 else 1)
     return _logits(head_weight(config, params), hidden, compute)
 
 
@@ -622,49 +405,23 @@ def forward(
     Raises ValueError, naming it, for an argument of another type or shape.
     """
     compute = Compute() if compute is None else compute
-    _check_arguments(config, params, compute)
-    for name, ids in (("tokens", tokens), ("positions", positions), ("segment_ids", segment_ids)):
-        if ids is not None or name == "tokens":
-            _check_ids(name, ids, like=tokens)
+    check_arguments(config, params, compute, tokens, positions=positions, segment_ids=segment_ids)
     hidden, _, _ = hidden_states(
         config, params, tokens, compute=compute, positions=positions, segment_ids=segment_ids
     )
     return logits(config, params, hidden, compute=compute)
 
 
-def _check_arguments(config: Any, params: Any, compute: Any) -> None:
-    require_type("config", config, ModelConfig, "a ModelConfig, such as model.config")
-    require_type("params", params, dict, "the tree of parameters, such as model.params")
-    lacking = [name for name in ("embed_tokens", "layers", "norm") if name not in params]
-    if lacking:
-        raise ValueError(
-            f"params holds {', '.join(map(str, params)) or 'nothing'}, but no "
-            f"{', '.join(lacking)}; give the whole tree of parameters, such as model.params"
-        )
-    require_type("compute", compute, Compute, "a Compute, such as Compute(dtype='bfloat16')")
-
-
-def _check_ids(name: str, ids: Any, *, like: Any) -> None:
-    allowed = "an integer array [B, T], such as jnp.asarray([[1, 2, 3]])"
-    require_type(name, ids, (jax.Array, np.ndarray), allowed)
-    if ids.ndim != 2 or not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise ValueError(f"{name} is {ids.dtype} of shape {ids.shape}; give {allowed}")
-    if ids.shape != like.shape:
-        raise ValueError(
-            f"{name} has shape {ids.shape}, but tokens {like.shape}; give one for each"
-        )
-
-
 def decode(
     config: ModelConfig,
     params: Params,
-    cache: kv.KVCache,
+    cache: KVCache,
     tokens: Int[Array, "B T"],
     *,
     compute: Compute,
     num_real: Int[Array, " B"] | None = None,
     visible: int | None = None,
-) -> tuple[Float[Array, "B V"], kv.KVCache]:
+) -> tuple[Float[Array, "B V"], KVCache]:
     """Runs `tokens` after what `cache` holds; logits follow each row's last real token.
 
     num_real: how many of the T tokens of each row are real, the rest being padding on the right;

@@ -16,6 +16,7 @@ from llama_jax import tree
 from llama_jax.config import Compute, ModelConfig
 from llama_jax.model import moe, rope, transformer
 from llama_jax.model.attention import causal_mask
+from llama_jax.model.context import Context
 from llama_jax.weights.dot import dot, embed
 
 # (inputs [T, in], how much each counts [T]: 0 for padding and for tokens not sent to an expert)
@@ -101,7 +102,7 @@ def _taken(take: Take, real: jax.Array, inputs: jax.Array) -> Any:
     return take(inputs[0], real[0])
 
 
-def _context(config: ModelConfig, length: int, real: jax.Array) -> transformer.Context:
+def _context(config: ModelConfig, length: int, real: jax.Array) -> Context:
     places = jnp.arange(length, dtype=jnp.int32)[None]
     segments = real.astype(jnp.int32)
     mask = causal_mask(
@@ -112,7 +113,7 @@ def _context(config: ModelConfig, length: int, real: jax.Array) -> transformer.C
         key_segments=segments,
     )
     cos, sin = rope.angles(config, jnp.where(segments > 0, places, 0))
-    return transformer.Context(cos, sin, mask, real, segments, None)
+    return Context(cos, sin, mask, real, segments, None)
 
 
 def _of_experts(

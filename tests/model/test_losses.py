@@ -8,6 +8,7 @@ import pytest
 from llama_jax import tree
 from llama_jax.config import Compute
 from llama_jax.model import transformer
+from llama_jax.model.context import restarted_positions
 from llama_jax.model.losses import Batch, cross_entropy, next_token_loss
 from llama_jax.weights.tensors import LoraTensor
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
@@ -21,7 +22,7 @@ def make_batch(tokens, mask=None, segment_ids=None):
     mask = mask.copy()
     mask[:, -1] = 0
     segments = np.ones_like(tokens) if segment_ids is None else np.asarray(segment_ids)
-    positions = np.asarray(transformer.restarted_positions(jnp.asarray(segments)))
+    positions = np.asarray(restarted_positions(jnp.asarray(segments)))
     return Batch(tokens, targets, mask, segments.astype(np.int32), positions)
 
 

@@ -1,7 +1,5 @@
 """Logits equal transformers' for every family and head layout; the ways of running agree."""
 
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +84,6 @@ def test_packed_documents_do_not_see_each_other():
     config = FAMILIES["llama-gqa"]
     params = tiny_params(config)
     segments = np.array([[1, 1, 1, 2, 2, 2]], np.int32)
-    assert transformer.restarted_positions(jnp.asarray(segments)).tolist() == [[0, 1, 2, 0, 1, 2]]
     first, second = tiny_tokens(1, 3, seed=1), tiny_tokens(1, 3, seed=2)
     other = tiny_tokens(1, 3, seed=3)
 
@@ -131,31 +128,3 @@ def test_bfloat16_compute_keeps_float32_where_it_matters():
     narrow = transformer.forward(config, params, tokens, compute=Compute(dtype="bfloat16"))
     assert narrow.dtype == jnp.float32
     assert float(jnp.abs(wide - narrow).max()) < 0.15 * float(jnp.abs(wide).max())
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"config": {}}, "config is of type dict; give a ModelConfig"),
-        ({"params": None}, "params is of type NoneType; give the tree"),
-        (
-            {"params": {"layers": {}}},
-            "params holds layers, but no embed_tokens, norm; give the whole",
-        ),
-        ({"tokens": [[1, 2]]}, "tokens is of type list; give an integer array"),
-        ({"tokens": np.zeros(4, np.int32)}, r"tokens is int32 of shape \(4,\); give an integer"),
-        ({"tokens": np.zeros((1, 4))}, r"tokens is float64 of shape \(1, 4\)"),
-        ({"compute": "bfloat16"}, "compute is of type str; give a Compute"),
-        (
-            {"positions": np.zeros((1, 3), np.int32)},
-            r"positions has shape \(1, 3\), but tokens \(1, 4",
-        ),
-        ({"segment_ids": [0]}, "segment_ids is of type list"),
-    ],
-)
-def test_arguments_of_another_type_are_named(wrong, message):
-    config = FAMILIES["llama-gqa"]
-    given = {"config": config, "params": tiny_params(config), "tokens": tiny_tokens(1, 4)} | wrong
-    # Users have it without the checks of shapes that tests put around it.
-    with pytest.raises(ValueError, match=message):
-        inspect.unwrap(transformer.forward)(**given)

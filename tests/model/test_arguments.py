@@ -1,0 +1,37 @@
+"""What is no model, or no array of ids, is named with what is allowed."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+from llama_jax.model import transformer
+from tests.tiny import FAMILIES, tiny_params, tiny_tokens
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"config": {}}, "config is of type dict; give a ModelConfig"),
+        ({"params": None}, "params is of type NoneType; give the tree"),
+        (
+            {"params": {"layers": {}}},
+            "params holds layers, but no embed_tokens, norm; give the whole",
+        ),
+        ({"tokens": [[1, 2]]}, "tokens is of type list; give an integer array"),
+        ({"tokens": np.zeros(4, np.int32)}, r"tokens is int32 of shape \(4,\); give an integer"),
+        ({"tokens": np.zeros((1, 4))}, r"tokens is float64 of shape \(1, 4\)"),
+        ({"compute": "bfloat16"}, "compute is of type str; give a Compute"),
+        (
+            {"positions": np.zeros((1, 3), np.int32)},
+            r"positions has shape \(1, 3\), but tokens \(1, 4",
+        ),
+        ({"segment_ids": [0]}, "segment_ids is of type list"),
+    ],
+)
+def test_arguments_of_another_type_are_named(wrong, message):
+    config = FAMILIES["llama-gqa"]
+    given = {"config": config, "params": tiny_params(config), "tokens": tiny_tokens(1, 4)} | wrong
+    # Users have it without the checks of shapes that tests put around it.
+    with pytest.raises(ValueError, match=message):
+        inspect.unwrap(transformer.forward)(**given)
