@@ -29,11 +29,11 @@ from llama_jax.formats.peft import load_adapter, save_adapter, stores_embeddings
 from llama_jax.formats.peft_config import CONFIG_NAME
 from llama_jax.formats.safetensors import TensorSpec, convert, parse_bytes, write_sharded
 from llama_jax.load import find_model, load, load_abstract
+from llama_jax.weights.adapted import LoraTensor, SavedTensor
 from llama_jax.weights.lora_sum import weighted_sum
 from llama_jax.weights.merge import Rows, make_combine, widest
 from llama_jax.weights.merge_recipe import Recipe
 from llama_jax.weights.table import Weight, weight_table
-from llama_jax.weights.tensors import LoraTensor, SavedTensor
 
 logger = logging.getLogger(__name__)
 

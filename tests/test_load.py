@@ -19,7 +19,8 @@ from llama_jax import load as load_function
 from llama_jax import tree
 from llama_jax.formats import checkpoint, gguf, hf, streaming
 from llama_jax.mesh.sharding import make_mesh, shardings
-from llama_jax.weights.tensors import LoraTensor, to_array
+from llama_jax.weights.adapted import LoraTensor
+from llama_jax.weights.tensors import to_array
 from tests.reference import reference_logits, reference_model
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
 

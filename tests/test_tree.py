@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from llama_jax import tree
-from llama_jax.weights.tensors import LoraTensor
+from llama_jax.weights.adapted import LoraTensor
 
 ADAPTED = LoraTensor(jnp.ones((3, 2)), jnp.ones((1, 2)), jnp.ones((3, 1)), jnp.float32(2), (1,))
 TREE = {"a": {"weight": jnp.zeros(2), "bias": jnp.ones(3)}, "b": {"weight": ADAPTED}}

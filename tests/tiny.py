@@ -4,9 +4,9 @@ import jax
 import numpy as np
 
 from llama_jax.config import ModelConfig, MoeConfig, RopeScaling
+from llama_jax.weights.leaf import Leaf
 from llama_jax.weights.quantize import Quantization
 from llama_jax.weights.table import init_params, weight_table
-from llama_jax.weights.tensors import Leaf
 
 _BASE = {
     "model_type": "llama",

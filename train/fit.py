@@ -24,8 +24,9 @@ from llama_jax.mesh.sharding import make_mesh, mesh_axes
 from llama_jax.mesh.slices import Slice, slice_devices
 from llama_jax.model import moe
 from llama_jax.model.flops import Trained, executed_flops, model_flops
+from llama_jax.weights.adapted import LoraTensor
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import LoraTensor, QatTensor
+from llama_jax.weights.tensors import QatTensor
 from train.config import RunConfig
 from train.distill_teacher import read_teacher_shape
 from train.setup import Setup, make_setup, rows_per_item

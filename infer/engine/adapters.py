@@ -15,9 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
 from llama_jax.formats.peft import load_adapter
 from llama_jax.mesh.sharding import partition_spec, replicated
+from llama_jax.weights.adapted import LoraTensor, StackedLora
 from llama_jax.weights.lora import adapters
 from llama_jax.weights.table import abstract_params, weight_table
-from llama_jax.weights.tensors import LoraTensor, StackedLora
 
 # The matrices of a layer that adapters may lie beside.
 _MATRICES = (

@@ -9,14 +9,9 @@ import jax.numpy as jnp
 from qwix import QArray
 
 from llama_jax import tree
-from llama_jax.weights.tensors import (
-    IntegerTensor,
-    LoraTensor,
-    PackedScale,
-    PackedTensor,
-    QatTensor,
-    SavedTensor,
-)
+from llama_jax.weights.adapted import LoraTensor, SavedTensor
+from llama_jax.weights.quantized import IntegerTensor, PackedScale, PackedTensor
+from llama_jax.weights.tensors import QatTensor
 
 _LEAF_TYPES: dict[str, Any] = {
     cls.__name__: cls

@@ -29,8 +29,10 @@ from llama_jax.formats.atomic import atomic_folder
 from llama_jax.formats.gather import check_whole, fetch, is_plain, take
 from llama_jax.formats.hf import in_file_order, write_descriptions
 from llama_jax.formats.safetensors import TensorSpec, parse_bytes, write_sharded
+from llama_jax.weights.adapted import is_adapted
+from llama_jax.weights.leaf import Leaf
+from llama_jax.weights.quantized import IntegerTensor, PackedTensor
 from llama_jax.weights.table import Weight
-from llama_jax.weights.tensors import IntegerTensor, Leaf, PackedTensor, is_adapted
 
 _TARGET = "a compressed-tensors folder"
 

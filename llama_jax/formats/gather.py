@@ -9,8 +9,9 @@ import numpy as np
 from llama_jax import tree
 from llama_jax.config import FLOAT_DTYPES, ModelConfig
 from llama_jax.formats.safetensors import convert
+from llama_jax.weights.adapted import is_adapted
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import is_adapted, to_array
+from llama_jax.weights.tensors import to_array
 
 
 def is_plain(leaf: Any) -> bool:

@@ -35,6 +35,7 @@ from llama_jax.formats.peft_vocabulary import (
     with_vocabulary,
 )
 from llama_jax.formats.safetensors import SafetensorsFile, write_arrays
+from llama_jax.weights.adapted import SavedTensor
 from llama_jax.weights.lora import (
     adapters,
     check_stacked,
@@ -49,7 +50,6 @@ from llama_jax.weights.lora_plan import (
     plan_adapter,
 )
 from llama_jax.weights.table import Weight, weight_table
-from llama_jax.weights.tensors import SavedTensor
 
 
 def load_adapter(

@@ -14,7 +14,8 @@ import numpy as np
 
 from llama_jax import tree
 from llama_jax.config import ModelConfig
-from llama_jax.weights.tensors import LoraTensor, SavedTensor, is_adapted, is_quantized
+from llama_jax.weights.adapted import LoraTensor, SavedTensor, is_adapted
+from llama_jax.weights.quantized import is_quantized
 from llama_jax.weights.vocabulary import resize_vocabulary
 
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -21,9 +21,9 @@ from llama_jax.config import LogicalRules, ModelConfig
 from llama_jax.formats.checkpoint_arrays import PieceWriter
 from llama_jax.formats.placement import Read, place
 from llama_jax.mesh.sharding import shardings
+from llama_jax.weights.leaf import Leaf
 from llama_jax.weights.quantize import Quantization, quantize
 from llama_jax.weights.table import Weight
-from llama_jax.weights.tensors import Leaf
 
 # (config, shape structs of the weights) -> what puts them where they will lie.
 Into = Callable[[ModelConfig, tree.Tree], "Placer | DiskPlacer"]

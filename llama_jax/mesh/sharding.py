@@ -18,15 +18,10 @@ from qwix import QArray
 
 from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, MESH_AXES, LogicalRules, ModelConfig
+from llama_jax.weights.adapted import LoraTensor, SavedTensor
+from llama_jax.weights.quantized import IntegerTensor, PackedTensor
 from llama_jax.weights.table import axis_sizes, weight_table
-from llama_jax.weights.tensors import (
-    IntegerTensor,
-    LoraTensor,
-    PackedTensor,
-    QatTensor,
-    SavedTensor,
-    narrowed,
-)
+from llama_jax.weights.tensors import QatTensor, narrowed
 
 # The axes that weights are fetched along before their product; each weight has one of them.
 _FETCHED = ("embed", "expert_embed")

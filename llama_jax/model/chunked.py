@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.weights.tensors import Leaf, TappedTensor
+from llama_jax.weights.leaf import Leaf
+from llama_jax.weights.tensors import TappedTensor
 
 # chunk(hidden [B, t, D], head, part, constants) -> (loss, tree of further sums)
 Chunk = Callable[..., tuple[jax.Array, Any]]

@@ -7,8 +7,11 @@ import jax.numpy as jnp
 
 from llama_jax.config import Compute, ModelConfig
 from llama_jax.mesh.sharding import gathered
+from llama_jax.weights.adapted import is_adapted
+from llama_jax.weights.leaf import Leaf
+from llama_jax.weights.quantized import is_quantized
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import Leaf, QatTensor, TappedTensor, is_adapted, is_quantized
+from llama_jax.weights.tensors import QatTensor, TappedTensor
 
 
 def gathered_layer(config: ModelConfig, compute: Compute, layer: Any) -> Any:

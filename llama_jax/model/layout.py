@@ -12,7 +12,9 @@ import jax
 import numpy as np
 
 from llama_jax import tree
-from llama_jax.weights.tensors import DecodingTensor, LoraTensor, is_quantized
+from llama_jax.weights.adapted import LoraTensor
+from llama_jax.weights.quantized import is_quantized
+from llama_jax.weights.tensors import DecodingTensor
 
 
 def unstack_layers(params: tree.Tree) -> tree.Tree:

@@ -21,8 +21,11 @@ from llama_jax.mesh.sharding import (
 from llama_jax.model import transformer
 from llama_jax.model.chunked import chunked_sums
 from llama_jax.model.moe import RouterStats
+from llama_jax.weights.adapted import LoraTensor, SavedTensor
 from llama_jax.weights.dot import dot
-from llama_jax.weights.tensors import Leaf, LoraTensor, SavedTensor, TappedTensor, is_quantized
+from llama_jax.weights.leaf import Leaf
+from llama_jax.weights.quantized import is_quantized
+from llama_jax.weights.tensors import TappedTensor
 
 
 @jax.tree_util.register_dataclass

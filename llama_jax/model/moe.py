@@ -19,7 +19,8 @@ from llama_jax.kernels import megablox
 from llama_jax.mesh.sharding import mesh_axes, partition_spec, rows_are_divided
 from llama_jax.model.gradients import gated
 from llama_jax.weights.dot import dot
-from llama_jax.weights.tensors import Leaf, to_array
+from llama_jax.weights.leaf import Leaf
+from llama_jax.weights.tensors import to_array
 
 
 @jax.tree_util.register_dataclass

@@ -42,7 +42,7 @@ from llama_jax.model.norm import mean_square
 from llama_jax.model.paged_cache import PagedCache
 from llama_jax.model.slot_cache import SlotCache
 from llama_jax.weights.dot import dot, embed
-from llama_jax.weights.tensors import Leaf
+from llama_jax.weights.leaf import Leaf
 
 Params = tree.Tree
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from llama_jax import tree
 from llama_jax.config import ModelConfig
+from llama_jax.weights.adapted import is_adapted
+from llama_jax.weights.quantized import is_quantized
 from llama_jax.weights.table import Weight, weight_table
-from llama_jax.weights.tensors import is_adapted, is_quantized
 
 # Fields of the config that a cut may make smaller.
 FIELDS = (

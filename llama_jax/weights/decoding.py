@@ -16,14 +16,9 @@ from qwix import QArray
 
 from llama_jax.config import Compute
 from llama_jax.weights.integers import in_tiles, integer_sums, rescaled, rounded
-from llama_jax.weights.tensors import (
-    DecodingTensor,
-    IntegerTensor,
-    Leaf,
-    PackedTensor,
-    is_quantized,
-    to_array,
-)
+from llama_jax.weights.leaf import Leaf
+from llama_jax.weights.quantized import IntegerTensor, PackedTensor, is_quantized
+from llama_jax.weights.tensors import DecodingTensor, to_array
 
 _FEW_ROWS = 48
 # Numbers of rows that are compared with two. XLA's CPU backend takes rows by eights and sixteens,

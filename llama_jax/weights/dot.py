@@ -12,21 +12,12 @@ from qwix import QArray
 
 from llama_jax.config import Compute
 from llama_jax.weights import qat
+from llama_jax.weights.adapted import DroppedLora, LoraTensor, SavedTensor, StackedLora
 from llama_jax.weights.decoding import decoding_product, plain_product
 from llama_jax.weights.integers import integer_product
-from llama_jax.weights.tensors import (
-    DecodingTensor,
-    DroppedLora,
-    IntegerTensor,
-    Leaf,
-    LoraTensor,
-    PackedTensor,
-    QatTensor,
-    SavedTensor,
-    StackedLora,
-    is_quantized,
-    to_array,
-)
+from llama_jax.weights.leaf import Leaf
+from llama_jax.weights.quantized import IntegerTensor, PackedTensor, is_quantized
+from llama_jax.weights.tensors import DecodingTensor, QatTensor, to_array
 
 
 def dot(

@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import tree
-from llama_jax.weights.tensors import Leaf, LoraTensor, is_adapted, is_quantized, to_array
+from llama_jax.weights.adapted import LoraTensor, is_adapted
+from llama_jax.weights.leaf import Leaf
+from llama_jax.weights.quantized import is_quantized
+from llama_jax.weights.tensors import to_array
 
 
 def rebased(params: tree.Tree, original: tree.Tree) -> tree.Tree:

@@ -24,16 +24,16 @@ from llama_jax import tree
 from llama_jax.config import Compute, ModelConfig
 from llama_jax.weights.cut import check_plain
 from llama_jax.weights.inputs import first_inputs, layers_of, run_layer
+from llama_jax.weights.leaf import Leaf
 from llama_jax.weights.quantize import Quantization, Scheme, to_codes
-from llama_jax.weights.tensors import (
+from llama_jax.weights.quantized import (
     NF4_VALUES,
     IntegerTensor,
-    Leaf,
     PackedTensor,
     is_quantized,
     pack_nibbles,
-    to_array,
 )
+from llama_jax.weights.tensors import to_array
 
 # How many columns are rounded before their errors reach the columns far behind them, and which part
 # of the mean of H's diagonal is added to it; both as the authors have them.

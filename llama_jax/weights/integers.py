@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from qwix import QArray
 
-from llama_jax.weights.tensors import IntegerTensor, PackedTensor, to_array
+from llama_jax.weights.quantized import IntegerTensor, PackedTensor
+from llama_jax.weights.tensors import to_array
 
 
 @jax.custom_vjp

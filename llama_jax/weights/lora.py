@@ -14,19 +14,14 @@ import numpy as np
 
 from llama_jax import tree
 from llama_jax.config import ModelConfig
+from llama_jax.weights.adapted import DroppedLora, LoraTensor, SavedTensor, is_adapted
+from llama_jax.weights.leaf import Leaf
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.lora_plan import AdapterPlan, plan_adapter
+from llama_jax.weights.quantized import is_quantized
 from llama_jax.weights.select import table_rows
 from llama_jax.weights.table import Weight, weight_table
-from llama_jax.weights.tensors import (
-    DroppedLora,
-    Leaf,
-    LoraTensor,
-    SavedTensor,
-    is_adapted,
-    is_quantized,
-    to_array,
-)
+from llama_jax.weights.tensors import to_array
 
 _EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 

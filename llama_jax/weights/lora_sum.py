@@ -4,7 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from llama_jax.weights.tensors import Leaf, LoraTensor, SavedTensor
+from llama_jax.weights.adapted import LoraTensor, SavedTensor
+from llama_jax.weights.leaf import Leaf
 
 
 def weighted_sum(

@@ -10,16 +10,12 @@ from qwix import QArray
 
 from llama_jax import tree
 from llama_jax.config import ModelConfig
+from llama_jax.weights.adapted import LoraTensor
+from llama_jax.weights.leaf import Leaf
 from llama_jax.weights.qat import Backward, codes
 from llama_jax.weights.quantize import Quantization
-from llama_jax.weights.tensors import (
-    IntegerTensor,
-    Leaf,
-    LoraTensor,
-    PackedTensor,
-    QatTensor,
-    pack_nibbles,
-)
+from llama_jax.weights.quantized import IntegerTensor, PackedTensor, pack_nibbles
+from llama_jax.weights.tensors import QatTensor
 
 
 def add_qat(

@@ -26,22 +26,21 @@ from qwix import QArray
 
 from llama_jax import tree
 from llama_jax.config import ModelConfig
-from llama_jax.weights.select import match_weights, table_rows
-from llama_jax.weights.table import Role
-from llama_jax.weights.tensors import (
+from llama_jax.weights.adapted import LoraTensor, is_adapted
+from llama_jax.weights.leaf import Leaf
+from llama_jax.weights.quantized import (
     NF4_VALUES,
     Codebook,
     IntegerTensor,
-    Leaf,
-    LoraTensor,
     PackedScale,
     PackedTensor,
-    QatTensor,
-    is_adapted,
     is_quantized,
     num_tiles,
     pack_nibbles,
 )
+from llama_jax.weights.select import match_weights, table_rows
+from llama_jax.weights.table import Role
+from llama_jax.weights.tensors import QatTensor
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,10 @@ import jax.numpy as jnp
 
 from llama_jax import tree
 from llama_jax.config import ModelConfig
+from llama_jax.weights.adapted import LoraTensor, SavedTensor, is_adapted
+from llama_jax.weights.leaf import Leaf
+from llama_jax.weights.quantized import is_quantized
 from llama_jax.weights.table import Role, Weight, weight_table
-from llama_jax.weights.tensors import Leaf, LoraTensor, SavedTensor, is_adapted, is_quantized
 
 Method = Literal["lora", "full"]
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from llama_jax import tree
 from llama_jax.config import ModelConfig
-from llama_jax.weights.tensors import is_adapted, is_quantized
+from llama_jax.weights.adapted import is_adapted
+from llama_jax.weights.quantized import is_quantized
 
 
 def untie_embeddings(config: ModelConfig, params: tree.Tree) -> tuple[ModelConfig, tree.Tree]:

@@ -21,7 +21,8 @@ from llama_jax.weights.calibrate import calibrate
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.quantize import quantize
-from llama_jax.weights.tensors import is_quantized, to_array
+from llama_jax.weights.quantized import is_quantized
+from llama_jax.weights.tensors import to_array
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
 pytestmark = pytest.mark.compiled_quickly

@@ -21,8 +21,9 @@ from llama_jax.formats import safetensors as st
 from llama_jax.formats.hf import load_hf, save_hf
 from llama_jax.mesh.sharding import make_mesh, shardings
 from llama_jax.model.transformer import forward
+from llama_jax.weights.adapted import LoraTensor, SavedTensor
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import LoraTensor, SavedTensor, to_array
+from llama_jax.weights.tensors import to_array
 from tests.reference import reference_logits, reference_model
 from tests.tiny import FAMILIES, quantize_array, tiny_config, tiny_params, tiny_tokens
 

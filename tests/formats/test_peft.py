@@ -13,10 +13,10 @@ from llama_jax import tree
 from llama_jax.formats.peft import adapter_vocab_size, load_adapter, save_adapter
 from llama_jax.formats.safetensors import SafetensorsFile, write_arrays
 from llama_jax.model import transformer
+from llama_jax.weights.adapted import LoraTensor, SavedTensor
 from llama_jax.weights.lora import add_lora, merge_lora, remove_lora
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.quantize import quantize
-from llama_jax.weights.tensors import LoraTensor, SavedTensor
 from llama_jax.weights.vocabulary import untie_embeddings
 from tests.adapters import trained
 from tests.reference import reference_logits, reference_model

@@ -15,8 +15,8 @@ from llama_jax.formats.hf import save_hf
 from llama_jax.load import load
 from llama_jax.mesh.sharding import make_mesh, shardings
 from llama_jax.weights.quantize import Quantization, quantize
+from llama_jax.weights.quantized import is_quantized
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import is_quantized
 from tests.tiny import FAMILIES, tiny_params
 
 pytestmark = pytest.mark.compiled_quickly

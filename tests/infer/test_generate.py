@@ -19,9 +19,9 @@ from llama_jax.config import RopeScaling
 from llama_jax.formats.peft import save_adapter
 from llama_jax.mesh.sharding import make_mesh, shardings
 from llama_jax.model import transformer
+from llama_jax.weights.adapted import LoraTensor
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
-from llama_jax.weights.tensors import LoraTensor
 from tests.infer.scripted import scripted_model, scripted_params, word_tokenizer
 from tests.reference import reference_model
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens

@@ -19,8 +19,8 @@ from llama_jax.mesh.sharding import (
 )
 from llama_jax.model import transformer
 from llama_jax.model.losses import next_token_loss
+from llama_jax.weights.adapted import LoraTensor
 from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import LoraTensor
 from tests.model.test_losses import make_batch
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 

@@ -10,7 +10,7 @@ from llama_jax.config import Compute
 from llama_jax.model import transformer
 from llama_jax.model.context import restarted_positions
 from llama_jax.model.losses import Batch, cross_entropy, next_token_loss
-from llama_jax.weights.tensors import LoraTensor
+from llama_jax.weights.adapted import LoraTensor
 from tests.tiny import FAMILIES, tiny_params, tiny_tokens
 
 pytestmark = pytest.mark.compiled_quickly

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from llama_jax import tree
-from llama_jax.weights.tensors import LoraTensor, is_quantized
+from llama_jax.weights.adapted import LoraTensor
+from llama_jax.weights.quantized import is_quantized
 from tests.train.test_loop import config, same_bits
 from tests.train.tiny_data import chat_row, write_rows
 from train import loop

@@ -10,7 +10,7 @@ import pytest
 
 from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, MoeConfig
-from llama_jax.weights.tensors import PackedTensor, is_quantized
+from llama_jax.weights.quantized import PackedTensor, is_quantized
 from tests.train.test_loop import TINY, config
 from train import loop
 from train.config import RunConfig

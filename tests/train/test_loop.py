@@ -17,7 +17,8 @@ from llama_jax import tree
 from llama_jax.formats import checkpoint, checkpoint_write
 from llama_jax.formats.checkpoint_saver import SaveError
 from llama_jax.load import load
-from llama_jax.weights.tensors import LoraTensor, is_quantized
+from llama_jax.weights.adapted import LoraTensor
+from llama_jax.weights.quantized import is_quantized
 from tests.train.tiny_data import TOKENIZER, chat_row, write_rows
 from train import loop
 from train.config import RunConfig, load_run_config

@@ -11,11 +11,11 @@ from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, Compute
 from llama_jax.mesh.sharding import batch_sharding, make_mesh
 from llama_jax.model.losses import next_token_loss
+from llama_jax.weights.adapted import DroppedLora, LoraTensor
 from llama_jax.weights.dot import dot
 from llama_jax.weights.lora import add_lora, check_dropout, with_dropout
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.select import trainable_mask
-from llama_jax.weights.tensors import DroppedLora, LoraTensor
 from tests.tiny import FAMILIES, tiny_config, tiny_params
 from tests.train.tiny_data import random_batch
 from train.config import OptimizerSection, ScheduleSection

@@ -8,7 +8,9 @@ from llama_jax import tree
 from llama_jax.cli import main
 from llama_jax.load import load
 from llama_jax.model.transformer import forward
-from llama_jax.weights.tensors import IntegerTensor, LoraTensor, QatTensor
+from llama_jax.weights.adapted import LoraTensor
+from llama_jax.weights.quantized import IntegerTensor
+from llama_jax.weights.tensors import QatTensor
 from tests.tiny import tiny_tokens
 from tests.train.test_loop import config, same_bits
 from train.config import RunConfig

@@ -8,8 +8,8 @@ import pytest
 
 from llama_jax import tree
 from llama_jax.formats.hf import save_hf
+from llama_jax.weights.adapted import LoraTensor
 from llama_jax.weights.table import init_params, weight_table
-from llama_jax.weights.tensors import LoraTensor
 from tests.train.test_loop import TINY, config
 from train.loop import train
 from train.setup import make_setup, make_state, open_mesh, quantization

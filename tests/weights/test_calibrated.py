@@ -16,8 +16,9 @@ from llama_jax.weights import smooth as smoothing
 from llama_jax.weights.calibrate import calibrate
 from llama_jax.weights.gptq import choose_codes, gptq
 from llama_jax.weights.quantize import SCHEMES, Quantization, quantize
+from llama_jax.weights.quantized import IntegerTensor, is_quantized
 from llama_jax.weights.smooth import smooth
-from llama_jax.weights.tensors import IntegerTensor, is_quantized, to_array
+from llama_jax.weights.tensors import to_array
 from tests.tiny import FAMILIES, quantize_array, tiny_params, tiny_tokens
 
 pytestmark = pytest.mark.compiled_quickly

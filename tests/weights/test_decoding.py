@@ -10,11 +10,12 @@ from llama_jax.config import Compute
 from llama_jax.model.layout import for_decoding
 from llama_jax.model.transformer import forward
 from llama_jax.weights import decoding
+from llama_jax.weights.adapted import LoraTensor
 from llama_jax.weights.dot import dot
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.quantize import INTEGER_SCHEMES, SCHEMES, Quantization
-from llama_jax.weights.tensors import DecodingTensor, LoraTensor, to_array
+from llama_jax.weights.tensors import DecodingTensor, to_array
 from tests.adapters import trained
 from tests.tiny import quantize_array, tiny_config, tiny_tokens
 from tests.weights.test_integer import quantized

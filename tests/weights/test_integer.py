@@ -13,7 +13,8 @@ from llama_jax.model.transformer import forward
 from llama_jax.weights.calibrate import calibrate
 from llama_jax.weights.dot import dot
 from llama_jax.weights.quantize import INTEGER_SCHEMES, Quantization, quantize
-from llama_jax.weights.tensors import IntegerTensor, is_quantized, to_array
+from llama_jax.weights.quantized import IntegerTensor, is_quantized
+from llama_jax.weights.tensors import to_array
 from tests.tiny import FAMILIES, quantize_array, tiny_config, tiny_params, tiny_tokens
 
 pytestmark = pytest.mark.compiled_quickly

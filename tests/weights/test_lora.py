@@ -12,6 +12,7 @@ from llama_jax import tree
 from llama_jax.config import Compute
 from llama_jax.model import transformer
 from llama_jax.model.layout import unstack_layers
+from llama_jax.weights.adapted import LoraTensor, SavedTensor
 from llama_jax.weights.dot import dot, embed
 from llama_jax.weights.lora import (
     adapters,
@@ -24,7 +25,7 @@ from llama_jax.weights.lora import (
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.quantize import quantize
 from llama_jax.weights.select import trainable_mask
-from llama_jax.weights.tensors import LoraTensor, SavedTensor, to_array
+from llama_jax.weights.tensors import to_array
 from tests.adapters import trained
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 

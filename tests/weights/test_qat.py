@@ -15,8 +15,9 @@ from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.qat import codes
 from llama_jax.weights.qat_tree import add_qat, convert_qat, has_qat
+from llama_jax.weights.quantized import IntegerTensor, PackedTensor
 from llama_jax.weights.select import trainable_mask
-from llama_jax.weights.tensors import IntegerTensor, PackedTensor, QatTensor, to_array
+from llama_jax.weights.tensors import QatTensor, to_array
 from tests.adapters import trained
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 

@@ -15,16 +15,16 @@ from llama_jax.weights.dot import dot, embed
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.quantize import SCHEMES, encode, quantize
-from llama_jax.weights.table import weight_table
-from llama_jax.weights.tensors import (
+from llama_jax.weights.quantized import (
     NF4_VALUES,
     PackedTensor,
     is_quantized,
     pack_nibbles,
     signed_nibbles,
-    to_array,
     unpack_nibbles,
 )
+from llama_jax.weights.table import weight_table
+from llama_jax.weights.tensors import to_array
 from tests.adapters import trained
 from tests.tiny import FAMILIES, quantize_array, tiny_config, tiny_params, tiny_tokens
 

@@ -13,9 +13,9 @@ from infer.params import SamplingParams
 from llama_jax import tree
 from llama_jax.formats.peft import load_adapter, save_adapter
 from llama_jax.model.layout import unstack_layers
+from llama_jax.weights.adapted import LoraTensor
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
-from llama_jax.weights.tensors import LoraTensor
 from tests.infer.engine.client import ask, submit
 from tests.infer.engine.test_engine import prompts_of
 from tests.infer.engine.test_pages import on_mesh
