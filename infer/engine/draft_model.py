@@ -17,8 +17,8 @@ import numpy as np
 from infer.batch import Runnable
 from infer.engine import steps
 from infer.engine.options import EngineOptions
-from infer.engine.runner import draft_slots, drafted_shapes
 from infer.engine.scheduler import Choice
+from infer.engine.shapes import draft_slots, drafted_shapes
 from infer.sampling import Needs, Rows
 from infer.steps import Rules
 from llama_jax.config import ModelConfig

@@ -167,7 +167,7 @@ class BatchingEngine:
                 self.options,
                 longest=longest_context(small.config),
                 capacity=self._runner.capacity,
-                shapes=self._runner.piece_shapes,
+                shapes=self._runner.shapes.pieces,
                 vocab_size=config.vocab_size,
             )
         self._guesser = Guesser(self.options, self._runner, draft_model)
@@ -187,7 +187,7 @@ class BatchingEngine:
         self._scheduler = Scheduler(
             self._blocks,
             max_slots=self.options.max_slots,
-            shapes=self._runner.piece_shapes,
+            shapes=self._runner.shapes.pieces,
             model_version=self.options.model_version,
             save=self._save,
         )
@@ -661,8 +661,8 @@ class BatchingEngine:
             return None
         highest = found[0].slot
         assert highest is not None
-        shapes = self._runner.row_shapes
-        needed = next(shape for shape in shapes if shape >= len(self._scheduler.running))
+        rows = self._runner.shapes.rows
+        needed = next(each for each in rows if each >= len(self._scheduler.running))
         return found if highest >= needed else None
 
     def _give(self, active: _Active, choice: Choice, sampled: Sampled, place: int) -> None:
@@ -790,7 +790,7 @@ class BatchingEngine:
                     held = self._blocks.hold([], runner.num_scratch_blocks(len(tokens)))
                 if held is None:
                     yield  # until others have ended
-            for piece in plan_pieces(len(tokens), runner.piece_shapes):
+            for piece in plan_pieces(len(tokens), runner.shapes.pieces):
                 part = tokens[piece.begin : piece.end]
                 total += runner.read(runner.scratch_slot, held, part, piece.begin, piece.shape)
                 yield

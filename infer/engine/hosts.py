@@ -20,7 +20,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from infer.engine.runner import Plan
+from infer.engine.plan import Plan
 from infer.sampling import Needs, Rows
 from llama_jax.mesh.distributed import ProcessError, coordinator_host, exchange, leave
 

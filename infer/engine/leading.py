@@ -11,7 +11,7 @@ from infer.batch import Runnable
 from infer.engine.hosts import LOST_SECONDS, Followers, HostLostError, Leader
 from infer.engine.options import EngineOptions
 from infer.engine.paged_runner import PagedRunner
-from infer.engine.runner import Plan
+from infer.engine.plan import Plan
 from infer.sampling import Needs, Rows, Sampled
 
 

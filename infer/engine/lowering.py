@@ -13,7 +13,8 @@ from infer.batch import Runnable
 from infer.engine import paged_steps, steps
 from infer.engine.draft_model import VARIANTS
 from infer.engine.paged_runner import PagedRunner
-from infer.engine.runner import draft_slots, drafted_shapes, most_demanding_columns
+from infer.engine.runner import most_demanding_columns
+from infer.engine.shapes import draft_slots, drafted_shapes
 from llama_jax.kernels.paged import with_axes
 from llama_jax.mesh.sharding import partition_spec, replicated
 from llama_jax.model.paged_cache import PagedCache, PageRows
@@ -83,17 +84,17 @@ class AbstractEngine:
 
     def largest(self) -> list[StepShape]:
         """The steps that need most memory."""
-        rows = self.runner.row_shapes[-1]
-        length = self.runner.lengths(rows)[-1]
+        rows = self.runner.shapes.rows[-1]
+        length = self.runner.shapes.lengths(rows)[-1]
         return [
-            StepShape("prefill", 1, self.runner.piece_shapes[-1]),
+            StepShape("prefill", 1, self.runner.shapes.pieces[-1]),
             StepShape("decode", rows, length),
             StepShape("sample", rows, length),
         ]
 
     def all(self) -> list[StepShape]:
-        pieces = [StepShape("prefill", 1, shape) for shape in self.runner.piece_shapes]
-        decoding = [StepShape("decode", *shape) for shape in self.runner.step_shapes()]
+        pieces = [StepShape("prefill", 1, shape) for shape in self.runner.shapes.pieces]
+        decoding = [StepShape("decode", *shape) for shape in self.runner.shapes.steps()]
         drafting = [] if self.draft is None else self.draft.all()
         return [*pieces, *decoding, self.largest()[-1], *drafting]
 
@@ -155,7 +156,7 @@ class AbstractDraft:
 
     def all(self) -> Sequence[StepShape]:
         options = self.runner.options
-        pieces = [StepShape("draft prefill", 1, shape) for shape in self.runner.piece_shapes]
+        pieces = [StepShape("draft prefill", 1, shape) for shape in self.runner.shapes.pieces]
         guesses = [
             StepShape("draft", rows, options.draft_tokens) for rows in drafted_shapes(options)
         ]

@@ -7,7 +7,7 @@ import jax
 
 from infer.engine import placement
 from infer.engine.options import EngineOptions
-from infer.engine.runner import draft_slots
+from infer.engine.shapes import draft_slots
 from llama_jax.config import ModelConfig
 from llama_jax.kernels.paged import empty_pages
 from llama_jax.kernels.rounded import token_bytes

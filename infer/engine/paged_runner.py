@@ -16,7 +16,8 @@ from infer.batch import Runnable
 from infer.engine import paged_steps, placement
 from infer.engine.ahead import Call
 from infer.engine.options import EngineOptions
-from infer.engine.runner import Placed, Runner
+from infer.engine.plan import Placed
+from infer.engine.runner import Runner
 from infer.engine.scheduler import Choice
 from llama_jax.kernels.paged import check_tables
 from llama_jax.mesh.host_copy import HostCopy
@@ -32,13 +33,13 @@ class PagedRunner(Runner):
     def __init__(self, model: Runnable, options: EngineOptions, *, capacity: int, num_blocks: int):
         super().__init__(model, options, capacity=capacity, num_blocks=num_blocks)
         self.pages_per_row = -(-self.capacity // options.block_size)
-        num_scratch = -(-self.piece_shapes[-1] // options.block_size) + 1
+        num_scratch = -(-self.shapes.pieces[-1] // options.block_size) + 1
         self.scratch_blocks = range(num_blocks, num_blocks + num_scratch)
         self._parts = 1 if model.mesh is None else placement.check(model.config, model.mesh)
         self._numbers = itertools.count(1)
         self._kept: dict[int, list[Any]] = {}  # pages of preempted choices, as host copies
         if placement.has_kernel(model.mesh):
-            check_tables(self.row_shapes[-1], self.pages_per_row)
+            check_tables(self.shapes.rows[-1], self.pages_per_row)
 
     @property
     def num_pages(self) -> int:

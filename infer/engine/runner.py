@@ -1,17 +1,10 @@
-"""Runs what the scheduler decides: holds the arrays of an engine and calls its compiled steps.
-
-Steps come in few shapes: pieces of prompts of `piece_shapes` tokens, and `row_shapes` rows that
-take a token. Where steps of fewer than eight tokens turn out to sum in another order than larger
-ones, few rows are filled up to eight tokens.
-"""
+"""Runs what the scheduler decides: holds the arrays of an engine and calls its compiled steps."""
 
 import collections
 import dataclasses
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -22,8 +15,11 @@ from infer.engine import steps
 from infer.engine.adapters import AdapterStack
 from infer.engine.ahead import Call, Compiler
 from infer.engine.options import EngineOptions
+from infer.engine.plan import Placed, Plan
 from infer.engine.scheduler import Choice
+from infer.engine.shapes import FEWEST_TOKENS, Shapes
 from infer.engine.step import Step
+from infer.engine.trial import Trial
 from infer.params import MAX_TOP_LOGPROBS, SamplingParams
 from infer.sampling import Needs, Rows, Sampled
 from llama_jax.mesh.sharding import replicated
@@ -32,10 +28,6 @@ from llama_jax.model.cache import NEVER
 from llama_jax.model.layout import summing_alike
 
 log = logging.getLogger(__name__)
-
-_SHORTEST_PIECE = 32
-_FEWEST_ROWS = 2
-_FEWEST_TOKENS = 8
 
 # The variants of choosing tokens that are compiled, the cheapest first; each can do what those
 # before it can.
@@ -47,58 +39,8 @@ _VARIANTS = (
 
 _FILLER = SamplingParams(temperature=0)
 
-# Of a row: the position of its first token in the step, its tokens there, and its blocks.
-Placed = tuple[int, Sequence[int], Sequence[int]]
 # What `_piece` makes of a piece of a prompt.
 Piece = tuple[np.ndarray, np.int32, np.int32, np.int32]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A step of rows as plain data, without choices and arrays of the device.
-
-    rows, length: its shape. placed: the tokens that run, by slot. adapters: of each row. The others
-    are of each of the rows * length tokens that are taken: `memory` is the slot that remembers it,
-    `masks` what a structure allows, by place, `columns` and `needs` how it is chosen, `taken` its
-    number in its answer.
-    """
-
-    rows: int
-    length: int
-    placed: Mapping[int, Placed]
-    adapters: Sequence[int]
-    memory: Sequence[int]
-    masks: Mapping[int, np.ndarray]
-    columns: Rows
-    taken: Sequence[int]
-    needs: Needs
-
-
-def piece_shapes(piece_tokens: int) -> list[int]:
-    """A short one for short prompts and ends of long ones, and the whole. Each costs a second of
-    every start, so there are few."""
-    return sorted({min(_SHORTEST_PIECE, piece_tokens), piece_tokens})
-
-
-def row_shapes(max_slots: int, *, exact: bool) -> list[int]:
-    """1 or 2, then 8, 24, 48, 96, …, max_slots: a step of 8 rows takes hardly longer than one of 4,
-    and each shape is one more to make ready at every start."""
-    fewest = _FEWEST_ROWS if exact else 1
-    sizes = itertools.chain([fewest, _FEWEST_TOKENS], (24 * 2**n for n in itertools.count()))
-    smaller = itertools.takewhile(lambda size: size < max_slots, sizes)
-    return [*smaller, max(max_slots, fewest)]
-
-
-def drafted_shapes(options: EngineOptions) -> list[int]:
-    """Rows of the steps that have room for guesses."""
-    shapes = row_shapes(options.max_slots, exact=options.exact)
-    return [rows for rows in shapes if rows <= options.max_drafted_rows]
-
-
-def draft_slots(options: EngineOptions) -> int:
-    """Slots of a draft model: those of the largest such step, and one for work that belongs to no
-    choice."""
-    return 1 + max(drafted_shapes(options), default=0)
 
 
 def most_demanding_columns(count: int, vocab_size: int) -> tuple[Rows, Needs]:
@@ -121,22 +63,20 @@ class Runner:
     least_tokens = 1
 
     def __init__(self, model: Runnable, options: EngineOptions, *, capacity: int, num_blocks: int):
-        self.piece_shapes = piece_shapes(options.piece_tokens)
-        self.row_shapes = row_shapes(options.max_slots, exact=options.exact)
+        self.shapes = Shapes(options, least_tokens=self.least_tokens)
         if options.exact:
             drafted = options.max_drafted_rows * (1 + options.draft_tokens)
-            # Tokens of a step; the last is more than any that is filled up to `_FEWEST_TOKENS` has.
-            most = max(self.row_shapes[-1], drafted, 2 * _FEWEST_TOKENS)
+            # Tokens of a step; the last is more than any that is filled up to `FEWEST_TOKENS` has.
+            most = max(self.shapes.rows[-1], drafted, 2 * FEWEST_TOKENS)
             model = dataclasses.replace(model, params=summing_alike(model.params, rows=most))
         self.model, self.options = model, options
-        self._filled: set[int] = set()  # numbers of rows whose steps are filled up with tokens
         # A padded piece may reach past the longest row.
-        self.capacity = capacity + self.piece_shapes[-1]
+        self.capacity = capacity + self.shapes.pieces[-1]
         self._num_blocks = num_blocks
         self._shared: dict[str, Any] = {"compute": model.compute}
         self._dtype = model.compute.held_dtype
         self._words = -(-model.config.vocab_size // 32)
-        self.scratch_slot = self.row_shapes[-1]  # for work that belongs to no choice
+        self.scratch_slot = self.shapes.rows[-1]  # for work that belongs to no choice
         self.scratch_blocks: Sequence[int] = ()
         self._columns: dict[int, tuple[Any, Rows]] = {}  # by tokens a row
         self._cache: Any = None
@@ -165,8 +105,7 @@ class Runner:
 
     def reset(self) -> None:
         """Allocates everything, empty."""
-        self.row_shapes = row_shapes(self.options.max_slots, exact=self.options.exact)
-        self._filled.clear()
+        self.shapes.reset()
         slots = self.scratch_slot + 1
         self._allocate(slots)
         memory = steps.new_memory(num_slots=slots, vocab_size=self.model.config.vocab_size)
@@ -198,8 +137,8 @@ class Runner:
 
         Nothing here waits for a result: steps run while others are compiled.
         """
-        slot, blocks, shapes = self.scratch_slot, self.scratch_blocks, self.step_shapes()
-        pieces = [_piece([0] * shape, 0, shape) for shape in self.piece_shapes]
+        slot, blocks, shapes = self.scratch_slot, self.scratch_blocks, self.shapes.steps()
+        pieces = [_piece([0] * shape, 0, shape) for shape in self.shapes.pieces]
         with Compiler(self.model.context) as compiler:
             steps_made = compiler.begin(
                 [
@@ -225,10 +164,6 @@ class Runner:
             collections.deque(steps_made, maxlen=0)
         self._warm_up_store()
         self.remember_tokens(slot, [0], 1, {})
-
-    def step_shapes(self) -> list[tuple[int, int]]:
-        """Rows, and tokens a row, of the steps in which rows take a token."""
-        return [(rows, length) for rows in self.row_shapes for length in self.lengths(rows)]
 
     def _filler(self, logits: jax.Array, needs: Needs) -> tuple[Any, ...]:
         """What `_take` needs for choices that are nobody's."""
@@ -264,63 +199,41 @@ class Runner:
         self._write(slot, self._read_out(slot, 1))
 
     def drop_inexact_shapes(self) -> None:
-        """Keeps only those numbers of rows whose results equal, bit for bit, the largest's.
-
-        How a product sums may follow from its size. Which sizes agree depends on the machine, so
-        it is looked at, with every slot holding the same few tokens.
-        """
+        """Keeps only those numbers of rows whose results equal, bit for bit, the largest's: tried
+        out with every slot holding the same few tokens."""
         if not self.options.exact:
             return
-        tokens = [(7 * n + 3) % self.model.config.vocab_size for n in range(self.piece_shapes[0])]
-        self.read(self.scratch_slot, self.scratch_blocks, tokens, 0, self.piece_shapes[0])
+        shape = self.shapes.pieces[0]
+        tokens = [(7 * n + 3) % self.model.config.vocab_size for n in range(shape)]
+        self.read(self.scratch_slot, self.scratch_blocks, tokens, 0, shape)
         blocks = range(min(-(-len(tokens) // self.options.block_size), self._num_blocks))
         self.save_blocks(self.scratch_slot, blocks, 0, len(blocks))
-        for slot in range(self.row_shapes[-1]):
+        for slot in range(self.shapes.rows[-1]):
             self.load_blocks(slot, blocks)
-        kept = self._alike_shapes(len(tokens))
-        for rows in [each for each in self.row_shapes if each not in kept]:
+        trial = Trial(
+            self.shapes,
+            run=lambda rows, length: self._trial(rows, length, len(tokens)),
+            fill=self._fill,
+        )
+        kept = trial.alike()
+        for rows in [each for each in self.shapes.rows if each not in kept]:
             log.warning(
                 "steps of %d rows are left out: they sum in another order on this machine than "
                 "those of %d",
                 rows,
-                self.row_shapes[-1],
+                self.shapes.rows[-1],
             )
-        self.row_shapes = kept
-
-    def _alike_shapes(self, begin: int) -> list[int]:
-        """Of `row_shapes`, those that sum as the largest does, filled up where that helps."""
-        *smaller, largest = self.row_shapes
-        wanted, *drafted = self._trials(largest, begin)
-        if not _all_equal(drafted, wanted):
-            if self._fill(largest):
-                return self._alike_shapes(begin)
-            raise RuntimeError(
-                "draft_tokens changes sums on this machine, so an answer could depend on what was "
-                "guessed; set it to 0, or exact to false"
-            )
-        kept = [rows for rows in smaller if self._sums_alike(rows, begin, wanted)]
-        if kept != smaller and self._fill(largest):
-            return self._alike_shapes(begin)
-        return [*kept, largest]
-
-    def _sums_alike(self, rows: int, begin: int, wanted: np.ndarray) -> bool:
-        if _all_equal(self._trials(rows, begin), wanted[:rows]):
-            return True
-        return self._fill(rows) and self._sums_alike(rows, begin, wanted)
+        self.shapes.rows = kept
 
     def _fill(self, rows: int) -> bool:
-        """Gives steps of so many rows enough tokens, compiled; False where they have them."""
-        if rows * self.lengths(rows)[0] >= _FEWEST_TOKENS:
+        """`Shapes.fill`, and compiles the longer steps."""
+        if not self.shapes.fill(rows):
             return False
-        self._filled.add(rows)
-        for length in self.lengths(rows):
+        for length in self.shapes.lengths(rows):
             logits = self._logits(rows, length, {}, [-1] * rows)
             for needs in _VARIANTS:
                 self._take(*self._filler(logits, needs))
         return True
-
-    def _trials(self, rows: int, begin: int) -> list[np.ndarray]:
-        return [self._trial(rows, length, begin) for length in self.lengths(rows)]
 
     def _trial(self, rows: int, length: int, begin: int) -> np.ndarray:
         """Logits after one token in each slot, [rows, V]."""
@@ -413,17 +326,7 @@ class Runner:
     def rows_for(self, choices: Sequence[Choice]) -> int:
         """Rows of the step in which these choices take a token."""
         highest = max(choice.slot or 0 for choice in choices)
-        return next(shape for shape in self.row_shapes if shape > highest)
-
-    def lengths(self, rows: int) -> list[int]:
-        """Tokens a row that steps of so many rows come in: enough for all steps to sum alike, and
-        for guessed ones."""
-        tokens = _FEWEST_TOKENS if rows in self._filled else self.least_tokens
-        least = -(-tokens // rows) if self.options.exact else 1
-        guessed = 1 + self.options.draft_tokens
-        if guessed <= least or rows > self.options.max_drafted_rows:
-            return [least]
-        return [least, guessed]
+        return next(shape for shape in self.shapes.rows if shape > highest)
 
     def begin_step(
         self,
@@ -439,7 +342,7 @@ class Runner:
         by slot, a token that a choice has taken and that is not in its row yet.
         """
         rows = self.rows_for(choices)
-        length = self.lengths(rows)[-1 if drafts else 0]
+        length = self.shapes.lengths(rows)[-1 if drafts else 0]
         adapters = [-1] * rows
         placed: dict[int, Placed] = {}
         slots, taken = [self._nowhere] * (rows * length), [0] * (rows * length)
@@ -680,10 +583,6 @@ class Runner:
     def _memory_of(self, choice: Choice) -> int:
         assert choice.slot is not None
         return choice.slot if choice.row.params.edits_logits else self._nowhere
-
-
-def _all_equal(results: Sequence[np.ndarray], wanted: np.ndarray) -> bool:
-    return all(np.array_equal(one, wanted, equal_nan=True) for one in results)
 
 
 def _piece(tokens: Sequence[int], begin: int, shape: int, adapter: int = -1) -> Piece:

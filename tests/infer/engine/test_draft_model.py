@@ -12,7 +12,7 @@ from infer.engine.engine import BatchingEngine
 from infer.engine.memory import fitting_context, page_bytes, pages_and_context, room_bytes
 from infer.engine.options import EngineOptions
 from infer.engine.request import Request
-from infer.engine.runner import draft_slots
+from infer.engine.shapes import draft_slots
 from infer.generate import generate
 from infer.params import SamplingParams
 from llama_jax.demo.make_tokenizer import FOLDER

@@ -7,7 +7,7 @@ from infer.engine.engine import BatchingEngine
 from infer.engine.memory import fitting_context, memory_bytes
 from infer.engine.options import EngineOptions
 from infer.engine.request import Request
-from infer.engine.runner import piece_shapes, row_shapes
+from infer.engine.shapes import piece_shapes, row_shapes
 from infer.generate import generate
 from infer.params import SamplingParams
 from tests.infer.engine.client import ask
@@ -103,9 +103,9 @@ def restarted(engine, monkeypatch):
 
 
 def test_a_shape_that_sums_otherwise_is_left_out(engine, restarted, caplog):
-    assert engine._runner.row_shapes == [2, 8], caplog.text
+    assert engine._runner.shapes.rows == [2, 8], caplog.text
     runner = restarted(lambda rows, length: 1.5 if rows == 2 else 1)
-    assert runner.row_shapes == [8]
+    assert runner.shapes.rows == [8]
     assert "steps of 2 rows are left out" in caplog.text
     ask(engine, Request("one", (5, 6), SamplingParams(seed=1, max_tokens=3)))
     assert engine.statistics()["compilations_total"] == 0
@@ -113,7 +113,11 @@ def test_a_shape_that_sums_otherwise_is_left_out(engine, restarted, caplog):
 
 def test_few_rows_are_filled_up_where_few_tokens_sum_otherwise(engine, restarted, caplog):
     runner = restarted(lambda rows, length: 1 if rows * length >= 8 else 1.5)
-    assert runner.row_shapes == [2, 8] and runner.lengths(2) == [4] and runner.lengths(8) == [1]
+    assert (
+        runner.shapes.rows == [2, 8]
+        and runner.shapes.lengths(2) == [4]
+        and runner.shapes.lengths(8) == [1]
+    )
     assert not caplog.text
     wishes = [SamplingParams(max_tokens=3), SamplingParams(seed=1, max_tokens=3, logprobs=2)]
     for number, params in enumerate(wishes):
@@ -130,7 +134,10 @@ def test_the_largest_shape_is_filled_up_too_where_all_are_small():
         trial(rows, length, begin) * (1 if rows * length >= 8 else rows)
     )
     engine.start()
-    assert [(rows, runner.lengths(rows)) for rows in runner.row_shapes] == [(2, [4]), (3, [3])]
+    assert [(rows, runner.shapes.lengths(rows)) for rows in runner.shapes.rows] == [
+        (2, [4]),
+        (3, [3]),
+    ]
     requests = [Request(f"r{n}", (5, 6), SamplingParams(seed=n, max_tokens=3)) for n in range(3)]
     ask(engine, *requests)
     assert engine.statistics()["compilations_total"] == 0

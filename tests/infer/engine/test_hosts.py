@@ -26,8 +26,9 @@ from infer.engine.leading import follow
 from infer.engine.options import EngineOptions
 from infer.engine.paged_runner import PagedRunner
 from infer.engine.placement import check_processes
+from infer.engine.plan import Plan
 from infer.engine.request import Request
-from infer.engine.runner import Plan, most_demanding_columns
+from infer.engine.runner import most_demanding_columns
 from infer.generate import generate
 from infer.params import SamplingParams
 from infer.sampling import Needs
