@@ -105,7 +105,7 @@ class DraftModel:
         self._read: dict[int, tuple[int, int]] = {}
 
     def warm_up(self, columns: Callable[[Sequence[Choice], int, int], Rows]) -> None:
-        """Runs every step in every shape once. columns: as `Runner.columns`."""
+        """Runs every step in every shape once. columns: as `Columns.of`."""
         scratch = self._num_slots - 1
         for shape in self._shapes:
             self._read_piece(scratch, [0] * shape, 0, shape)

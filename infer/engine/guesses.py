@@ -62,8 +62,8 @@ class Guesser:
     def start(self) -> None:
         """Allocates and compiles, after the runner did."""
         if self._draft is not None:
-            self._draft.reset(self._runner.rules)
-            self._draft.warm_up(self._runner.columns)
+            self._draft.reset(self._runner.chooser.rules)
+            self._draft.warm_up(self._runner.columns.of)
 
     def guess(self, choices: Sequence[Choice], scheduler: Scheduler) -> dict[int, list[int]]:
         """Guessed tokens by slot. None where a token changes what the next one may be."""
@@ -83,7 +83,7 @@ class Guesser:
         else:
             guessing = [choice for choice in guessing if self._draft.can_guess(choice)]
             rows = self._runner.rows_for(choices)
-            columns = self._runner.columns(choices, rows, 1)
+            columns = self._runner.columns.of(choices, rows, 1)
             found = self._draft.guess(guessing, rows, columns) if guessing else {}
         return {slot: tokens[: rooms[slot]] for slot, tokens in found.items() if tokens}
 

@@ -11,9 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from infer.batch import Runnable
 from infer.engine import paged_steps, steps
+from infer.engine.columns import most_demanding_columns
 from infer.engine.draft_model import VARIANTS
 from infer.engine.paged_runner import PagedRunner
-from infer.engine.runner import most_demanding_columns
 from infer.engine.shapes import draft_slots, drafted_shapes
 from llama_jax.kernels.paged import with_axes
 from llama_jax.mesh.sharding import partition_spec, replicated

@@ -66,7 +66,7 @@ class PagedRunner(Runner):
         }
 
     def _store_calls(self) -> list[Call]:
-        return self._memory_calls()
+        return []
 
     def _warm_up_store(self) -> None:
         self.keep(0, self.scratch_blocks[:1])
@@ -134,7 +134,7 @@ class PagedRunner(Runner):
 
     def move_slot(self, source: int, target: int, with_memory: bool) -> None:
         if with_memory:
-            self._memory = self._copy_memory_call(source, target).run()
+            self.chooser.copy(source, target)
 
     def read_out(self, choice: Choice) -> int:
         """The number under which `keep` keeps it."""

@@ -14,46 +14,24 @@ from infer.batch import Runnable
 from infer.engine import steps
 from infer.engine.adapters import AdapterStack
 from infer.engine.ahead import Call, Compiler
+from infer.engine.chooser import Chooser
+from infer.engine.columns import VARIANTS, Columns, equal_columns, variant
 from infer.engine.options import EngineOptions
 from infer.engine.plan import Placed, Plan
 from infer.engine.scheduler import Choice
 from infer.engine.shapes import FEWEST_TOKENS, Shapes
 from infer.engine.step import Step
 from infer.engine.trial import Trial
-from infer.params import MAX_TOP_LOGPROBS, SamplingParams
+from infer.params import MAX_TOP_LOGPROBS
 from infer.sampling import Needs, Rows, Sampled
-from llama_jax.mesh.sharding import replicated
 from llama_jax.model import slot_cache
 from llama_jax.model.cache import NEVER
 from llama_jax.model.layout import summing_alike
 
 log = logging.getLogger(__name__)
 
-# The variants of choosing tokens that are compiled, the cheapest first; each can do what those
-# before it can.
-_VARIANTS = (
-    Needs(sample=False, edit=False, top_logprobs=None),
-    Needs(sample=True, edit=False, top_logprobs=None),
-    Needs(sample=True, edit=True, top_logprobs=MAX_TOP_LOGPROBS),
-)
-
-_FILLER = SamplingParams(temperature=0)
-
 # What `_piece` makes of a piece of a prompt.
 Piece = tuple[np.ndarray, np.int32, np.int32, np.int32]
-
-
-def most_demanding_columns(count: int, vocab_size: int) -> tuple[Rows, Needs]:
-    """Arguments of `steps.take` for so many tokens, in the variant that does most."""
-    zeros = [0] * count
-    return _columns([_FILLER] * count, zeros, zeros, vocab_size), _VARIANTS[-1]
-
-
-def _variant(params: Sequence[SamplingParams], *, structured: bool) -> Needs:
-    wanted = Needs.of(params)
-    if structured or wanted.edit or wanted.top_logprobs is not None:
-        return _VARIANTS[2]
-    return _VARIANTS[1] if wanted.sample else _VARIANTS[0]
 
 
 class Runner:
@@ -75,10 +53,10 @@ class Runner:
         self._num_blocks = num_blocks
         self._shared: dict[str, Any] = {"compute": model.compute}
         self._dtype = model.compute.held_dtype
-        self._words = -(-model.config.vocab_size // 32)
         self.scratch_slot = self.shapes.rows[-1]  # for work that belongs to no choice
         self.scratch_blocks: Sequence[int] = ()
-        self._columns: dict[int, tuple[Any, Rows]] = {}  # by tokens a row
+        self.columns = Columns(model.config.vocab_size)
+        self.chooser = Chooser(model, num_slots=self.scratch_slot + 1, capacity=self.capacity)
         self._cache: Any = None
         self.hidden: Any = None  # the states of the piece that was read last [T, D]
         self.adapters: AdapterStack | None = None
@@ -106,12 +84,9 @@ class Runner:
     def reset(self) -> None:
         """Allocates everything, empty."""
         self.shapes.reset()
-        slots = self.scratch_slot + 1
-        self._allocate(slots)
-        memory = steps.new_memory(num_slots=slots, vocab_size=self.model.config.vocab_size)
-        place = None if self.model.mesh is None else replicated(self.model.mesh)
-        self._memory, self.rules = jax.device_put((memory, self.model.rules), place)
-        self._columns = {}
+        self._allocate(self.scratch_slot + 1)
+        self.chooser.reset()
+        self.columns = Columns(self.model.config.vocab_size)
 
     def _allocate(self, num_slots: int) -> None:
         """Room for keys and values. Most of the time goes into memory that is touched first."""
@@ -145,6 +120,7 @@ class Runner:
                     *(self._piece_call(slot, blocks, *piece) for piece in pieces),
                     *(self._tokens_call(*shape, {}, [-1] * shape[0]) for shape in shapes),
                     *self._store_calls(),
+                    *self.chooser.memory_calls(slot),
                 ]
             )
             calls = []
@@ -157,23 +133,17 @@ class Runner:
                 for shape, _ in zip(shapes, steps_made, strict=False)
             ]
             all_logits.append([call.run() for call in after_pieces][-1])
-            choosing = [self._filler(logits, needs) for logits in all_logits for needs in _VARIANTS]
-            chosen = compiler.begin([self._take_call(*each) for each in choosing])
+            chooser = self.chooser
+            choosing = [chooser.idle(logits, needs) for logits in all_logits for needs in VARIANTS]
+            chosen = compiler.begin([chooser.take_call(*each) for each in choosing])
             for each, _ in zip(choosing, chosen, strict=True):
-                self._take(*each)
+                chooser.take(*each)
             collections.deque(steps_made, maxlen=0)
         self._warm_up_store()
         self.remember_tokens(slot, [0], 1, {})
 
-    def _filler(self, logits: jax.Array, needs: Needs) -> tuple[Any, ...]:
-        """What `_take` needs for choices that are nobody's."""
-        count = len(logits)
-        zeros = [0] * count
-        columns = _columns([_FILLER] * count, zeros, zeros, self.model.config.vocab_size)
-        return logits, [self._nowhere] * count, None, columns, zeros, needs
-
     def _store_calls(self) -> list[Call]:
-        """What moves keys, values and memory."""
+        """What moves keys and values."""
         slot = self.scratch_slot
         content = jax.eval_shape(slot_cache.read_slot, self._cache, np.int32(slot))
         return [
@@ -183,12 +153,7 @@ class Runner:
             self._copy_call(slot, slot),
             self._read_out_call(slot),
             self._write_call(slot, content),
-            *self._memory_calls(),
         ]
-
-    def _memory_calls(self) -> list[Call]:
-        slot = self.scratch_slot
-        return [self._copy_memory_call(slot, slot), self._remember_call(slot, [0], 1, {})]
 
     def _warm_up_store(self) -> None:
         slot = self.scratch_slot
@@ -231,8 +196,8 @@ class Runner:
             return False
         for length in self.shapes.lengths(rows):
             logits = self._logits(rows, length, {}, [-1] * rows)
-            for needs in _VARIANTS:
-                self._take(*self._filler(logits, needs))
+            for needs in VARIANTS:
+                self.chooser.take(*self.chooser.idle(logits, needs))
         return True
 
     def _trial(self, rows: int, length: int, begin: int) -> np.ndarray:
@@ -295,15 +260,11 @@ class Runner:
 
     def first_token(self, place: int, choice: Choice, mask: np.ndarray | None) -> Sampled:
         """The first new token of a choice from the state at `place`; arrays of two equal rows."""
-        row = choice.row
         self.remember(choice)
-        columns = _columns(
-            [row.params] * 2, [row.seed] * 2, [row.index] * 2, self.model.config.vocab_size
-        )
-        needs = _variant([row.params], structured=mask is not None)
-        result: Sampled = jax.device_get(
-            self.run_first(place, self._memory_of(choice), mask, columns, needs)
-        )
+        columns = equal_columns(choice, 2, self.model.config.vocab_size)
+        needs = variant([choice.row.params], structured=mask is not None)
+        memory = self.chooser.slot_of(choice)
+        result: Sampled = jax.device_get(self.run_first(place, memory, mask, columns, needs))
         return result
 
     def run_first(
@@ -312,7 +273,8 @@ class Runner:
         """The step of `first_token`, as plain data; see `Plan`. Does not wait."""
         logits = self._logits_at_call(place).run()
         masks = None if mask is None else np.stack([mask, mask])
-        return self._take(logits, [memory, self._nowhere], masks, columns, [0, 0], needs)
+        slots = [memory, self.chooser.nowhere]
+        return self.chooser.take(logits, slots, masks, columns, [0, 0], needs)
 
     def _logits_at_call(self, place: int) -> Call:
         return Call(
@@ -341,11 +303,21 @@ class Runner:
         masks, drafts: by slot, the tokens that its structure allows, and the guessed ones. newest:
         by slot, a token that a choice has taken and that is not in its row yet.
         """
+        plan = self._plan(choices, masks, drafts, newest)
+        return Step(choices, drafts, self.run(plan), plan.length)
+
+    def _plan(
+        self,
+        choices: Sequence[Choice],
+        masks: dict[int, np.ndarray],
+        drafts: dict[int, list[int]],
+        newest: dict[int, int] | None,
+    ) -> Plan:
         rows = self.rows_for(choices)
         length = self.shapes.lengths(rows)[-1 if drafts else 0]
         adapters = [-1] * rows
         placed: dict[int, Placed] = {}
-        slots, taken = [self._nowhere] * (rows * length), [0] * (rows * length)
+        slots, taken = [self.chooser.nowhere] * (rows * length), [0] * (rows * length)
         for choice in choices:
             assert choice.slot is not None
             slot, count = choice.slot, len(choice.row.token_ids)
@@ -356,48 +328,29 @@ class Runner:
                 ids, count, begin = [newest[slot]], count + 1, begin + 1
             adapters[slot] = choice.adapter
             placed[slot] = (begin, ids, choice.blocks)
-            slots[slot * length] = self._memory_of(choice)
+            slots[slot * length] = self.chooser.slot_of(choice)
             taken[slot * length : (slot + 1) * length] = range(count, count + length)
-        plan = Plan(
+        return Plan(
             rows,
             length,
             placed,
             adapters,
             slots,
             {slot * length: mask for slot, mask in masks.items()},
-            self.columns(choices, rows, length),
+            self.columns.of(choices, rows, length),
             taken,
-            _variant([choice.row.params for choice in choices], structured=bool(masks)),
+            variant([choice.row.params for choice in choices], structured=bool(masks)),
         )
-        return Step(choices, drafts, self.run(plan), length)
 
     def run(self, plan: Plan) -> Sampled:
         """Does not wait."""
         logits = self._logits(plan.rows, plan.length, plan.placed, plan.adapters)
         bits = None
         if plan.masks:
-            bits = self._no_masks(plan.rows * plan.length)
+            bits = self.chooser.no_masks(plan.rows * plan.length)
             for place, mask in plan.masks.items():
                 bits[place] = mask
-        return self._take(logits, plan.memory, bits, plan.columns, plan.taken, plan.needs)
-
-    def columns(self, choices: Sequence[Choice], rows: int, length: int) -> Rows:
-        """What so many tokens of so many rows ask of sampling; made anew only when others run."""
-        ordered: list[Choice | None] = [None] * rows
-        for choice in choices:
-            assert choice.slot is not None
-            ordered[choice.slot] = choice
-        key = tuple(-1 if choice is None else choice.arrival for choice in ordered)
-        if length not in self._columns or self._columns[length][0] != key:
-            each = [choice for choice in ordered for _ in range(length)]
-            columns = _columns(
-                [_FILLER if choice is None else choice.row.params for choice in each],
-                [0 if choice is None else choice.row.seed for choice in each],
-                [0 if choice is None else choice.row.index for choice in each],
-                self.model.config.vocab_size,
-            )
-            self._columns[length] = (key, columns)
-        return self._columns[length][1]
+        return self.chooser.take(logits, plan.memory, bits, plan.columns, plan.taken, plan.needs)
 
     def _logits(
         self,
@@ -431,46 +384,6 @@ class Runner:
             self._shared,
         )
 
-    def _no_masks(self, rows: int) -> np.ndarray:
-        return np.full((rows, self._words), 2**32 - 1, np.uint32)
-
-    def _take(
-        self,
-        logits: jax.Array,
-        slots: Sequence[int],
-        masks: np.ndarray | None,
-        columns: Rows,
-        taken: Sequence[int],
-        needs: Needs,
-    ) -> Sampled:
-        call = self._take_call(logits, slots, masks, columns, taken, needs)
-        sampled, memory = call.run()
-        if memory is not None:
-            self._memory = memory
-        return sampled
-
-    def _take_call(
-        self,
-        logits: jax.Array,
-        slots: Sequence[int],
-        masks: np.ndarray | None,
-        columns: Rows,
-        taken: Sequence[int],
-        needs: Needs,
-    ) -> Call:
-        if needs.edit and masks is None:
-            masks = self._no_masks(len(slots))
-        arguments = (
-            logits,
-            self._memory if needs.edit else None,
-            np.asarray(slots, np.int32),
-            masks if needs.edit else None,
-            columns,
-            self.rules,
-            np.asarray(taken, np.int32),
-        )
-        return Call(steps.take, arguments, {"needs": needs})
-
     # Slots and blocks
 
     def load_blocks(self, slot: int, ids: Sequence[int]) -> None:
@@ -503,13 +416,10 @@ class Runner:
         """with_memory: what it remembers of its tokens, too."""
         self._cache = self._copy_call(source, target).run()
         if with_memory:
-            self._memory = self._copy_memory_call(source, target).run()
+            self.chooser.copy(source, target)
 
     def _copy_call(self, source: int, target: int) -> Call:
         return Call(steps.copy_slot, (self._cache, np.int32(source), np.int32(target)))
-
-    def _copy_memory_call(self, source: int, target: int) -> Call:
-        return Call(steps.copy_memory, (self._memory, np.int32(source), np.int32(target)))
 
     def read_out(self, choice: Choice) -> Any:
         """What a choice has computed, on the host, for `put_back`."""
@@ -561,28 +471,7 @@ class Runner:
         self, slot: int, tokens: Sequence[int], num_prompt: int, biases: Mapping[int, float]
     ) -> None:
         """Begins a slot's memory with a prompt's tokens and those of its answer so far."""
-        self._memory = self._remember_call(slot, tokens, num_prompt, biases).run()
-
-    def _remember_call(
-        self, slot: int, tokens: Sequence[int], num_prompt: int, biases: Mapping[int, float]
-    ) -> Call:
-        padded = np.zeros(self.capacity, np.int32)
-        padded[: len(tokens)] = tokens
-        bias = np.zeros(self.model.config.vocab_size, np.float32)
-        for token, value in biases.items():
-            bias[token] = -np.inf if value <= -100 else value
-        counts = np.int32(num_prompt), np.int32(len(tokens))
-        return Call(steps.remember, (self._memory, np.int32(slot), padded, *counts, bias))
-
-    @property
-    def _nowhere(self) -> int:
-        """The slot of rows that remember nothing: it reads what the scratch slot has, and what is
-        counted there is dropped."""
-        return self.scratch_slot + 1
-
-    def _memory_of(self, choice: Choice) -> int:
-        assert choice.slot is not None
-        return choice.slot if choice.row.params.edits_logits else self._nowhere
+        self.chooser.remember(slot, tokens, num_prompt, biases)
 
 
 def _piece(tokens: Sequence[int], begin: int, shape: int, adapter: int = -1) -> Piece:
@@ -590,10 +479,3 @@ def _piece(tokens: Sequence[int], begin: int, shape: int, adapter: int = -1) -> 
     padded = np.zeros(shape, np.int32)
     padded[: len(tokens)] = tokens
     return padded, np.int32(begin), np.int32(len(tokens)), np.int32(adapter)
-
-
-def _columns(
-    params: Sequence[SamplingParams], seeds: Sequence[int], choices: Sequence[int], vocab_size: int
-) -> Rows:
-    """Without biases: those stay on the device."""
-    return Rows.of(params, seeds=seeds, choices=choices, vocab_size=vocab_size, needs=_VARIANTS[0])

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import infer.engine.hosts
+from infer.engine.columns import most_demanding_columns
 from infer.engine.engine import BatchingEngine
 from infer.engine.hosts import Followers, HostLostError, Leader, encode, read_order
 from infer.engine.leading import follow
@@ -28,7 +29,6 @@ from infer.engine.paged_runner import PagedRunner
 from infer.engine.placement import check_processes
 from infer.engine.plan import Plan
 from infer.engine.request import Request
-from infer.engine.runner import most_demanding_columns
 from infer.generate import generate
 from infer.params import SamplingParams
 from infer.sampling import Needs
