@@ -51,6 +51,7 @@ from infer.engine.request import (
 )
 from infer.engine.runner import Runner
 from infer.engine.scheduler import Choice, Piece, Scheduler, plan_pieces
+from infer.engine.slot_runner import SlotRunner
 from infer.engine.step import Member, Step
 from infer.engine.structure import Grammars, StructureError, TextMatcher
 from infer.layers import Layers
@@ -154,7 +155,7 @@ class BatchingEngine:
             max_context=context,
         )
         self.model = self._generator.model
-        make_runner: Any = PagedRunner if uses_pages else Runner
+        make_runner: Any = PagedRunner if uses_pages else SlotRunner
         if followers is not None:
             make_runner = partial(LeadingRunner, followers=followers)
         self._runner: Runner = make_runner(

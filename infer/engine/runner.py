@@ -3,8 +3,8 @@
 import collections
 import dataclasses
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -24,8 +24,6 @@ from infer.engine.step import Step
 from infer.engine.trial import Trial
 from infer.params import MAX_TOP_LOGPROBS
 from infer.sampling import Needs, Rows, Sampled
-from llama_jax.model import slot_cache
-from llama_jax.model.cache import NEVER
 from llama_jax.model.layout import summing_alike
 
 log = logging.getLogger(__name__)
@@ -34,11 +32,11 @@ log = logging.getLogger(__name__)
 Piece = tuple[np.ndarray, np.int32, np.int32, np.int32]
 
 
-class Runner:
-    """The arrays and the steps. Only the engine's thread calls it."""
+class Runner(ABC):
+    """The arrays and the steps. Only the engine's thread calls it. Where keys and values lie is
+    said by `SlotRunner` and `PagedRunner`."""
 
-    # That a step has, filled up or not.
-    least_tokens = 1
+    least_tokens: int  # that a step has, filled up or not
 
     def __init__(self, model: Runnable, options: EngineOptions, *, capacity: int, num_blocks: int):
         self.shapes = Shapes(options, least_tokens=self.least_tokens)
@@ -76,10 +74,9 @@ class Runner:
         """From here on steps use the adapters that the stack holds now."""
         self.params = self.model.params if self.adapters is None else self.adapters.params()
 
+    @abstractmethod
     def num_scratch_blocks(self, num_tokens: int) -> int:
         """Blocks that must be held to read so many tokens in the scratch slot."""
-        del num_tokens  # the slot has room for all
-        return 0
 
     def reset(self) -> None:
         """Allocates everything, empty."""
@@ -88,24 +85,9 @@ class Runner:
         self.chooser.reset()
         self.columns = Columns(self.model.config.vocab_size)
 
+    @abstractmethod
     def _allocate(self, num_slots: int) -> None:
-        """Room for keys and values. Most of the time goes into memory that is touched first."""
-        config = self.model.config
-        with ThreadPoolExecutor(2) as pool:
-            cache = pool.submit(
-                steps.new_cache,
-                config,
-                num_slots=num_slots,
-                capacity=self.capacity,
-                dtype=self._dtype,
-            )
-            self._blocks = steps.new_blocks(
-                config,
-                num_blocks=self._num_blocks,
-                block_size=self.options.block_size,
-                dtype=self._dtype,
-            )
-            self._cache = cache.result()
+        """Room for keys and values, empty."""
 
     def warm_up(self) -> None:
         """Compiles every step in every shape, and runs it once, on nothing that matters.
@@ -142,26 +124,13 @@ class Runner:
         self._warm_up_store()
         self.remember_tokens(slot, [0], 1, {})
 
+    @abstractmethod
     def _store_calls(self) -> list[Call]:
         """What moves keys and values."""
-        slot = self.scratch_slot
-        content = jax.eval_shape(slot_cache.read_slot, self._cache, np.int32(slot))
-        return [
-            self._save_call(slot, [0], 0, 1),
-            self._load_call(slot, [0]),
-            self._clear_call(slot),
-            self._copy_call(slot, slot),
-            self._read_out_call(slot),
-            self._write_call(slot, content),
-        ]
 
+    @abstractmethod
     def _warm_up_store(self) -> None:
-        slot = self.scratch_slot
-        self.save_blocks(slot, [0], 0, 1)
-        self.load_blocks(slot, [0])
-        self.clear(slot)
-        self.move_slot(slot, slot, True)
-        self._write(slot, self._read_out(slot, 1))
+        """Runs all that moves keys, values and memory once."""
 
     def drop_inexact_shapes(self) -> None:
         """Keeps only those numbers of rows whose results equal, bit for bit, the largest's: tried
@@ -207,9 +176,9 @@ class Runner:
         whole = np.asarray(jax.device_get(steps.gathered(logits)))
         return whole.reshape(rows, length, -1)[:, 0]
 
+    @abstractmethod
     def _trial_row(self, slot: int) -> tuple[list[int], Sequence[int]]:
         """Its token, and its blocks."""
-        return [(slot + 1) % self.model.config.vocab_size], ()
 
     # Prompts
 
@@ -232,17 +201,11 @@ class Runner:
         self._cache, self.hidden, total = self._piece_call(slot, blocks, *piece).run()
         return total
 
+    @abstractmethod
     def _piece_call(
         self, slot: int, blocks: Sequence[int], tokens: np.ndarray, *numbers: np.int32
     ) -> Call:
         """numbers: where the tokens begin, how many are real, and the adapter."""
-        del blocks  # the slot holds it all
-        where = tokens, np.int32(slot), *numbers
-        return Call(
-            steps.read_piece,
-            (self.model.config, self.params, self._cache, *where),
-            self._shared,
-        )
 
     def score(self, following: Sequence[int]) -> list[np.ndarray]:
         """Log probability of `following[t]` after state t, and the most likely tokens' with ids."""
@@ -363,6 +326,7 @@ class Runner:
         self._cache, logits = self._tokens_call(rows, length, placed, adapters).run()
         return logits
 
+    @abstractmethod
     def _tokens_call(
         self,
         rows: int,
@@ -370,95 +334,42 @@ class Runner:
         placed: Mapping[int, Placed],
         adapters: Sequence[int],
     ) -> Call:
-        tokens = np.zeros((rows, length), np.int32)
-        positions = np.full((rows, length), NEVER, np.int32)
-        visible = 1
-        for slot, (begin, ids, _) in placed.items():
-            tokens[slot, : len(ids)] = ids
-            positions[slot] = np.arange(begin, begin + length)
-            visible = max(visible, begin + len(ids))
-        where = tokens, positions, np.int32(visible), np.asarray(adapters, np.int32)
-        return Call(
-            steps.run_tokens,
-            (self.model.config, self.params, self._cache, *where),
-            self._shared,
-        )
+        """The step of `_logits`."""
 
     # Slots and blocks
 
+    @abstractmethod
     def load_blocks(self, slot: int, ids: Sequence[int]) -> None:
         """Fills the beginning of a slot."""
-        self._cache = self._load_call(slot, ids).run()
 
-    def _load_call(self, slot: int, ids: Sequence[int]) -> Call:
-        where = np.int32(slot), self._padded(ids), np.int32(len(ids))
-        return Call(steps.load_blocks, (self._cache, self._blocks, *where))
-
+    @abstractmethod
     def save_blocks(self, slot: int, ids: Sequence[int], begin: int, end: int) -> None:
         """Keeps blocks number begin to end - 1 of a slot, whose blocks are `ids`."""
-        self._blocks = self._save_call(slot, ids, begin, end).run()
-
-    def _save_call(self, slot: int, ids: Sequence[int], begin: int, end: int) -> Call:
-        where = np.int32(slot), self._padded(ids), np.int32(begin), np.int32(end)
-        return Call(steps.save_blocks, (self._blocks, self._cache, *where))
-
-    def _padded(self, ids: Sequence[int]) -> np.ndarray:
-        padded = np.zeros(-(-self.capacity // self.options.block_size), np.int32)
-        padded[: len(ids)] = ids
-        return padded
 
     def move(self, choice: Choice, target: int) -> None:
         """Copies what a choice has in its slot to another one."""
         assert choice.slot is not None
         self.move_slot(choice.slot, target, choice.row.params.edits_logits)
 
+    @abstractmethod
     def move_slot(self, source: int, target: int, with_memory: bool) -> None:
         """with_memory: what it remembers of its tokens, too."""
-        self._cache = self._copy_call(source, target).run()
-        if with_memory:
-            self.chooser.copy(source, target)
 
-    def _copy_call(self, source: int, target: int) -> Call:
-        return Call(steps.copy_slot, (self._cache, np.int32(source), np.int32(target)))
+    @abstractmethod
+    def clear(self, slot: int) -> None:
+        """After numbers that are not finite: those must not reach whoever comes next."""
 
+    @abstractmethod
     def read_out(self, choice: Choice) -> Any:
-        """What a choice has computed, on the host, for `put_back`."""
-        assert choice.slot is not None
-        return self._read_out(choice.slot, choice.num_tokens - 1)
+        """What a choice has computed goes to the host; gives what `put_back` finds it by."""
 
-    def _read_out(self, slot: int, num_tokens: int) -> list[tuple[Any, Any]]:
-        """Keys and values of a slot's first positions, on the host."""
-        content = jax.device_get(self._read_out_call(slot).run())
-        return slot_cache.cut_content(content, num_tokens)
-
-    def _read_out_call(self, slot: int) -> Call:
-        return Call(steps.read_slot, (self._cache, np.int32(slot)))
-
+    @abstractmethod
     def put_back(self, choice: Choice) -> None:
         """What a preempted choice had goes into its new slot."""
-        assert choice.slot is not None
-        self._write(choice.slot, choice.saved)
-        choice.saved = None
-        self.remember(choice)
 
+    @abstractmethod
     def forget(self, choice: Choice) -> None:
         """It is wanted no more: nor is what it has on the host."""
-        choice.saved = None
-
-    def _write(self, slot: int, content: list[tuple[Any, Any]]) -> None:
-        whole = slot_cache.fill_content(content, self._cache.capacity)
-        self._cache = self._write_call(slot, whole).run()
-
-    def _write_call(self, slot: int, whole: Any) -> Call:
-        return Call(steps.write_slot, (self._cache, np.int32(slot), whole))
-
-    def clear(self, slot: int) -> None:
-        """Zeros, after numbers that are not finite: those would reach whoever comes next, because
-        0 times NaN is NaN."""
-        self._cache = self._clear_call(slot).run()
-
-    def _clear_call(self, slot: int) -> Call:
-        return Call(steps.clear_slot, (self._cache, np.int32(slot)))
 
     def remember(self, choice: Choice) -> None:
         """Begins or renews what a slot remembers of its tokens, where that matters."""
