@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 _SPECIAL = b"\xff"
 
 
-class StructureError(Exception):
-    """A structure that cannot go on, because it needs more than the library allows."""
+class StructureError(ValueError):
+    """A structure that is none, or that cannot go on because it needs more than the library
+    allows."""
 
 
 class Grammars:
@@ -32,7 +33,7 @@ class Grammars:
         self._library: Any = None
 
     def compile(self, structure: Structure) -> "TextMatcher":
-        """Raises ValueError for a source that is no schema, pattern or grammar."""
+        """Raises StructureError for a source that is no schema, pattern or grammar."""
         if not self._end_tokens:
             raise ValueError("structure needs a model with an end token; this one has none")
         library = _import_llguidance()
@@ -44,7 +45,7 @@ class Grammars:
         matcher = library.LLMatcher(self._library, grammar, log_level=0)
         if matcher.is_error():
             reason = " ".join((matcher.get_error() or problem).split())[:300]
-            raise ValueError(f"the structure ({structure.kind}) cannot be compiled: {reason}")
+            raise StructureError(f"the structure ({structure.kind}) cannot be compiled: {reason}")
         return TextMatcher(matcher, self._words)
 
 
@@ -110,9 +111,9 @@ def _grammar(matcher: Any, structure: Structure) -> str:
     try:
         schema = parse_json(source)
     except ValueError as error:
-        raise ValueError(f"the structure's JSON schema is not JSON: {error}") from error
+        raise StructureError(f"the structure's JSON schema is not JSON: {error}") from error
     if not isinstance(schema, dict | bool):
-        raise ValueError(f"the structure's JSON schema is {source[:80]}; it must be an object")
+        raise StructureError(f"the structure's JSON schema is {source[:80]}; it must be an object")
     return str(matcher.grammar_from_json_schema(json.dumps(schema)))
 
 

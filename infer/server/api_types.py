@@ -58,7 +58,8 @@ _UNIONS = {
     "input": _TEXTS,
     "stop": "a text or a list of texts",
     "content": 'a text or a list of parts, all {"type": "text", "text": …}',
-    "tool_choice": '"none", "auto", "required" or {"type": "function", "function": {"name": …}}',
+    "tool_choice": '"none", "auto", "required", {"type": "function", "function": {"name": …}} or '
+    '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": […]}}',
 }
 
 
@@ -296,13 +297,23 @@ class NamedTool(_Body):
     function: FunctionName
 
 
+class AllowedTools(_Body):
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedToolChoice(_Body):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
 class ChatRequest(_Sampled):
     messages: list[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: list[Literal["text"]] | None = None
     audio: None = None
@@ -315,6 +326,28 @@ class ChatRequest(_Sampled):
 
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def tools_named(self) -> list[str] | None:
+        """Those that `tool_choice` leaves, if it names any."""
+        if isinstance(self.tool_choice, NamedTool):
+            return [self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        return None
+
+    @property
+    def callable_tools(self) -> list[Tool]:
+        tools, named = self.tools or [], self.tools_named
+        if self.tool_choice == "none":
+            return []
+        return [tool for tool in tools if named is None or tool.function.name in named]
+
+    @property
+    def must_call(self) -> bool:
+        if isinstance(self.tool_choice, AllowedToolChoice):
+            return self.tool_choice.allowed_tools.mode == "required"
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedTool)
 
     def sampling(self) -> SamplingParams:
         limit = self.max_completion_tokens

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from infer.completion import Alternative, Piece, TokenLogprob
 from infer.engine.request import Request, Started, Structure
 from infer.server.answers import Answer, Choice
-from infer.server.api_types import ChatRequest, NamedTool
+from infer.server.api_types import AllowedToolChoice, ChatRequest, NamedTool
 from infer.server.completions import check_length, check_text, within_ceilings
 from infer.server.errors import ApiError
 from infer.server.generation import Arrival, Context, Generation
@@ -50,7 +50,9 @@ def start_chat(
             )
         ]
 
-    return Generation(context, arrival, "chat", body.model, prepare), ChatAnswer
+    field = "tools" if body.must_call else "response_format"
+    generation = Generation(context, arrival, "chat", body.model, prepare, structure_field=field)
+    return generation, ChatAnswer
 
 
 def _check_counts(context: Context, body: ChatRequest) -> None:
@@ -80,17 +82,19 @@ def _tool_structure(body: ChatRequest, asked: Structure | None, max_bytes: int) 
             "response_format and tools exclude each other; tool_choice 'none' keeps the first",
             param="response_format",
         )
-    name = choice.function.name if isinstance(choice, NamedTool) else None
     names = [tool.function.name for tool in body.tools]
     if len(set(names)) != len(names):
         raise ApiError(400, "tools has a name twice", param="tools")
-    if name is not None and name not in names:
-        raise ApiError(400, f"tool_choice names {name!r}, which is no tool", param="tool_choice")
-    if choice != "required" and name is None:
+    for name in body.tools_named or []:
+        if name not in names:
+            raise ApiError(
+                400, f"tool_choice names {name!r}, which is no tool", param="tool_choice"
+            )
+    if not body.must_call:
         return asked
-    parallel = body.parallel_tool_calls is not False
+    parallel = body.parallel_tool_calls is not False and not isinstance(choice, NamedTool)
     try:
-        schema = forced_schema(body.tools, name=name, parallel=parallel)
+        schema = forced_schema(body.callable_tools, parallel=parallel)
     except RecursionError:
         raise ApiError(400, "tools has a schema nested too deeply", param="tools") from None
     if len(schema) > max_bytes:
@@ -105,9 +109,10 @@ def chat_ids(lease: Lease, body: ChatRequest) -> list[int]:
     tokenizer = lease.loaded.tokenizer
     if tokenizer is None:
         raise ApiError(400, f"{lease.loaded.name} has no tokenizer and cannot chat", param="model")
-    tools = None
-    if body.tools and body.tool_choice != "none":
-        tools = [tool.to_template() for tool in body.tools]
+    # A tool that must be called is shown among all; of those not allowed nothing is said.
+    is_subset = isinstance(body.tool_choice, AllowedToolChoice)
+    shown = body.callable_tools if is_subset or body.tool_choice == "none" else body.tools
+    tools = [tool.to_template() for tool in shown or []] or None
     template = _template(lease, body, tools)
     variables = body.chat_template_kwargs or {}
     taken = sorted(_TAKEN & set(variables))
@@ -164,12 +169,11 @@ class ChatAnswer(Answer):
         super().__init__(generation, **options)
         self._wants_logprobs = bool(body.logprobs)
         self._n = generation.requests[0].params.n
-        may_call = bool(body.tools) and body.tool_choice != "none"
         self._choices = {index: Choice() for index in range(self._n)}
-        parallel = body.parallel_tool_calls is not False
+        tools, parallel = body.callable_tools, body.parallel_tool_calls is not False
         self._parsers = {
-            index: ToolParser(body.tools or [], parallel=parallel)
-            for index in range(self._n if may_call else 0)
+            index: ToolParser(tools, parallel=parallel, must_call=body.must_call)
+            for index in range(self._n if tools else 0)
         }
         # Log probabilities of tokens whose text is held back: they go out with the next chunk.
         self._held: dict[int, list[TokenLogprob]] = {index: [] for index in range(self._n)}
@@ -181,21 +185,21 @@ class ChatAnswer(Answer):
             return
         index, text = event.index, event.text
         calls: list[dict[str, Any]] = []
+        reason: str | None = event.finish_reason
         self._held[index] += event.logprobs
         parser = self._parsers.get(index)
         if parser is not None:
             text = parser.push(text)
-            if event.finish_reason is not None:
-                rest, calls = parser.finish()
+            if reason is not None:
+                rest, calls, reason = parser.finish(reason)
                 text += rest
         if text:
             yield self._choice(index, {"content": text}, self._taken(index))
         if calls:
             numbered = [{"index": place, **call} for place, call in enumerate(calls)]
             yield self._choice(index, {"tool_calls": numbered}, self._taken(index))
-        if event.finish_reason is not None:
+        if reason is not None:
             # The end token has a log probability too, and no text.
-            reason = "tool_calls" if calls else event.finish_reason
             yield self._choice(index, {}, self._taken(index), reason)
 
     def _taken(self, index: int) -> list[TokenLogprob]:
@@ -226,10 +230,12 @@ class ChatAnswer(Answer):
     def _whole_choice(self, index: int, choice: Choice) -> dict[str, Any]:
         text = "".join(choice.text)
         calls: list[dict[str, Any]] = []
+        reason: str | None = choice.finish_reason
         parser = self._parsers.get(index)
         if parser is not None:
+            assert reason is not None
             text = parser.push(text)
-            rest, calls = parser.finish()
+            rest, calls, reason = parser.finish(reason)
             text += rest
         message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
         if calls:
@@ -238,7 +244,7 @@ class ChatAnswer(Answer):
             "index": index,
             "message": message,
             "logprobs": _logprobs(choice.logprobs) if self._wants_logprobs else None,
-            "finish_reason": "tool_calls" if calls else choice.finish_reason,
+            "finish_reason": reason,
         }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from infer.completion import Piece
 from infer.engine.request import Failed, Finished, NotReadyError, QueueFullError, Request, Started
+from infer.engine.structure import StructureError
 from infer.server.api_types import refused
 from infer.server.auth import Caller, Gate
 from infer.server.errors import ApiError
@@ -76,13 +77,22 @@ class Generation:
 
     prepare: makes the engine's requests from a lease and an id; runs in a thread, because
     templates and tokenizers may take their time. It raises ValueError for what a client must mend.
+    structure_field: where the body says what the text must match.
     """
 
     def __init__(
-        self, context: Context, arrival: Arrival, endpoint: str, model: str, prepare: Prepare
+        self,
+        context: Context,
+        arrival: Arrival,
+        endpoint: str,
+        model: str,
+        prepare: Prepare,
+        *,
+        structure_field: str = "response_format",
     ):
         self._context, self._arrival = context, arrival
         self._endpoint, self._model, self._prepare = endpoint, model, prepare
+        self._structure_field = structure_field
         self._stack = contextlib.ExitStack()
         self._mailbox = Mailbox(context.waker)
         self._requests: list[Request] = []
@@ -159,6 +169,9 @@ class Generation:
             raise ApiError(
                 503, str(error), code="model_not_ready", retry_after_seconds=2
             ) from error
+        except StructureError as error:
+            self._unfinished.discard(prompt)
+            raise ApiError(400, str(error), param=self._structure_field) from error
         except ValueError as error:
             self._unfinished.discard(prompt)
             raise refused(error) from error
@@ -200,7 +213,7 @@ class Generation:
 
     def _failed(self, event: Failed) -> ApiError:
         if event.reason == "request":
-            return ApiError(400, event.message)
+            return ApiError(400, event.message, param=self._structure_field)
         if event.reason == "engine":
             return ApiError(500, f"the engine failed: {event.message}", code="engine_failed")
         if event.reason == "drained":

@@ -21,6 +21,8 @@ _CLOSER = "</tool_call>"
 _BARE = ("{", "[")
 # What may stand around the objects.
 _BETWEEN = re.compile(rf"(?:[\s;,]|{'|'.join(map(re.escape, (*_OPENERS, _CLOSER)))})*")
+# A call of `forced_schema` up to its arguments.
+_BEGUN_CALL = re.compile(r'\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*')
 # Keys of a JSON Schema under which data stand, and those under which schemas have names.
 _DATA = ("const", "default", "enum", "examples")
 _NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
@@ -36,11 +38,12 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse)
 
 class ToolParser:
     """Reads one choice's text as it comes. tools: those that may be called; parallel: whether more
-    than one at once, else the first call is kept."""
+    than one at once, else the first call is kept; must_call: whether the text was held to
+    `forced_schema`."""
 
-    def __init__(self, tools: Sequence[Tool], *, parallel: bool = True):
+    def __init__(self, tools: Sequence[Tool], *, parallel: bool = True, must_call: bool = False):
         self._names = {tool.function.name for tool in tools}
-        self._parallel = parallel
+        self._parallel, self._must_call = parallel, must_call
         self._held = ""
         self._has_shown = False
         self._in_call = False
@@ -60,12 +63,14 @@ class ToolParser:
             return self._show(min(places))
         return self._show(len(self._held) - _num_begun(self._held))
 
-    def finish(self) -> tuple[str, list[dict[str, Any]]]:
-        """The rest of the text, and the calls. A text that is no call after all comes out whole."""
+    def finish(self, reason: str) -> tuple[str, list[dict[str, Any]], str]:
+        """The rest of the text, the calls, and why the answer ended: what the engine said, or
+        `tool_calls`. A text that is no call after all comes out whole."""
         calls = parse_calls(self._held, self._names) if self._in_call else []
-        if not calls:
-            return self._held, []
-        return "", calls if self._parallel else calls[:1]
+        if calls:
+            return "", calls if self._parallel else calls[:1], "tool_calls"
+        calls = cut_calls(self._held) if self._must_call else []
+        return "" if calls else self._held, calls, reason
 
     def _show(self, length: int) -> str:
         shown, self._held = self._held[:length], self._held[length:]
@@ -103,6 +108,29 @@ def _after_marks(text: str, place: int) -> int:
     return found.end()
 
 
+def cut_calls(text: str) -> list[dict[str, Any]]:
+    """The same of a text that follows `forced_schema` up to where it was cut off, for example by
+    `max_tokens`: of the last call there may be only the beginning of its arguments, as OpenAI has
+    it. Empty where not even a name is whole."""
+    calls = []
+    place = _after_marks(text, 0)
+    if text.startswith("[", place):
+        place = _after_marks(text, place + 1)
+    while begun := _BEGUN_CALL.match(text, place):
+        place = begun.end()
+        try:
+            arguments, end = _DECODER.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            calls.append(_made(json.loads(begun[1]), text[place:]))
+            break
+        calls.append(_made(json.loads(begun[1]), json.dumps(arguments, ensure_ascii=False)))
+        closed = text.find("}", end)
+        if closed < 0:
+            break
+        place = _after_marks(text, closed + 1)
+    return calls
+
+
 def _call(value: Any, names: set[str]) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         return None
@@ -112,6 +140,10 @@ def _call(value: Any, names: set[str]) -> dict[str, Any] | None:
     arguments = _as_json(value.get("arguments", value.get("parameters", {})))
     if not isinstance(name, str) or name not in names or arguments is None:
         return None
+    return _made(name, arguments)
+
+
+def _made(name: str, arguments: str) -> dict[str, Any]:
     return {
         "id": f"call_{secrets.token_hex(12)}",
         "type": "function",
@@ -133,13 +165,11 @@ def _as_json(arguments: Any) -> str | None:
     return text
 
 
-def forced_schema(tools: Sequence[Tool], *, name: str | None, parallel: bool) -> str:
-    """The JSON Schema of an answer that must call a tool: the one of that name, or any."""
-    is_list = parallel and name is None
-    called = [tool.function for tool in tools if name in (None, tool.function.name)]
+def forced_schema(tools: Sequence[Tool], *, parallel: bool) -> str:
+    """The JSON Schema of an answer that must call one of the tools, or with `parallel` several."""
     calls = []
-    for number, function in enumerate(called):
-        place = f"{'/items' if is_list else ''}/anyOf/{number}/properties/arguments"
+    for number, function in enumerate(tool.function for tool in tools):
+        place = f"{'/items' if parallel else ''}/anyOf/{number}/properties/arguments"
         calls.append(
             {
                 "type": "object",
@@ -152,7 +182,7 @@ def forced_schema(tools: Sequence[Tool], *, name: str | None, parallel: bool) ->
             }
         )
     one = {"anyOf": calls}
-    return json.dumps({"type": "array", "items": one, "minItems": 1} if is_list else one)
+    return json.dumps({"type": "array", "items": one, "minItems": 1} if parallel else one)
 
 
 def _moved(schema: Any, place: str) -> Any:

@@ -294,7 +294,7 @@ PART = {"type": "image_url", "image_url": {"url": "https://x/y.png"}}
             {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "x"}]}]},
             '{"type": "text", "text": …}',
         ),
-        ({"tool_choice": {}}, '"required" or {"type": "function", "function": {"name": …}}'),
+        ({"tool_choice": {}}, '"required", {"type": "function", "function": {"name": …}} or '),
         ({"tool_choice": "any"}, ', not "any"'),
         ({"stop": 5}, "stop: Input should be a text or a list of texts, not 5"),
         ({"prompt": [1, [2]]}, "a list of at most 1048576 token ids or a list of such lists"),
@@ -496,6 +496,10 @@ BODIES = {
          "chat_template": "{{ tools }}", "stream": True, "stream_options": {"include_usage": True}},
         {"messages": MESSAGES, "response_format": {
             "type": "json_schema", "json_schema": {"name": "x", "schema": {}}}},
+        {"messages": MESSAGES, "tools": [{"type": "function", "function": {"name": "f"}}],
+         "chat_template": "{{ tools }}", "tool_choice": {
+             "type": "allowed_tools", "allowed_tools": {
+                 "mode": "auto", "tools": [{"type": "function", "function": {"name": "f"}}]}}},
     ],
     "/v1/completions": [
         {"prompt": "x", "n": 1, "best_of": 1, "response_format": {"type": "regex", "regex": "x"}},

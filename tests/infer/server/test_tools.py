@@ -6,6 +6,7 @@ import sys
 import openai
 import pytest
 
+from infer.engine.structure import Grammars
 from infer.server.api_types import Tool
 from infer.server.loaded import Built
 from infer.server.tools import ToolParser, parse_calls
@@ -168,8 +169,40 @@ def test_the_parser_does_not_depend_on_how_text_is_cut(cut):
     text = f"Let me see < this. <tool_call>{CALL}</tool_call>"
     parser = ToolParser([Tool(**WEATHER)])
     shown = "".join(parser.push(text[begin : begin + cut]) for begin in range(0, len(text), cut))
-    rest, calls = parser.finish()
-    assert (shown + rest, len(calls)) == ("Let me see < this. ", 1)
+    rest, calls, reason = parser.finish("stop")
+    assert (shown + rest, len(calls), reason) == ("Let me see < this. ", 1, "tool_calls")
+
+
+@pytest.mark.parametrize("is_list", [True, False])
+def test_a_forced_call_that_is_cut_off_keeps_what_there_is_of_it(is_list):
+    whole = f"[{CALL}, {CALL}]" if is_list else CALL
+    arguments = '{"place": "Bern"}'
+    for end in range(1, len(whole)):
+        text = whole[:end]
+        parser = ToolParser([Tool(**WEATHER)], must_call=True)
+        shown = parser.push(text)
+        rest, calls, reason = parser.finish("length")
+        begun = text.count('"arguments":')
+        if not begun:
+            assert (shown + rest, calls, reason) == (text, [], "length")
+            continue
+        assert (shown, rest, len(calls), reason) == ("", "", begun, "length")
+        *before, last = [call["function"] for call in calls]
+        assert all(call == {"name": "weather", "arguments": arguments} for call in before)
+        assert last["name"] == "weather"
+        assert last["arguments"] == text.rpartition('"arguments":')[2].lstrip()[: len(arguments)]
+
+
+def test_a_forced_call_that_max_tokens_cuts_is_a_call_of_that_length(server, says):
+    begun = '{"name": "weather", "arguments": {"place'
+    fields = {"max_tokens": len(begun), "tool_choice": "required", "parallel_tool_calls": False}
+    choice = chat(server, says, CALL, **fields)
+    [call] = choice["message"]["tool_calls"]
+    assert call["function"] == {"name": "weather", "arguments": '{"place'}
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", None)
+    # One that nobody asked for may be anything.
+    choice = chat(server, says, CALL, max_tokens=len(begun))
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", begun)
 
 
 def test_calls_nested_without_end_are_no_calls():
@@ -231,6 +264,61 @@ def test_a_call_can_be_forced(server, says):
         assert options[0]["properties"]["arguments"] == WEATHER["function"]["parameters"]
 
 
+def allowed(mode, *names):
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_of_allowed_tools_alone_the_model_hears_and_may_call_one(server, says):
+    choice = chat(server, says, CALL, tool_choice=allowed("auto", "weather"))
+    assert choice["finish_reason"] == "tool_calls"
+    request = server.engine.seen[-1]
+    prompt = byte_tokenizer().decode(request.prompt_token_ids, skip_special_tokens=False)
+    assert '"weather"' in prompt and '"time"' not in prompt and request.structure is None
+    choice = chat(server, says, CALL, tool_choice=allowed("auto", "time"))
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("stop", CALL)
+    chat(server, says, CALL, tool_choice=allowed("required", "weather"))
+    schema = json.loads(server.engine.seen[-1].structure.source)
+    [one] = schema["items"]["anyOf"]
+    assert one["properties"]["name"] == {"const": "weather"}
+
+
+class Compiling(ScriptedEngine):
+    """Reads structures as the engine does."""
+
+    def submit(self, request, on_event):
+        ends = self.end_tokens
+        if request.structure is not None:
+            Grammars(self.tokenizer, vocab_size=259, end_tokens=ends).compile(request.structure)
+        super().submit(request, on_event)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "regex", "regex": "("}}, "response_format"),
+        ({"response_format": {"type": "grammar", "grammar": "start: x"}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {
+                "name": "x", "schema": {"type": "x"}}}},
+            "response_format",
+        ),
+        (
+            {"tool_choice": "required", "tools": [{"type": "function", "function": {
+                "name": "x", "parameters": {"type": "x"}}}]},
+            "tools",
+        ),
+    ],
+)  # fmt: skip
+def test_a_structure_that_is_none_names_its_field(fields, param):
+    pytest.importorskip("llguidance")
+    tokenizer = byte_tokenizer()
+    with running(lambda source: Built(Compiling(tokenizer, lambda *_: [65]), tokenizer)) as server:
+        status, body, _ = server.chat(chat_template=TEMPLATE, **fields)
+    assert (status, body["error"]["param"]) == (400, param), body
+    assert "the structure" in body["error"]["message"]
+
+
 PLACE = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
 # As Pydantic makes them, with data that look like a reference.
 TREE = {
@@ -286,6 +374,10 @@ def test_references_in_a_forced_schema_point_to_what_they_did(server, says, fiel
             {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}},
             "tool_choice",
         ),
+        ({"tools": TOOLS, "tool_choice": allowed("auto", "weather", "x")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("none", "time")}, "tool_choice"),
+        ({"tool_choice": allowed("required", "time")}, "tool_choice"),
         (
             {
                 "tools": TOOLS,
