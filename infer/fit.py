@@ -234,13 +234,6 @@ def fit(settings: Settings, wanted: Slice, say: Say) -> ServeFit:
             f"devices; their number must be the product of the mesh's axes, such as "
             f"mesh=tensor={wanted.num_devices}"
         )
-    hosts = wanted.hosts * wanted.count
-    if hosts > 1 and (settings.max_adapters or settings.draft_model is not None):
-        raise ValueError(
-            f"{wanted.name} is {hosts} hosts, and a model over several hosts has no adapters by "
-            f"request and no draft model; leave out max_adapters and draft_model, or choose a "
-            f"slice of one host"
-        )
     mesh, *_ = placement.serving_meshes(sizes, slice_devices(wanted))
     parts = placement.check(config, mesh)
     places = shardings(config, params, mesh, placement.RULES)

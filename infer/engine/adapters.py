@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig
-from llama_jax.formats.peft import load_adapter
+from llama_jax.formats.peft import load_adapter, stores_embeddings
 from llama_jax.mesh.sharding import partition_spec, replicated
 from llama_jax.weights.adapted import LoraTensor, StackedLora
 from llama_jax.weights.lora import adapters
@@ -82,6 +82,8 @@ class AdapterStack:
             arrays, places = [each[index] for each in factors], self._places(block, name)
             # Of a step; `with_chosen` says it.
             nobody: Any = np.zeros((*arrays[0].shape[:-2], 0), np.int32)
+            lora_a: Any
+            lora_b: Any
             if isinstance(jax.tree.leaves(base)[0], jax.ShapeDtypeStruct):
                 assert places is not None and self._mesh is not None
                 everywhere = replicated(self._mesh)
@@ -90,7 +92,7 @@ class AdapterStack:
                     for array, place in zip([*arrays, nobody], [*places, everywhere], strict=True)
                 )
             else:
-                lora_a, lora_b = jax.device_put(arrays, places)
+                lora_a, lora_b = _placed(arrays, places)
             leaf = StackedLora(base, lora_a, lora_b, nobody, self.rank)
             layer[block][name] = {**layer[block][name], "weight": leaf}
         return layer
@@ -105,6 +107,12 @@ class AdapterStack:
 
     def read(self, folder: str) -> Factors:
         """The adapter of a PEFT folder, checked, on the host. Raises ValueError."""
+        if self._mesh is not None and self._mesh.is_multi_process and stores_embeddings(folder):
+            raise ValueError(
+                f"{folder}: the adapter stores embeddings, which must be those of the model, whose "
+                f"own are divided over several hosts; save it without (PEFT's "
+                f"save_embedding_layers=False)"
+            )
         abstract = {**abstract_params(self._config)}
         # What an adapter stores beside its factors is compared with the base's own.
         abstract |= {name: part for name, part in self._base.items() if name != "layers"}
@@ -140,6 +148,16 @@ class AdapterStack:
                 end = begin + b.shape[1]
                 lora_a[:, :, begin:end] = a
                 lora_b[:, begin:end] = b
+
+
+def _placed(arrays: list[np.ndarray], places: list[NamedSharding] | None) -> list[jax.Array]:
+    """On the devices of this process what they hold; other processes do the same with theirs."""
+    if places is None:
+        return jax.device_put(arrays)
+    return [
+        jax.make_array_from_callback(array.shape, place, array.__getitem__)
+        for array, place in zip(arrays, places, strict=True)
+    ]
 
 
 def _path(block: str, name: str) -> str:

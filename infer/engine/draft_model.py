@@ -68,7 +68,8 @@ def check_draft(
 
 
 class DraftModel:
-    """Only the engine's thread calls it.
+    """Only the engine's thread calls it, in the context of its model, whose devices may be some of
+    the large one's.
 
     model: the small one. longest: tokens that it can read. vocab_size: of the large one, whose
     rules say which ids stand for tokens. shapes: pieces in which texts are read, as the large
@@ -98,9 +99,8 @@ class DraftModel:
             capacity=self._capacity,
             dtype=self.model.compute.held_dtype,
         )
-        mesh = self.model.mesh
-        self._cache = cache if mesh is None else jax.device_put(cache, replicated(mesh))
-        self._rules = rules
+        place = None if self.model.mesh is None else replicated(self.model.mesh)
+        self._cache, self._rules = jax.device_put((cache, rules), place)
         # By slot: whose tokens are in it, by arrival, and how many.
         self._read: dict[int, tuple[int, int]] = {}
 

@@ -62,8 +62,9 @@ class Guesser:
     def start(self) -> None:
         """Allocates and compiles, after the runner did."""
         if self._draft is not None:
-            self._draft.reset(self._runner.chooser.rules)
-            self._draft.warm_up(self._runner.columns.of)
+            with self._draft.model.context():
+                self._draft.reset(self._runner.model.rules)
+                self._draft.warm_up(self._runner.columns.of)
 
     def guess(self, choices: Sequence[Choice], scheduler: Scheduler) -> dict[int, list[int]]:
         """Guessed tokens by slot. None where a token changes what the next one may be."""
@@ -84,7 +85,8 @@ class Guesser:
             guessing = [choice for choice in guessing if self._draft.can_guess(choice)]
             rows = self._runner.rows_for(choices)
             columns = self._runner.columns.of(choices, rows, 1)
-            found = self._draft.guess(guessing, rows, columns) if guessing else {}
+            with self._draft.model.context():
+                found = self._draft.guess(guessing, rows, columns) if guessing else {}
         return {slot: tokens[: rooms[slot]] for slot, tokens in found.items() if tokens}
 
     def catch_up(self, running: Sequence[Choice]) -> bool:
@@ -92,7 +94,8 @@ class Guesser:
         choices = [choice for choice in running if choice.is_read]
         if self._draft is None or not self.is_worth_it(choices):
             return False
-        return any(self._draft.catch_up(choice) for choice in choices if choice.is_plain)
+        with self._draft.model.context():
+            return any(self._draft.catch_up(choice) for choice in choices if choice.is_plain)
 
     def took(self, choice: Choice) -> None:
         """A choice has new tokens."""
@@ -102,7 +105,8 @@ class Guesser:
     def move(self, choice: Choice, target: int) -> None:
         """A choice goes to another slot."""
         if self._draft is not None:
-            self._draft.move(choice, target)
+            with self._draft.model.context():
+                self._draft.move(choice, target)
 
     def is_worth_it(self, choices: Sequence[Choice]) -> bool:
         """Whether a step of these choices has room for guesses."""

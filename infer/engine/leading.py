@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from infer.batch import Runnable
+from infer.engine.adapters import Factors
 from infer.engine.hosts import LOST_SECONDS, Followers, HostLostError, Leader
 from infer.engine.options import EngineOptions
 from infer.engine.paged_runner import PagedRunner
@@ -43,6 +44,18 @@ class LeadingRunner(PagedRunner):
             yield
         finally:
             self._is_told = False
+
+    def put_adapter(self, place: int, factors: Factors) -> None:
+        with self._together("put_adapter", place, factors):
+            super().put_adapter(place, factors)
+
+    def take_adapter(self, place: int) -> None:
+        with self._together("take_adapter", place):
+            super().take_adapter(place)
+
+    def take_adapters(self) -> None:
+        with self._together("take_adapters"):
+            super().take_adapters()
 
     def reset(self) -> None:
         with self._together("reset"):
@@ -111,6 +124,9 @@ def follow(runner: PagedRunner, leader: Leader) -> None:
     orders: dict[str, Callable[..., Any]] = {
         each.__name__: each
         for each in (
+            runner.put_adapter,
+            runner.take_adapter,
+            runner.take_adapters,
             runner.reset,
             runner.warm_up,
             runner.drop_inexact_shapes,

@@ -29,10 +29,7 @@ class LoadedAdapters:
         """None is loaded."""
         self._by_name: dict[str, Adapter] = {}
         self._leaving: set[int] = set()
-        if self._runner.adapters is not None:
-            for place in range(self._runner.adapters.count):
-                self._runner.adapters.put(place, {})
-            self._runner.use_adapters()
+        self._runner.take_adapters()
 
     @property
     def stack(self) -> AdapterStack:
@@ -62,8 +59,7 @@ class LoadedAdapters:
         return free[0]
 
     def load(self, name: str, place: int, factors: Factors) -> None:
-        self.stack.put(place, factors)
-        self._runner.use_adapters()
+        self._runner.put_adapter(place, factors)
         self._by_name[name] = Adapter(place, f"{name} {next(self._serials)}")
 
     def leave(self, name: str) -> Adapter:
@@ -77,7 +73,7 @@ class LoadedAdapters:
 
     def unload(self, adapter: Adapter) -> None:
         """What left."""
-        self.stack.put(adapter.place, {})
+        self._runner.take_adapter(adapter.place)
         self._leaving.discard(adapter.place)
 
     def _loaded(self) -> str:

@@ -58,7 +58,12 @@ def make_parts(
     small = None
     if draft is not None:
         small = small_model(
-            draft, options, config=config, tokenizer=tokenizer, compute=compute, mesh=mesh
+            draft,
+            options,
+            config=config,
+            tokenizer=tokenizer,
+            compute=compute,
+            mesh=placement.draft_mesh(mesh),
         )
     num_blocks, context = _sizes(
         config, options, dtype=compute.held_dtype, mesh=mesh, small=small, uses_pages=uses_pages

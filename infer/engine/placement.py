@@ -69,6 +69,14 @@ def first_device(mesh: Mesh | None) -> jax.Device:
     return jax.local_devices()[0] if mesh is None else mesh.local_devices[0]
 
 
+def draft_mesh(mesh: Mesh | None) -> Mesh | None:
+    """Where a draft model lies beside a model on `mesh`: on all its devices, or, where these belong
+    to several processes, on one of this process. Only process 0 guesses, and tells the others."""
+    if mesh is None or not mesh.is_multi_process:
+        return mesh
+    return serving_mesh({}, [first_device(mesh)])
+
+
 def has_kernel(mesh: Mesh | None) -> bool:
     """Whether the devices are TPUs, for which there is a kernel that reads pages."""
     device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
@@ -102,11 +110,8 @@ def check_slice(name: str) -> None:
         )
 
 
-def check_processes(
-    sizes: Mapping[str, int] | None, options: EngineOptions, *, draft: bool = False
-) -> None:
-    """Raises ValueError for what an engine of several processes cannot have. draft: whether it has
-    a draft model."""
+def check_processes(sizes: Mapping[str, int] | None, options: EngineOptions) -> None:
+    """Raises ValueError for what an engine of several processes cannot have."""
     count = jax.process_count()
     if count == 1:
         return
@@ -127,13 +132,3 @@ def check_processes(
         )
     if options.cache == "slots":
         raise ValueError("cache is slots, which lie on one device; leave it out")
-    if options.max_adapters:
-        raise ValueError(
-            f"max_adapters is {options.max_adapters}, but {count} processes serve one model "
-            f"together, and none of the others would have its adapters; leave it out"
-        )
-    if draft:
-        raise ValueError(
-            f"{count} processes serve one model together, and a draft model runs in one; leave "
-            f"draft_model out (draft_tokens alone guesses from the text)"
-        )

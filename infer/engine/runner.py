@@ -12,7 +12,7 @@ import numpy as np
 
 from infer.batch import Runnable
 from infer.engine import steps
-from infer.engine.adapters import AdapterStack
+from infer.engine.adapters import AdapterStack, Factors
 from infer.engine.ahead import Call, Compiler
 from infer.engine.chooser import Chooser
 from infer.engine.columns import VARIANTS, Columns, equal_columns, variant
@@ -73,6 +73,23 @@ class Runner(ABC):
     def use_adapters(self) -> None:
         """From here on steps use the adapters that the stack holds now."""
         self.params = self.model.params if self.adapters is None else self.adapters.params()
+
+    def put_adapter(self, place: int, factors: Factors) -> None:
+        """From here on steps have an adapter at a place of the stack."""
+        assert self.adapters is not None
+        self.adapters.put(place, factors)
+        self.use_adapters()
+
+    def take_adapter(self, place: int) -> None:
+        """Nobody uses the adapter at a place any more, so what steps hold there may stay."""
+        assert self.adapters is not None
+        self.adapters.put(place, {})
+
+    def take_adapters(self) -> None:
+        if self.adapters is not None:
+            for place in range(self.adapters.count):
+                self.adapters.put(place, {})
+            self.use_adapters()
 
     @abstractmethod
     def num_scratch_blocks(self, num_tokens: int) -> int:

@@ -58,7 +58,10 @@ _SHARED = (
     "max_slots",
     "max_context",
     "piece_tokens",
+    "max_adapters",
+    "max_lora_rank",
     "draft_tokens",
+    "draft_model",
     "exact",
 )
 
@@ -77,22 +80,10 @@ def make_build(
     lock = threading.Lock()
     start_once = functools.cache(start)
 
-    @functools.cache
-    def load_draft() -> Any:
-        """Once for all versions, which share its weights, in the one form in which it runs."""
-        if settings.draft_model is None:
-            return None
-        from infer.layers import with_layers
-        from llama_jax.load import check_architecture, load
-
-        named, draft = settings.draft_architecture, load(settings.draft_model)
-        check_architecture(named, settings.draft_model, draft.config, field="draft_architecture")
-        return draft.config, with_layers(draft.params, "unrolled", None), draft.tokenizer
-
     def build(source: Source) -> Built:
         with lock:
             start_once()
-            draft = load_draft()
+            draft = maker.draft
         from infer.engine import placement
         from infer.engine.replicas import Replicas
         from llama_jax.weights.quantize import stored_types
@@ -130,7 +121,9 @@ def follow(settings: Settings, source: Source) -> None:
     maker.agree()
     leader = Leader(_MEETING)
     mesh = placement.serving_mesh(maker.sizes)
-    maker.engine(source, maker.load(source, mesh), mesh).follow(leader)
+    # A draft model guesses in process 0 alone, but the room that it takes is counted everywhere.
+    engine = maker.engine(source, maker.load(source, mesh), mesh, draft=maker.draft)
+    engine.follow(leader)
 
 
 _MEETING = "serve"
@@ -153,8 +146,21 @@ class _EngineMaker:
 
         if self.settings.slice is not None:
             placement.check_slice(self.settings.slice)
-        has_draft = self.settings.draft_model is not None
-        placement.check_processes(self.sizes, self.options, draft=has_draft)
+        placement.check_processes(self.sizes, self.options)
+
+    @functools.cached_property
+    def draft(self) -> Any:
+        """Once for all versions, which share its weights, in the one form in which it runs."""
+        if self.settings.draft_model is None:
+            return None
+        from infer.layers import with_layers
+        from llama_jax.load import check_architecture, load
+
+        named, draft = self.settings.draft_architecture, load(self.settings.draft_model)
+        check_architecture(
+            named, self.settings.draft_model, draft.config, field="draft_architecture"
+        )
+        return draft.config, with_layers(draft.params, "unrolled", None), draft.tokenizer
 
     def agree(self) -> None:
         """Raises ValueError where other processes were told something else."""

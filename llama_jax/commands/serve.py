@@ -40,9 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             text += f" (default: {each.default})"
         if each.type in (bool, "bool"):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, help=text)
+        elif each.default == ():
+            text += "; several with commas, or the flag several times"
+            parser.add_argument(flag, metavar="LIST", action="append", help=text)
         else:
-            metavar = "LIST" if each.default == () else "VALUE"
-            parser.add_argument(flag, metavar=metavar, help=text)
+            parser.add_argument(flag, metavar="VALUE", help=text)
     processes.add_arguments(parser)
 
 
@@ -53,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
     flags: dict[str, Any] = {"models": tuple(args.model) or None}
     for each in flag_fields():
         value = getattr(args, each.name)
+        if isinstance(value, list):
+            value = ",".join(value)
         if isinstance(value, str):
             value = from_text("--" + each.name.replace("_", "-"), value, each.name)
         flags[each.name] = value

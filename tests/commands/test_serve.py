@@ -431,3 +431,9 @@ def test_a_model_that_is_wrong_ends_the_start_with_its_reason(tmp_path):
     assert process.process.wait(60) == 2
     process.process.stdout.close()
     assert "missing vocab_size" in process.log.read_text()
+
+
+def test_a_flag_of_lists_may_be_given_several_times(tmp_path, capsys):
+    flags = ("--adapters", f"a={tmp_path}", "--adapters", f"b={tmp_path}, c={tmp_path}")
+    assert cli.main(["serve", "m=org/tiny", *flags, "--max-adapters", "1"]) == 2
+    assert "3 adapters are given and max_adapters is 1" in capsys.readouterr().err

@@ -30,9 +30,9 @@ GREEDY = SamplingParams(temperature=0, max_tokens=16)
 CONFIG = FAMILIES["llama-biases"].replace(eos_token_id=())
 
 
-def write_adapter(folder, params, *, seed, rank, modules):
+def write_adapter(folder, params, *, seed, rank, modules, config=CONFIG):
     lora = LoraConfig(r=rank, lora_alpha=16, target_modules=modules)
-    adapted = add_lora(CONFIG, params, lora, jax.random.key(seed))
+    adapted = add_lora(config, params, lora, jax.random.key(seed))
 
     def trained(path, leaf):
         if not isinstance(leaf, LoraTensor):
@@ -41,7 +41,7 @@ def write_adapter(folder, params, *, seed, rank, modules):
         return LoraTensor(leaf.base, leaf.lora_a, noise, leaf.scale, leaf.ranks)
 
     adapted = tree.map_with_path(trained, adapted)
-    save_adapter(folder, CONFIG, adapted, base_model_name_or_path=None)
+    save_adapter(folder, config, adapted, base_model_name_or_path=None)
     return str(folder)
 
 

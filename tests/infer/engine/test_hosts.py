@@ -35,6 +35,7 @@ from infer.sampling import Needs
 from llama_jax.formats import hf
 from llama_jax.load import load
 from tests.infer.engine.client import ask
+from tests.infer.engine.test_adapters import write_adapter
 from tests.infer.server.running import byte_tokenizer
 from tests.tiny import FAMILIES, tiny_params
 from tests.train.command import free_port
@@ -98,8 +99,8 @@ class Group:
                 return
             time.sleep(0.1)
 
-    def open(self, path, body=None):
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}")
+    def open(self, path, body=None, **headers):
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
         if body is not None:
             request.data = json.dumps(body).encode()
             request.add_header("content-type", "application/json")
@@ -192,6 +193,47 @@ def test_two_processes_answer_as_one_does(start, folder, cache):
     assert [code for code, _ in group.ended()] == [0, 0]
 
 
+@pytest.mark.slow
+def test_adapters_and_a_draft_model_over_two_processes(start, folder, cache, tmp_path):
+    model, key = load(folder), "an-admin-key-of-16"
+    adapters = {
+        name: write_adapter(
+            tmp_path / name, model.params, seed=seed, rank=2, modules=modules, config=model.config
+        )
+        for seed, (name, modules) in enumerate({"a": "all-linear", "b": ["v_proj"]}.items())
+    }
+    given = [f"--adapters={name}={each}" for name, each in adapters.items()]
+    more = (*given, "--max-adapters", "2", "--draft-model", str(folder), "--draft-tokens", "2")
+    group = start(f"m={folder}", *SERVE, *ROOM, *more, "--admin-key", key, cache=cache)
+    group.wait_ready()
+    names = {"m": None, "m:a": adapters["a"], "m:b": adapters["b"]}
+    models = {name: load(folder, adapter=each) for name, each in names.items()}
+
+    def check(word):
+        found = {}
+        for name, each in models.items():
+            for wish in ({"temperature": 0, "max_tokens": 16}, {"seed": 1, "max_tokens": 9}):
+                (choice,) = group.complete(word, **wish, model=name)
+                (wanted,) = generate(each, word, **wish)
+                assert choice["text"] == wanted.text
+                found.setdefault(tuple(wish), set()).add(wanted.text)
+        assert all(len(texts) == 3 for texts in found.values())  # adapters change something
+
+    check("first")
+    for action in ("unload", "load"):
+        body = {"model": "m", "adapter": "a"}
+        with group.open(f"/admin/adapters/{action}", body, authorization=f"Bearer {key}"):
+            pass
+    check("again")
+    with group.open("/metrics") as response:
+        lines = response.read().decode().splitlines()
+    accepted = next(each for each in lines if each.startswith("llama_jax_accepted_tokens_total"))
+    assert float(accepted.split()[-1]) > 0
+    for process in group.processes:
+        process.send_signal(signal.SIGTERM)
+    assert [code for code, _ in group.ended()] == [0, 0]
+
+
 def test_a_lost_host_ends_the_server_and_its_clients_hear_of_it(start, folder, cache):
     group = start(f"m={folder}", *SERVE, *ROOM, cache=cache)
     group.wait_ready()
@@ -253,10 +295,8 @@ def test_meshes_of_several_processes(monkeypatch, sizes, cache, message):
 
 def test_what_only_one_process_can_have(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="none of the others would have its adapters"):
-        check_processes({"tensor": 8}, EngineOptions(max_adapters=1))
-    with pytest.raises(ValueError, match="a draft model runs in one; leave draft_model out"):
-        check_processes({"tensor": 8}, EngineOptions(), draft=True)
+    with pytest.raises(ValueError, match="cache is slots"):
+        check_processes({"tensor": 8}, EngineOptions(cache="slots"))
 
 
 class Lost:
