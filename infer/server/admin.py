@@ -63,7 +63,7 @@ class Admin:
 
     async def report(self, request: Request) -> Response:
         self._check(request)
-        return JSONResponse({"models": await asyncio.to_thread(self._models.report)})
+        return JSONResponse({"models": await asyncio.to_thread(self._models.reports.report)})
 
     async def load(self, request: Request) -> Response:
         body = await self._body(request, VersionBody)
@@ -72,14 +72,13 @@ class Admin:
 
     async def activate(self, request: Request) -> Response:
         body = await self._body(request, ActivateBody)
-        state = await self._models.activate(body.model, body.version, body.share)
+        state = await self._models.switches.activate(body.model, body.version, body.share)
         return JSONResponse({"model": body.model, **asdict(state)})
 
     async def rollback(self, request: Request) -> Response:
         body = await self._body(request, ModelBody)
-        return JSONResponse(
-            {"model": body.model, **asdict(await self._models.roll_back(body.model))}
-        )
+        state = await self._models.switches.roll_back(body.model)
+        return JSONResponse({"model": body.model, **asdict(state)})
 
     async def unload(self, request: Request) -> Response:
         body = await self._body(request, VersionBody)

@@ -1,6 +1,8 @@
 """What a client is told when a request fails: OpenAI's error object, and gRPC's codes."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 _TYPES = {
@@ -65,6 +67,22 @@ class ApiError(Exception):
         # Whole seconds: not one too few, and never 0, which clients read as "at once".
         seconds = min(self.retry_after_seconds, _LONGEST_WAIT_SECONDS)
         return {"retry-after": str(max(1, math.ceil(seconds)))}
+
+
+def unknown_model(message: str) -> ApiError:
+    """No model, version or adapter has the name that was given."""
+    return ApiError(404, message, param="model", code="model_not_found")
+
+
+@contextmanager
+def without_reason(code: str, message: str) -> Iterator[None]:
+    """For clients: a reason names files, which are for the log and for admins."""
+    try:
+        yield
+    except ApiError as error:
+        if error.code != code:
+            raise
+        raise ApiError(503, message, code=code) from error
 
 
 def unforeseen(request_id: str) -> ApiError:

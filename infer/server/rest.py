@@ -18,7 +18,7 @@ from infer.server.api_types import (
 from infer.server.body import read_body
 from infer.server.chat import start_chat
 from infer.server.completions import start_completion
-from infer.server.errors import ApiError
+from infer.server.errors import unknown_model
 from infer.server.generation import Arrival, Context
 from infer.server.sse import ClientLeftError, EventStream, run_while_connected
 from infer.server.texts import detokenize, embed, tokenize
@@ -74,12 +74,10 @@ class Rest:
         for entry in await self._catalog():
             if entry["id"] == name:
                 return JSONResponse(entry)
-        raise ApiError(
-            404, f"there is no model {name[:100]!r}", param="model", code="model_not_found"
-        )
+        raise unknown_model(f"there is no model {name[:100]!r}")
 
     async def _catalog(self) -> list[dict[str, Any]]:
-        return await asyncio.to_thread(self._context.models.catalog)
+        return await asyncio.to_thread(self._context.models.reports.catalog)
 
     async def chat(self, request: Request) -> Any:
         body = parse(ChatRequest, await self._body(request))

@@ -240,7 +240,7 @@ class Methods:
         names = ("id", "version", "loaded", "max_model_len", "parent")
         rows = [
             {name: entry[name] for name in names if entry.get(name) is not None}
-            for entry in await asyncio.to_thread(self._context.models.catalog)
+            for entry in await asyncio.to_thread(self._context.models.reports.catalog)
         ]
         return messages.to_message("ListModelsResponse", {"data": rows})
 

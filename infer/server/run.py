@@ -62,8 +62,8 @@ def make_context(settings: Settings, build: Build, sources: list[Source]) -> Con
     """All parts of a server, on the running event loop."""
     registry = None if settings.models_dir is None else Registry(settings.models_dir)
     models = Models(settings, build, sources, registry)
-    metrics = Metrics(models.statistics)
-    models.on_restart = lambda loaded: metrics.engine_restarts.labels(
+    metrics = Metrics(models.reports.statistics)
+    models.watcher.on_restart = lambda loaded: metrics.engine_restarts.labels(
         loaded.name, loaded.version
     ).inc()
     waker = Waker(asyncio.get_running_loop())
