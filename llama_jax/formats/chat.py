@@ -12,8 +12,9 @@ from typing import Any
 from llama_jax.formats.control_tokens import find_control_tokens
 from llama_jax.formats.json_fields import check_characters
 from llama_jax.formats.provenance import Conversation, check_roles, template_text
-from llama_jax.formats.sandbox import TemplateError, UnsafeTemplateError
+from llama_jax.formats.sandbox import UnsafeTemplateError
 from llama_jax.formats.template import ChatTemplate, Message
+from llama_jax.formats.template_bounds import TemplateError
 from llama_jax.formats.tokenizer import Tokenizer
 
 __all__ = [

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llama_jax.formats.chat import Rendered, chat_template, render_chat, with_begin
-from llama_jax.formats.sandbox import TemplateError
 from llama_jax.formats.template import ChatTemplate, Message
+from llama_jax.formats.template_bounds import TemplateError
 from llama_jax.formats.tokenizer import Tokenizer
 
 Span = tuple[int, int]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama_jax.formats.sandbox import TemplateError
+from llama_jax.formats.template_bounds import TemplateError
 
 _PLAIN_WORD = re.compile(r"[\w.$/-]+")
 # Names of message parts that templates branch on, and never the user's own text.

@@ -1,21 +1,17 @@
 """A Jinja environment for templates from strangers: no way out, and no way to run for ever.
 
 Jinja's immutable sandbox keeps templates away from Python's internals. It does not bound the work
-of a template, so here every loop turn, call, range and long value is charged to a budget, values
-are held to a size before they are made where that can be foretold, and a clock stops the rest. The
-size of a list counts what it shares each time, as text, comparison and hash go through it.
+of a template, so here all that works or grows is held to `template_bounds`.
 """
 
 import functools
 import json
 import re
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import date, datetime
 from datetime import time as time_of_day
-from itertools import chain
 from typing import Any
 
 import jinja2
@@ -23,150 +19,46 @@ import jinja2.ext
 from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedEnvironment, safe_range
 
-MAX_STEPS = 200_000
-MAX_SECONDS = 20.0
-MAX_CHARACTERS = 10_000_000
-# A larger number than any template needs as width, count or repetition.
-MAX_NUMBER = 1_000_000
-MAX_BITS = 4096
-MAX_DEPTH = 100
+from llama_jax.formats.template_bounds import (
+    CHARACTERS_AN_ITEM,
+    MAX_DEPTH,
+    STEPS_A_CALL,
+    TemplateError,
+    bounded,
+    charge,
+    check_format,
+    check_growth,
+    check_length,
+    check_numbers,
+    check_product,
+    refuse_method,
+    size_of,
+)
 
-_CHARACTERS_A_STEP = 1000
-# About the memory of an item of a list, and of a list or dict itself.
-_CHARACTERS_AN_ITEM = 50
-_CHARACTERS_A_LIST = 200
-_STEPS_A_CALL = 5
-
-_steps_left: ContextVar[int] = ContextVar("steps left to the template")
-_deadline: ContextVar[float] = ContextVar("when the template is stopped")
 _generation_marks: ContextVar[tuple[str, str] | None] = ContextVar("marks", default=None)
-# By id: what a template is given outlives the rendering and does not change.
-_given_sizes: ContextVar[dict[int, int]] = ContextVar("sizes of what the template is given")
-
-
-class TemplateError(ValueError):
-    """A chat template, or the messages given to it, cannot be rendered. The message says why."""
 
 
 class UnsafeTemplateError(TemplateError):
     """The template reaches out of its sandbox, whatever the messages."""
 
 
-@contextmanager
-def budget(given: Any, generation_marks: tuple[str, str] | None = None) -> Iterator[None]:
-    """Everything a template may spend on one rendering of the values `given`.
-
-    With `generation_marks`, {% generation %} blocks come out between the two texts.
-    """
-    steps = _steps_left.set(MAX_STEPS)
-    deadline = _deadline.set(time.monotonic() + MAX_SECONDS)
-    marks = _generation_marks.set(generation_marks)
-    sizes = _given_sizes.set({})
-    try:
-        _remember(given, _given_sizes.get())
-        yield
-    finally:
-        _given_sizes.reset(sizes)
-        _generation_marks.reset(marks)
-        _deadline.reset(deadline)
-        _steps_left.reset(steps)
-
-
-def _charge(steps: int = 1) -> None:
-    left = _steps_left.get() - steps
-    if left < 0:
-        raise TemplateError(f"chat template takes more than {MAX_STEPS} steps")
-    if time.monotonic() > _deadline.get():
-        raise TemplateError(f"chat template takes more than {MAX_SECONDS:.0f} seconds")
-    _steps_left.set(left)
-
-
-def bounded(value: Any) -> Any:
-    """`value`, charged by its length, unless it is larger than a template may make it."""
-    length = len(value) if isinstance(value, _SIZED) else 0
-    if isinstance(value, str):
-        _check_length(length)
-    elif isinstance(value, int):
-        if value.bit_length() > MAX_BITS:
-            raise TemplateError(f"chat template makes a number of over {MAX_BITS} bits")
-    elif not length and isinstance(value, Iterator):
-        return map(bounded, value)
-    else:
-        _check_length(_size(value))
-    _charge(length // _CHARACTERS_A_STEP)
-    return value
-
-
-def _check_length(length: int) -> None:
-    if length > MAX_CHARACTERS:
-        raise TemplateError(f"chat template makes a value longer than {MAX_CHARACTERS}")
-
-
-_NONE: dict[str, str] = {}
-_SIZED = (str, list, tuple, dict)
-_LISTS = (list, tuple, dict, type(_NONE.keys()), type(_NONE.values()), type(_NONE.items()))
-
-
-def _size(value: Any, depth: int = 0) -> int:
-    """About the length of `value` as text, or some number over the longest allowed."""
-    if isinstance(value, str):
-        return len(value)
-    if isinstance(value, int):
-        return value.bit_length() // 3
-    if not isinstance(value, _LISTS):
-        return len(repr(value))
-    if depth > MAX_DEPTH:
-        raise TemplateError(f"chat template nests values deeper than {MAX_DEPTH}")
-    given = _given_sizes.get()
-    if id(value) in given:
-        return given[id(value)]
-    size = _CHARACTERS_A_LIST
-    for part in _items(value):
-        size += _CHARACTERS_AN_ITEM
-        if isinstance(part, str):
-            size += len(part)
-        else:
-            size += given.get(id(part)) or _size(part, depth + 1)
-        if size > MAX_CHARACTERS:
-            break
-    return size
-
-
-def _items(value: Any) -> Iterable[Any]:
-    return chain(value, value.values()) if isinstance(value, dict) else value
-
-
-def _remember(value: Any, sizes: dict[int, int]) -> None:
-    """Write the sizes of all lists and dicts in `value`, the innermost first."""
-    if isinstance(value, _LISTS):
-        for part in _items(value):
-            _remember(part, sizes)
-        sizes[id(value)] = _size(value)
-
-
-def _check_numbers(values: Iterable[Any]) -> None:
-    for value in values:
-        if isinstance(value, int | float) and abs(value) > MAX_NUMBER:
-            raise TemplateError(f"chat template passes the number {value:.6g}, over {MAX_NUMBER}")
-
-
 def _loop(iterable: Any) -> Any:
     """What every {% for %} runs over."""
     if hasattr(iterable, "__len__"):
-        _charge(len(iterable))
+        charge(len(iterable))
         return iterable
     return _counted(iterable)
 
 
 def _counted(iterable: Iterable[Any]) -> Iterator[Any]:
     for item in iterable:
-        _charge()
+        charge()
         yield item
 
 
 def _concat(values: list[Any]) -> str:
     """The ~ operator."""
-    _check_length(_size(values))
+    check_length(size_of(values))
     return str(bounded("".join(map(str, values))))
 
 
@@ -176,7 +68,7 @@ def _joined(parts: Iterable[str]) -> str:
     length = 0
     for part in parts:
         length += len(part)
-        _check_length(length)
+        check_length(length)
         kept.append(part)
     return "".join(kept)
 
@@ -187,9 +79,9 @@ def _written(value: Any) -> str:
 
 
 def _range(*arguments: int) -> range:
-    _check_numbers(arguments)
+    check_numbers(arguments)
     numbers = safe_range(*arguments)
-    _charge(len(numbers))
+    charge(len(numbers))
     return numbers
 
 
@@ -202,8 +94,8 @@ def _to_json(
 ) -> str:
     """As transformers has it: plain JSON, without Jinja's escapes for HTML."""
     margin = indent if isinstance(indent, int) else len(indent or "")
-    _check_length(MAX_DEPTH * margin)
-    _check_length(_size(value) // _CHARACTERS_AN_ITEM * sum(map(len, separators or ())))
+    check_length(MAX_DEPTH * margin)
+    check_length(size_of(value) // CHARACTERS_AN_ITEM * sum(map(len, separators or ())))
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
@@ -273,6 +165,16 @@ def _refuse_private(name: Any) -> None:
         raise TemplateError(f"chat template sets the private name {name!r} in a namespace")
 
 
+@contextmanager
+def generation_marks(marks: tuple[str, str] | None) -> Iterator[None]:
+    """Inside, {% generation %} blocks come out between the two texts."""
+    token = _generation_marks.set(marks)
+    try:
+        yield
+    finally:
+        _generation_marks.reset(token)
+
+
 class _Generation(jinja2.ext.Extension):
     """{% generation %}…{% endgeneration %}: what the model itself is to write."""
 
@@ -332,25 +234,25 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         )
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        _charge(_STEPS_A_CALL)
+        charge(STEPS_A_CALL)
         values = [*args, *kwargs.values()]
-        _check_length(_size(values))
+        check_length(size_of(values))
         owner = getattr(function, "__self__", None)
         if isinstance(owner, str | int | type):
-            _refuse_method(function.__name__)
+            refuse_method(function.__name__)
         if isinstance(owner, str):
-            _check_growth(function.__name__, owner, values)
+            check_growth(function.__name__, owner, values)
         # The base class would hand its own parameter names to a template's keyword arguments.
         return bounded(SandboxedEnvironment.call(self, context, function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        _charge()
+        charge()
         if operator == "-" and not isinstance(left, int | float):
             raise TemplateError(f"chat template subtracts from a {type(left).__name__}")
         if operator in ("*", "**"):
-            _check_product(operator, left, right)
+            check_product(operator, left, right)
         if operator == "%" and isinstance(left, str):
-            _check_format(left, right if isinstance(right, tuple) else [right])
+            check_format(left, right if isinstance(right, tuple) else [right])
         return bounded(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Any:
@@ -366,7 +268,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
                 )
             if _NESTED_FIELD.search(fields) or _FIELD_OF_FIELD.search(fields):
                 raise TemplateError("chat template formats with a field in a field")
-            _check_format(value.__self__, [*args, *kwargs.values()])
+            check_format(value.__self__, [*args, *kwargs.values()])
             return wrapped(*args, **kwargs)
 
         return checked
@@ -417,119 +319,18 @@ def _wrapped(node: nodes.Node) -> nodes.Node:
 _MADE = (nodes.List, nodes.Tuple, nodes.Dict, nodes.Compare, nodes.Test)
 
 
-def _check_product(operator: str, left: Any, right: Any) -> None:
-    if operator == "**":
-        _check_numbers([left])
-        if isinstance(right, int | float) and abs(right) > 64:
-            raise TemplateError("chat template raises to a power over 64")
-        return
-    for value, count in ((left, right), (right, left)):
-        if isinstance(count, int) and isinstance(value, str | list | tuple):
-            _check_length(max(_size(value), 1) * count)
-            return
-
-
-def _check_growth(name: str, value: Any, arguments: list[Any]) -> None:
-    """Foretell the length of what a text method or filter of this name makes."""
-    if name != "default":
-        _check_numbers(arguments)
-    texts = [argument for argument in arguments if isinstance(argument, str)]
-    numbers = [argument for argument in arguments if isinstance(argument, int) and argument >= 0]
-    longest = max(map(len, texts), default=0)
-    if isinstance(value, str):
-        _check_length(_parts(name, value, texts, numbers) * _CHARACTERS_AN_ITEM)
-    if name == "replace" and len(texts) == 2:
-        old, new = texts
-        count = len(value) + 1 if not old else str(value).count(old)
-        _check_length(len(str(value)) + min([count, *numbers]) * len(new))
-    elif name == "indent":
-        text = str(value)
-        lines = _parts(name, text, texts, numbers)
-        _check_length(len(text) + lines * max([4, longest, *numbers]))
-    elif name == "expandtabs":
-        _check_length(len(value) * max([8, *numbers]))
-    elif name == "format":
-        _check_format(str(value), arguments)
-    elif name == "join":
-        # The method has the separator as its text, the filter as its argument.
-        counts = [_count(argument) for argument in arguments if hasattr(argument, "__iter__")]
-        _check_length(_count(value) * max(counts, default=0))
-    elif name == "sum" and any(isinstance(argument, list | tuple) for argument in arguments):
-        _check_length(_count(value) * _size([value, *arguments]))
-    elif name in ("slice", "batch"):
-        _check_length(max(numbers, default=0) * _CHARACTERS_AN_ITEM)
-    elif name == "urlencode":
-        _check_length(_size(value) * 3)
-    elif name in ("sort", "groupby", "min", "max") and longest > _LONGEST_ATTRIBUTE:
-        raise TemplateError(f"chat template has {name} look up a name of {longest} characters")
-    elif name in _SQUARE and isinstance(value, str):
-        _check_length(len(value) * longest // 100)
-
-
-# What goes through its text once for each character of another.
-_SQUARE = {"rfind", "rindex", "rsplit", "rpartition", "strip", "lstrip", "rstrip", "trim"}
-_ITERATING = {
-    *("list", "join", "sort", "groupby", "unique", "min", "max", "sum", "slice", "batch"),
-    *("map", "select", "reject", "selectattr", "rejectattr"),
-}
-_LONGEST_ATTRIBUTE = 100
-_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
-
-
-def _parts(name: str, text: str, texts: list[str], numbers: list[int]) -> int:
-    """How many parts a method or filter of this name takes a text into, at most."""
-    if name in ("split", "rsplit"):
-        count = text.count(texts[0]) + 1 if texts else len(text) // 2 + 1
-        return min([count, *(number + 1 for number in numbers)])
-    if name in ("splitlines", "indent"):
-        return 1 + sum(map(text.count, _LINE_ENDS))
-    if name in ("title", "wordcount", "striptags"):
-        return len(text) // 2
-    return len(text) if name in _ITERATING else 0
-
-
-def _count(values: Any) -> int:
-    return len(values) if hasattr(values, "__len__") else MAX_STEPS
-
-
-def _refuse_method(name: str) -> None:
-    # Of the length or the time of these nobody can foretell enough, and none is for chats.
-    if name in _REFUSED:
-        raise TemplateError(f"chat templates may not use {name}")
-
-
-_REFUSED = {
-    *("encode", "to_bytes", "from_bytes"),
-    *("translate", "maketrans", "fromkeys"),
-    *("wordwrap", "pprint", "urlize"),
-}
-
-
-def _check_format(pattern: str, arguments: Iterable[Any]) -> None:
-    """Formats with widths over six digits, and those that repeat long arguments, are refused."""
-    arguments = list(arguments)
-    _check_length(len(pattern) * _CHARACTERS_AN_ITEM)
-    widths = list(map(int, re.findall(r"\d+", pattern)))
-    if "*" in pattern:
-        widths += [abs(item) for item in arguments if isinstance(item, int)]
-    widest = max(widths, default=0)
-    _check_numbers([widest])
-    longest = max(map(_size, arguments), default=0)
-    _check_length((pattern.count("%") + pattern.count("{")) * (longest + widest) + len(pattern))
-
-
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter that refuses huge numbers, and whose result is held to a length."""
 
     # wraps: Jinja reads from attributes whether a filter wants its context or environment.
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        _charge()
-        _refuse_method(name)
+        charge()
+        refuse_method(name)
         # Some filters get Jinja's context or environment first.
         values = [value for value in args if not isinstance(value, _JINJA_OWN)]
         if values:
-            _check_growth(name, values[0], [*values[1:], *kwargs.values()])
+            check_growth(name, values[0], [*values[1:], *kwargs.values()])
         return bounded(function(*args, **kwargs))
 
     return guarded

@@ -10,13 +10,12 @@ import jinja2
 from jinja2 import nodes
 
 from llama_jax.formats.sandbox import (
-    MAX_CHARACTERS,
     TemplateEnvironment,
-    TemplateError,
     UnsafeTemplateError,
-    budget,
+    generation_marks,
     strftime_on,
 )
+from llama_jax.formats.template_bounds import MAX_CHARACTERS, TemplateError, budget
 
 Message = Mapping[str, Any]
 
@@ -121,7 +120,7 @@ class ChatTemplate:
         parts: list[str] = []
         length = 0
         try:
-            with budget(names, marks):
+            with budget(names), generation_marks(marks):
                 for part in self._template.generate(names):
                     parts.append(part)
                     length += len(part)

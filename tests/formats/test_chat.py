@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from llama_jax.formats.chat import ChatTemplate, chat_template, encode_chat, render_chat
 from llama_jax.formats.chat_labels import chat_with_labels, render_training
-from llama_jax.formats.sandbox import TemplateError
+from llama_jax.formats.template_bounds import TemplateError
 from llama_jax.formats.tokenizer import Tokenizer, load_tokenizer
 from tests.formats import text_fixtures as tiny
 
