@@ -18,7 +18,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 from infer import fit as serving
-from infer.server.settings import read_settings
+from infer.server.settings_reader import read_settings
 from llama_jax.mesh.slices import slice_named
 from train.config import load_run_config
 from train.fit import Fit, fit

@@ -7,7 +7,7 @@ import yaml
 
 from infer.engine.options import parse_mesh
 from infer.server.build import engine_options
-from infer.server.settings import read_settings
+from infer.server.settings_reader import read_settings
 from llama_jax.commands.run_config import find_merge_recipe
 from llama_jax.mesh.slices import slice_named
 from llama_jax.weights.merge_recipe import read_recipe

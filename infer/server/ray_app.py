@@ -17,7 +17,8 @@ from infer.server.app import make_app
 from infer.server.build import given_sources, make_build
 from infer.server.loaded import Build
 from infer.server.run import make_context
-from infer.server.settings import Settings, read_settings
+from infer.server.settings import Settings
+from infer.server.settings_reader import read_settings
 from llama_jax.config import check_keys
 
 

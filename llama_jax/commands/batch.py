@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    from infer.server.settings import Settings, from_text
+    from infer.server.settings import Settings
+    from infer.server.settings_reader import from_text
 
     given = {}
     for name in _FIELDS:

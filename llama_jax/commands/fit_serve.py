@@ -7,7 +7,7 @@ from llama_jax.commands import run_config
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from infer.server.settings import read_settings
+    from infer.server.settings_reader import read_settings
     from llama_jax.commands.fit import start_compiler
     from llama_jax.commands.report import Progress
     from llama_jax.mesh.slices import slice_named
@@ -31,7 +31,8 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _overrides(texts: list[str]) -> dict[str, Any]:
     """Settings given as key=value. Raises ValueError."""
-    from infer.server.settings import from_text, setting_names
+    from infer.server.settings import setting_names
+    from infer.server.settings_reader import from_text
 
     values = {}
     for text in texts:

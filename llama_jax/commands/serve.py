@@ -49,7 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from infer.server.settings import flag_fields, from_text, read_settings
+    from infer.server.settings import flag_fields
+    from infer.server.settings_reader import from_text, read_settings
 
     _hide_keys()
     flags: dict[str, Any] = {"models": tuple(args.model) or None}

@@ -9,7 +9,8 @@ import pytest
 import yaml
 
 from infer.server.metrics import Metrics
-from infer.server.settings import Settings, flag_fields, from_text, read_settings
+from infer.server.settings import Settings, flag_fields
+from infer.server.settings_reader import from_text, read_settings
 from llama_jax.cli import make_parser
 from llama_jax.commands.run_config import find_serve_config
 from llama_jax.mesh.slices import slice_named

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from infer.server.settings import Secret, Settings, flag_fields, read_settings
+from infer.server.settings import Secret, Settings, flag_fields
+from infer.server.settings_reader import read_settings
 
 
 def test_flags_win_over_variables_and_variables_over_the_file(tmp_path):
