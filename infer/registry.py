@@ -315,11 +315,19 @@ def register(
         for path in (*files, temporary / MANIFEST):
             path.chmod(0o444)
         temporary.chmod(0o755)
+        _keep_active(Registry(root), name)
         temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return target
+
+
+def _keep_active(registry: Registry, name: str) -> None:
+    """The only version goes on answering when there are more, on servers that start then too."""
+    versions = registry.versions(name)
+    if len(versions) == 1 and not (registry.root / name / STATE).exists():
+        registry.set_state(name, State(active=versions[0]))
 
 
 def _copy(source: Path, target: Path) -> Path:

@@ -18,6 +18,7 @@ def root(tmp_path):
     root = tmp_path / "models"
     for version in ("1", "2"):
         register(root, "m", version, model, source="a test")
+    (root / "m" / "state.json").unlink()  # as before anyone has said which answers
     return root
 
 
@@ -155,6 +156,19 @@ def test_manifests_with_a_repeated_key_are_refused(root):
     path.write_text(path.read_text().replace("{", '{"source": "x",', 1))
     with pytest.raises(ValueError, match="'source' appears twice"):
         Registry(root).manifest("m", "1")
+
+
+def test_the_version_that_answers_goes_on_when_another_is_registered(root, tmp_path):
+    registry, source = Registry(root), tmp_path / "source"
+    register(root, "n", "b", source, source="x")
+    assert not (root / "n" / "state.json").exists()
+    for version in ("a", "c"):
+        register(root, "n", version, source, source="x")
+        assert registry.state("n") == State(active="b")
+    state = State(active="c", previous=("b",))
+    registry.set_state("n", state)
+    register(root, "n", "d", source, source="x")
+    assert registry.state("n") == state
 
 
 def test_the_state_is_kept_and_the_only_version_is_active(root, tmp_path):
