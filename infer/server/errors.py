@@ -74,6 +74,16 @@ def unknown_model(message: str) -> ApiError:
     return ApiError(404, message, param="model", code="model_not_found")
 
 
+def not_ready(message: str) -> ApiError:
+    """Of a model that will soon be there."""
+    return ApiError(503, message, code="model_not_ready", retry_after_seconds=2)
+
+
+def shutting_down() -> ApiError:
+    message = "the server is shutting down"
+    return ApiError(503, message, code="shutting_down", retry_after_seconds=5)
+
+
 @contextmanager
 def without_reason(code: str, message: str) -> Iterator[None]:
     """For clients: a reason names files, which are for the log and for admins."""

@@ -3,8 +3,12 @@
 import asyncio
 import base64
 import struct
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
+from infer.engine.request import NotReadyError
 from infer.server.api_types import (
     ChatRequest,
     DetokenizeRequest,
@@ -14,7 +18,7 @@ from infer.server.api_types import (
 )
 from infer.server.chat import chat_ids
 from infer.server.completions import place_of, prompt_ids
-from infer.server.errors import ApiError
+from infer.server.errors import ApiError, not_ready
 from infer.server.generation import Arrival, Context
 from infer.server.loaded import Lease
 
@@ -22,6 +26,24 @@ if TYPE_CHECKING:
     from llama_jax.formats.tokenizer import Tokenizer
 
 Result = tuple[dict[str, Any], str]
+
+
+@asynccontextmanager
+async def _lease(context: Context, model: str, arrival: Arrival) -> AsyncIterator[Lease]:
+    """The version that answers, in use, until the request's time is over. Raises ApiError, also
+    for what the engine and the tokenizer raise inside."""
+    seconds = context.settings.request_timeout_seconds
+    try:
+        async with asyncio.timeout(max(0.0, seconds - (time.perf_counter() - arrival.seconds))):
+            lease = await context.models.lease(model, arrival.request_id)
+            with context.models.use(lease):
+                yield lease
+    except TimeoutError:
+        raise ApiError(504, f"not done within {seconds:g} seconds", code="timeout") from None
+    except NotReadyError as error:
+        raise not_ready(str(error)) from error
+    except ValueError as error:
+        raise refused(error) from error
 
 
 async def embed(context: Context, body: EmbeddingRequest, arrival: Arrival) -> Result:
@@ -37,17 +59,11 @@ async def embed(context: Context, body: EmbeddingRequest, arrival: Arrival) -> R
             param="dimensions",
         )
     with context.gate.admit(arrival.caller):
-        lease = await context.models.lease(body.model, arrival.request_id)
-        if lease.adapter is not None:
-            raise ApiError(400, "embeddings are of the base model; name no adapter", param="model")
-        with context.models.use(lease):
-            try:
-                async with asyncio.timeout(context.settings.request_timeout_seconds):
-                    rows, tokens = await context.embeddings.run(_embed_all, lease, inputs)
-            except TimeoutError:
-                raise ApiError(504, "not done in time", code="timeout") from None
-            except ValueError as error:
-                raise refused(error) from error
+        async with _lease(context, body.model, arrival) as lease:
+            if lease.adapter is not None:
+                problem = "embeddings are of the base model; name no adapter"
+                raise ApiError(400, problem, param="model")
+            rows, tokens = await context.embeddings.run(_embed_all, lease, inputs)
     version = lease.loaded.fingerprint
     data = [
         {
@@ -83,30 +99,25 @@ async def tokenize(context: Context, body: TokenizeRequest, arrival: Arrival) ->
             "add_special_tokens is about prompt; a conversation has what its template writes",
             param="add_special_tokens",
         )
-    lease = await context.models.lease(body.model, arrival.request_id)
 
-    def ids() -> list[int]:
+    def ids(lease: Lease) -> list[int]:
         tokenizer = _tokenizer(lease)
         if body.messages is None:
             assert body.prompt is not None
             return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
         return chat_ids(lease, ChatRequest(model=body.model, messages=body.messages))
 
-    with context.models.use(lease):
-        try:
-            tokens = await asyncio.to_thread(ids)
-        except ValueError as error:
-            raise refused(error) from error
+    async with _lease(context, body.model, arrival) as lease:
+        tokens = await asyncio.to_thread(ids, lease)
         limit = lease.loaded.engine.max_context
     value = {"tokens": tokens, "count": len(tokens), "max_model_len": limit}
     return value, lease.loaded.fingerprint
 
 
 async def detokenize(context: Context, body: DetokenizeRequest, arrival: Arrival) -> Result:
-    lease = await context.models.lease(body.model, arrival.request_id)
     skip = body.skip_special_tokens
 
-    def text() -> str:
+    def text(lease: Lease) -> str:
         tokenizer = _tokenizer(lease)
         for token in body.tokens:
             if tokenizer.id_to_token(token) is None:
@@ -118,8 +129,8 @@ async def detokenize(context: Context, body: DetokenizeRequest, arrival: Arrival
                 )
         return tokenizer.decode(body.tokens, skip_special_tokens=skip)
 
-    with context.models.use(lease):
-        prompt = await asyncio.to_thread(text)
+    async with _lease(context, body.model, arrival) as lease:
+        prompt = await asyncio.to_thread(text, lease)
     return {"prompt": prompt}, lease.loaded.fingerprint
 
 

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from infer.engine.request import NotReadyError
 from infer.server.api_types import ChatRequest
 from infer.server.errors import ApiError
 from infer.server.loaded import Source
@@ -323,6 +324,18 @@ def test_embeddings_wait_apart_from_other_requests_and_are_bounded_too():  # R10
                 assert (status, body["error"]["code"]) == (429, "queue_full")
                 assert headers["retry-after"] == "1"
         assert server.call("/v1/embeddings", {"model": "m", "input": "x"})[0] == 200
+
+
+def test_embeddings_of_an_engine_that_is_not_ready_are_refused():
+    with running() as server:
+
+        def embed(ids):
+            raise NotReadyError("the engine is broken and takes no requests")
+
+        server.engine.embed = embed
+        status, body, headers = server.call("/v1/embeddings", {"model": "m", "input": "x"})
+        assert (status, body["error"]["code"]) == (503, "model_not_ready")
+        assert int(headers["retry-after"]) >= 1
 
 
 def test_a_body_of_two_lengths_is_refused_and_the_connection_ends(small):

@@ -446,6 +446,28 @@ def test_a_start_that_cannot_load_ends_with_an_error(kind, code):
         until(lambda: not _answers(server))
 
 
+def test_no_request_waits_longer_than_its_time_for_a_version(models_dir, fleet):
+    may_load = threading.Event()
+
+    def build(source):
+        may_load.wait(60)
+        return fleet(source)
+
+    with serving(models_dir, build, request_timeout_seconds=0.2) as server:
+        try:
+            for path, fields in (
+                ("/tokenize", {"prompt": "x"}),
+                ("/detokenize", {"tokens": [65]}),
+                ("/v1/embeddings", {"input": "x"}),
+                ("/v1/completions", {"prompt": "x"}),
+            ):
+                status, body, _ = server.call(path, {"model": "m", **fields})
+                assert (status, body["error"]["code"]) == (504, "timeout")
+                assert body["error"]["message"] == "not done within 0.2 seconds"
+        finally:
+            may_load.set()
+
+
 REACHING = '{% if tools %}{{ lipsum.__globals__["os"].system("touch MARKER") }}{% endif %}'
 
 
