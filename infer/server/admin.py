@@ -67,8 +67,9 @@ class Admin:
 
     async def load(self, request: Request) -> Response:
         body = await self._body(request, VersionBody)
-        await self._models.load(body.model, body.version)
-        return JSONResponse({"model": body.model, "version": body.version, "state": "ready"})
+        loaded = await self._models.load(body.model, body.version)
+        state = self._models.watcher.state(loaded)
+        return JSONResponse({"model": body.model, "version": body.version, "state": state})
 
     async def activate(self, request: Request) -> Response:
         body = await self._body(request, ActivateBody)

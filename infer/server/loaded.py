@@ -85,7 +85,7 @@ def start_again(loaded: Loaded) -> None:
     """In a thread: the same weights and adapters, a fresh loop."""
     loaded.engine.stop(0)
     loaded.engine.start()
-    for adapter, folder in loaded.adapters.items():
+    for adapter, folder in list(loaded.adapters.items()):
         loaded.engine.add_adapter(adapter, str(folder))
     probe(loaded.engine, loaded.tokenizer)
 

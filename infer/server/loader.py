@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from infer.registry import State, UnknownNameError
-from infer.server.errors import ApiError
+from infer.server.errors import ApiError, shutting_down
 from infer.server.loaded import Build, Key, Loaded, Source, probe
 from infer.server.settings import Settings
 from infer.server.versions import Versions
@@ -35,6 +35,7 @@ class Loader:
         # Beside versions that were put away, which come back when they are asked for.
         self._adapters_away: dict[Key, tuple[str, ...]] = {}
         self._making_room = asyncio.Lock()
+        self._is_stopping = False
 
     def is_loading(self, key: Key) -> bool:
         return key in self._loading
@@ -46,6 +47,8 @@ class Loader:
 
         switch: the state it is loaded for, where it is to answer.
         """
+        if self._is_stopping:
+            raise shutting_down()
         if key in self.loaded:
             return self.loaded[key]
         if key not in self._loading:
@@ -184,6 +187,7 @@ class Loader:
         logger.info("version unloaded", extra=extra)
 
     async def stop(self, drain_seconds: float) -> None:
+        self._is_stopping = True
         for task in self._loading.values():
             task.cancel()
         engines = [loaded.engine for loaded in self.loaded.values()]

@@ -10,8 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from infer.engine.request import NotReadyError
 from infer.registry import Registry
-from infer.server.errors import ApiError, unknown_model, without_reason
+from infer.server.errors import (
+    ApiError,
+    not_ready,
+    shutting_down,
+    unknown_model,
+    without_reason,
+)
 from infer.server.loaded import Build, Key, Lease, Loaded, Source
 from infer.server.loader import Loader
 from infer.server.reports import Reports
@@ -37,7 +44,7 @@ class Models:
         self._versions = Versions(sources, registry)
         self._loader = Loader(settings, build, self._versions, clock)
         self.watcher = Watcher(settings, self._loader, clock)
-        self.switches = Switches(self._versions, self._loader)
+        self.switches = Switches(self._versions, self._loader, self.watcher)
         self.reports = Reports(self._versions, self._loader, self.watcher)
         self.is_draining = False
         self.has_started = False
@@ -58,9 +65,7 @@ class Models:
     def is_ready(self) -> bool:
         started = self.has_started and not self.is_draining
         return started and all(
-            key in self._loader.loaded
-            and not self.watcher.is_restarting(key)
-            and self._loader.loaded[key].engine.state == "ready"
+            key in self._loader.loaded and self.watcher.state(self._loader.loaded[key]) == "ready"
             for key in self._given_keys()
         )
 
@@ -85,9 +90,7 @@ class Models:
         model: NAME, NAME@VERSION, and either with :ADAPTER behind it.
         """
         if self.is_draining:
-            raise ApiError(
-                503, "the server is shutting down", code="shutting_down", retry_after_seconds=5
-            )
+            raise shutting_down()
         rest, _, adapter = model.partition(":")
         name, _, version = rest.partition("@")
         if rest.endswith("@") or model.endswith(":"):
@@ -98,8 +101,8 @@ class Models:
         loaded = self._loader.loaded.get(key)
         if loaded is None:
             loaded = await self._load_for_request(key, model)
-        if loaded.engine.state == "starting" or self.watcher.is_restarting(key):
-            raise _not_ready(name)
+        if self.watcher.state(loaded) in ("starting", "restarting"):
+            raise _starting(name)
         if adapter and adapter not in loaded.adapters:
             raise unknown_model(f"no adapter {adapter!r} is loaded beside {name}")
         return Lease(loaded, adapter or None)
@@ -119,7 +122,7 @@ class Models:
         if given is not None:
             if version != given.version:
                 raise unknown_model(f"{name} has the version {given.version} only")
-            raise _not_ready(name)
+            raise _starting(name)
         if version not in await asyncio.to_thread(self._versions.of, name):
             raise unknown_model(f"there is no model {model[:100]!r}")
         if not self._settings.load_on_demand:
@@ -147,7 +150,7 @@ class Models:
 
     async def add_adapter(self, name: str, version: str, adapter: str) -> None:
         """Loads an adapter that the registry knows beside a loaded version. Raises ApiError."""
-        loaded = self._loaded_version(name, version)
+        loaded = self._ready_version(name, version)
         known = self._versions.adapters(loaded)
         if adapter not in known:
             raise unknown_model(f"{name} has no adapter {adapter[:100]!r}")
@@ -157,14 +160,21 @@ class Models:
             await asyncio.to_thread(loaded.engine.add_adapter, adapter, str(known[adapter]))
         except ValueError as error:
             raise ApiError(409, f"{adapter} cannot be loaded: {error}") from error
+        except NotReadyError as error:
+            raise not_ready(f"{adapter} is not loaded: {error}") from error
         loaded.adapters[adapter] = known[adapter]
 
     async def remove_adapter(self, name: str, version: str, adapter: str) -> None:
-        loaded = self._loaded_version(name, version)
+        """Waits for the running requests with it. Raises ApiError."""
+        loaded = self._ready_version(name, version)
         if adapter not in loaded.adapters:
             raise unknown_model(f"no adapter {adapter[:100]!r} is loaded")
-        del loaded.adapters[adapter]
-        await asyncio.to_thread(loaded.engine.remove_adapter, adapter)
+        folder = loaded.adapters.pop(adapter)
+        try:
+            await asyncio.to_thread(loaded.engine.remove_adapter, adapter)
+        except NotReadyError as error:
+            loaded.adapters[adapter] = folder
+            raise not_ready(f"{adapter} is not unloaded: {error}") from error
 
     def _loaded_version(self, name: str, version: str) -> Loaded:
         loaded = self._loader.loaded.get((name, version))
@@ -173,8 +183,14 @@ class Models:
             raise ApiError(409, f"{name} version {version} is not loaded")
         return loaded
 
+    def _ready_version(self, name: str, version: str) -> Loaded:
+        """Not one that is being started again, with the adapters that it had."""
+        loaded = self._loaded_version(name, version)
+        state = self.watcher.state(loaded)
+        if state != "ready":
+            raise not_ready(f"{name} version {version} is {state}; ask again")
+        return loaded
 
-def _not_ready(name: str) -> ApiError:
-    return ApiError(
-        503, f"{name} is starting; ask again", code="model_not_ready", retry_after_seconds=2
-    )
+
+def _starting(name: str) -> ApiError:
+    return not_ready(f"{name} is starting; ask again")

@@ -24,23 +24,36 @@ class Reports:
         for name in self._versions.names():
             given = self._versions.given.get(name)
             version = self._versions.readable_state(name).active if given is None else given.version
-            loaded = None if version is None else self._loader.loaded.get((name, version))
-            entry: dict[str, Any] = {
-                "id": name,
-                "object": "model",
-                "created": 0 if loaded is None else loaded.source.created,
-                "owned_by": "llama-jax",
-                "version": version,
-                "loaded": loaded is not None,
-                "max_model_len": None if loaded is None else loaded.engine.max_context,
-            }
-            entries.append(entry)
-            if loaded is not None:
-                entries += [
-                    {**entry, "id": f"{name}:{adapter}", "parent": name}
-                    for adapter in sorted(loaded.adapters)
-                ]
+            entries += self._entries(name, name, version)
         return entries
+
+    def entry(self, model: str) -> dict[str, Any] | None:
+        """The entry of what a request may name, certain versions included; None for all else."""
+        rest, _, _ = model.partition(":")
+        name, at, version = rest.partition("@")
+        if not at:
+            entries = self.catalog()
+        elif self._versions.has(name, version):
+            entries = self._entries(rest, name, version)
+        else:
+            entries = []
+        return next((entry for entry in entries if entry["id"] == model), None)
+
+    def _entries(self, model: str, name: str, version: str | None) -> list[dict[str, Any]]:
+        """A version under the name `model`, and with each adapter that is loaded beside it."""
+        loaded = None if version is None else self._loader.loaded.get((name, version))
+        entry: dict[str, Any] = {
+            "id": model,
+            "object": "model",
+            "created": 0 if loaded is None else loaded.source.created,
+            "owned_by": "llama-jax",
+            "version": version,
+            "loaded": loaded is not None,
+            "max_model_len": None if loaded is None else loaded.engine.max_context,
+        }
+        adapters = [] if loaded is None else sorted(loaded.adapters)
+        with_adapters = [{**entry, "id": f"{model}:{each}", "parent": model} for each in adapters]
+        return [entry, *with_adapters]
 
     def report(self) -> list[dict[str, Any]]:
         """For admins: every version of every model and where it stands."""
@@ -66,7 +79,7 @@ class Reports:
         loaded = self._loader.loaded.get(key)
         state = "loading" if self._loader.is_loading(key) else "unloaded"
         if loaded is not None:
-            state = "restarting" if self._watcher.is_restarting(key) else loaded.engine.state
+            state = self._watcher.state(loaded)
         row: dict[str, Any] = {"version": version, "state": state, "in_use": 0, "adapters": []}
         if loaded is not None:
             row |= {"in_use": loaded.in_use, "adapters": sorted(loaded.adapters)}

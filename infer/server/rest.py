@@ -67,17 +67,15 @@ class Rest:
     # What clients ask
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": await self._catalog()})
+        entries = await asyncio.to_thread(self._context.models.reports.catalog)
+        return JSONResponse({"object": "list", "data": entries})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["model"]
-        for entry in await self._catalog():
-            if entry["id"] == name:
-                return JSONResponse(entry)
-        raise unknown_model(f"there is no model {name[:100]!r}")
-
-    async def _catalog(self) -> list[dict[str, Any]]:
-        return await asyncio.to_thread(self._context.models.reports.catalog)
+        entry = await asyncio.to_thread(self._context.models.reports.entry, name)
+        if entry is None:
+            raise unknown_model(f"there is no model {name[:100]!r}")
+        return JSONResponse(entry)
 
     async def chat(self, request: Request) -> Any:
         body = parse(ChatRequest, await self._body(request))

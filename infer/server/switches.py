@@ -4,14 +4,15 @@ import asyncio
 from dataclasses import replace
 
 from infer.registry import State
-from infer.server.errors import ApiError
+from infer.server.errors import ApiError, not_ready
 from infer.server.loader import Loader
 from infer.server.versions import Versions
+from infer.server.watcher import Watcher
 
 
 class Switches:
-    def __init__(self, versions: Versions, loader: Loader):
-        self._versions, self._loader = versions, loader
+    def __init__(self, versions: Versions, loader: Loader, watcher: Watcher):
+        self._versions, self._loader, self._watcher = versions, loader, watcher
         self._changing = asyncio.Lock()
 
     async def activate(self, name: str, version: str, share: float | None) -> State:
@@ -57,5 +58,9 @@ class Switches:
     async def _switch(self, name: str, version: str, state: State) -> State:
         key = (name, version)
         with self._loader.keeping(key):
-            await self._loader.load(key, state)
+            loaded = await self._loader.load(key, state)
+            # One that has been loaded for long may be broken.
+            stands = self._watcher.state(loaded)
+            if stands != "ready":
+                raise not_ready(f"{name} version {version} is {stands}; ask again")
             return await self._versions.set_state(name, state)

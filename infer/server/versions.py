@@ -44,12 +44,13 @@ class Versions:
         """Those of the registry."""
         return [] if self._registry is None else self._registry.versions(name)
 
+    def has(self, name: str, version: str) -> bool:
+        given = self.given.get(name)
+        return version in self.of(name) if given is None else version == given.version
+
     def check(self, name: str, version: str) -> None:
         """Raises ApiError 404 unless the version is known."""
-        given = self.given.get(name)
-        if given is not None and given.version == version:
-            return
-        if self._registry is None or version not in self._registry.versions(name):
+        if not self.has(name, version):
             raise unknown_model(f"there is no version {version[:100]!r} of {name[:100]!r}")
 
     def adapters(self, loaded: Loaded) -> Mapping[str, Path]:

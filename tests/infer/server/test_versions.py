@@ -446,6 +446,114 @@ def test_a_start_that_cannot_load_ends_with_an_error(kind, code):
         until(lambda: not _answers(server))
 
 
+def test_a_certain_version_is_looked_up_as_requests_name_it(models_dir, fleet):
+    (models_dir / "m" / "adapters" / "poet").mkdir(parents=True)
+    with serving(models_dir, fleet) as server:
+
+        def looked_up(model):
+            status, body, _ = server.call(f"/v1/models/{model}")
+            return status, body.get("id"), body.get("version"), body.get("loaded")
+
+        assert said(server, "m@2") == "2"
+        assert looked_up("m") == (200, "m", "1", False)
+        assert looked_up("m@1") == (200, "m@1", "1", False)
+        assert looked_up("m@2") == (200, "m@2", "2", True)
+        assert looked_up("m@2:poet")[0] == 404
+        assert admin(server, "adapters/load", adapter="poet", version="2")[0] == 200
+        assert looked_up("m@2:poet") == (200, "m@2:poet", "2", True)
+        for unknown in ("m:poet", "m@1:poet", "m@9", "m@", "m@2:", "n@1", "@1"):
+            assert looked_up(unknown)[0] == 404
+
+
+def test_a_switch_to_a_version_that_broke_keeps_the_old_one(models_dir, fleet):  # R109
+    (models_dir / "m" / "adapters" / "poet").mkdir(parents=True)
+    with serving(models_dir, fleet) as server:
+        assert said(server) == "1"
+        assert admin(server, "models/load", version="2")[1]["state"] == "ready"
+        broken = _break(server, fleet)
+        for share in (None, 0.5):
+            status, body, headers = admin(server, "models/activate", version="2", share=share)
+            assert (status, body["error"]["code"]) == (503, "model_not_ready")
+            assert body["error"]["message"] == "m version 2 is restarting; ask again"
+            assert int(headers["retry-after"]) >= 1
+        assert admin(server, "models/load", version="2")[1]["state"] == "restarting"
+        for what in ("load", "unload"):
+            status, body, _ = admin(server, f"adapters/{what}", adapter="poet", version="2")
+            assert (status, body["error"]["code"]) == (503, "model_not_ready")
+        assert said(server) == "1"
+        assert Registry(models_dir).state("m").active == "1"
+        broken.start_error = None
+        until(lambda: admin(server, "models/activate", version="2")[0] == 200)
+        assert said(server) == "2"
+
+
+def _break(server, fleet):
+    """The engine built last, which does not start again until its start_error goes."""
+    engine = fleet.built[-1][1]
+    engine.start_error = RuntimeError("still sick")
+    engine.break_down()
+    until(lambda: server.metric("llama_jax_engine_restarts_total") == 1)
+    return engine
+
+
+def test_a_version_that_does_not_start_again_is_unloaded_and_loaded_anew(models_dir, fleet):
+    with serving(models_dir, fleet) as server:
+        assert said(server) == "1"
+        broken = _break(server, fleet)
+        assert server.call("/v1/completions", {"model": "m", "prompt": "x"})[0] == 503
+        assert admin(server, "models/unload", version="1")[0] == 200
+        assert said(server) == "1"
+        assert len(fleet.built) == 2 and broken.state == "stopped"
+
+
+def test_a_version_that_is_unloaded_while_it_starts_again_is_stopped(models_dir, fleet):
+    with serving(models_dir, fleet) as server:
+        assert said(server) == "1"
+        engine = fleet.built[0][1]
+        starting, may_start, started = (threading.Event() for _ in range(3))
+        start = engine.start
+
+        def start_late():
+            starting.set()
+            may_start.wait(20)
+            start()
+            started.set()
+
+        engine.start = start_late
+        engine.break_down()
+        assert starting.wait(20)
+        assert admin(server, "models/unload", version="1")[0] == 200
+        may_start.set()
+        assert started.wait(20)
+        until(lambda: engine.state == "stopped")
+        assert said(server) == "1"
+
+
+def test_admins_are_refused_while_the_server_shuts_down(models_dir, fleet):  # R102
+    with serving(models_dir, fleet) as server:
+        assert said(server) == "1"
+        engine = fleet.built[0][1]
+        may_stop, stop = threading.Event(), engine.stop
+
+        def stop_late(drain_seconds):
+            may_stop.wait(20)
+            stop(drain_seconds)
+
+        engine.stop = stop_late
+        server.stop()
+        try:
+            until(lambda: server.call("/readyz")[1] == {"status": "draining"})
+            for what in ("models/load", "models/activate"):
+                for version in ("1", "2"):
+                    status, body, headers = admin(server, what, version=version)
+                    assert (status, body["error"]["code"]) == (503, "shutting_down")
+                    assert int(headers["retry-after"]) >= 1
+        finally:
+            may_stop.set()
+    assert Registry(models_dir).state("m").active == "1"
+    assert len(fleet.built) == 1
+
+
 def test_no_request_waits_longer_than_its_time_for_a_version(models_dir, fleet):
     may_load = threading.Event()
 
