@@ -99,6 +99,10 @@ async def tokenize(context: Context, body: TokenizeRequest, arrival: Arrival) ->
             "add_special_tokens is about prompt; a conversation has what its template writes",
             param="add_special_tokens",
         )
+    limit = context.settings.max_messages
+    if body.messages is not None and len(body.messages) > limit:
+        problem = f"messages has {len(body.messages)} entries, over {limit}"
+        raise ApiError(400, problem, param="messages")
 
     def ids(lease: Lease) -> list[int]:
         tokenizer = _tokenizer(lease)
@@ -109,8 +113,8 @@ async def tokenize(context: Context, body: TokenizeRequest, arrival: Arrival) ->
 
     async with _lease(context, body.model, arrival) as lease:
         tokens = await asyncio.to_thread(ids, lease)
-        limit = lease.loaded.engine.max_context
-    value = {"tokens": tokens, "count": len(tokens), "max_model_len": limit}
+        context_tokens = lease.loaded.engine.max_context
+    value = {"tokens": tokens, "count": len(tokens), "max_model_len": context_tokens}
     return value, lease.loaded.fingerprint
 
 

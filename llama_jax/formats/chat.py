@@ -11,6 +11,7 @@ from typing import Any
 
 from llama_jax.formats.control_tokens import find_control_tokens
 from llama_jax.formats.json_fields import check_characters
+from llama_jax.formats.long_texts import encode_text
 from llama_jax.formats.provenance import Conversation, check_roles, template_text
 from llama_jax.formats.sandbox import UnsafeTemplateError
 from llama_jax.formats.template import ChatTemplate, Message
@@ -86,7 +87,7 @@ class Rendered:
         check_characters(self.text)
         meant = self.control_tokens(tokenizer)
         if find_control_tokens(self.text, tokenizer.control_tokens) == meant:
-            encoding = tokenizer.backend.encode(self.text, add_special_tokens=False)
+            encoding = encode_text(tokenizer.backend, self.text)
             return list(encoding.ids), list(encoding.offsets)
         return tokenizer.aliased.encode(self.text, meant)
 

@@ -16,6 +16,8 @@ from typing import Any
 
 import tokenizers
 
+from llama_jax.formats.long_texts import encode_text
+
 
 def find_control_tokens(text: str, names: Iterable[str]) -> list[tuple[int, int, str]]:
     """Where the tokenizer would match a control token: (start, end, name), leftmost longest."""
@@ -67,7 +69,7 @@ class AliasedEncoder:
             position = end
         parts.append(text[position:])
         origin += [(at, at + 1) for at in range(position, len(text))]
-        encoding = self._backend.encode("".join(parts), add_special_tokens=False)
+        encoding = encode_text(self._backend, "".join(parts))
         self._check(encoding.ids, active)
         ranges = [_range(origin, start, end, len(text)) for start, end in encoding.offsets]
         return list(encoding.ids), ranges

@@ -24,6 +24,7 @@ from llama_jax.formats import save_tokenizer
 from llama_jax.formats.control_tokens import AliasedEncoder, find_control_tokens
 from llama_jax.formats.detokenize import make_detokenizer
 from llama_jax.formats.json_fields import check_characters
+from llama_jax.formats.long_texts import text_ids
 from llama_jax.formats.tokenizer_files import TokenizerSettings
 
 # Every byte of UTF-8, and characters that few vocabularies have.
@@ -167,7 +168,7 @@ class Tokenizer:
         one, is added as the reference does.
         """
         check_characters(text)
-        ids = list(self._backend.encode(text, add_special_tokens=False).ids)
+        ids = text_ids(self._backend, text)
         return self.wrap(ids) if add_special_tokens else ids
 
     def encode_plain(self, text: str) -> list[int]:
@@ -175,7 +176,7 @@ class Tokenizer:
         check_characters(text)
         if find_control_tokens(text, self.control_tokens):
             return self.aliased.encode(text)[0]
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        return text_ids(self._backend, text)
 
     def wrap(self, ids: list[int]) -> list[int]:
         """`ids` with the begin token (once) and the end token the model expects around them."""

@@ -397,6 +397,13 @@ def test_wrong_chats_are_refused_by_name(server, fields, param):
     assert (status, body["error"]["param"]) == (400, param), body
 
 
+def test_conversations_to_tokenize_have_the_ceiling_of_chats(server):  # R120
+    messages = [{"role": "user", "content": "x"}] * 1025
+    status, body, _ = server.call("/tokenize", {"model": "m", "messages": messages})
+    assert (status, body["error"]["param"]) == (400, "messages")
+    assert body["error"]["message"] == "messages has 1025 entries, over 1024"
+
+
 @pytest.mark.parametrize(
     "raw",
     [b'{"model":"m",', b"plain text", b"", b"[1, 2]", b"null", b'"x"', b"\xff\xfe", b"[" * 10**5],
