@@ -1,5 +1,6 @@
 """A version of a model: what it is made from, and what it is once it is in memory."""
 
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from infer.server.settings import PROBE
 
 if TYPE_CHECKING:
     from llama_jax.formats.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Versions given on the command line have no registry to name them.
 COMMAND_LINE_VERSION = "1"
@@ -85,9 +88,23 @@ def start_again(loaded: Loaded) -> None:
     """In a thread: the same weights and adapters, a fresh loop."""
     loaded.engine.stop(0)
     loaded.engine.start()
-    for adapter, folder in list(loaded.adapters.items()):
-        loaded.engine.add_adapter(adapter, str(folder))
+    loaded.adapters = bring_back(loaded.engine, loaded.source, loaded.adapters)
     probe(loaded.engine, loaded.tokenizer)
+
+
+def bring_back(engine: Engine, source: Source, adapters: Mapping[str, Path]) -> dict[str, Path]:
+    """Loads adapters that were loaded before, and gives those that still can be: one whose files
+    were damaged since keeps no model from answering."""
+    back = {}
+    for adapter, folder in list(adapters.items()):
+        try:
+            engine.add_adapter(adapter, str(folder))
+        except ValueError as error:
+            extra = {"model": f"{source.name}:{adapter}", "version": source.version}
+            logger.error("adapter not loaded again", extra={**extra, "reason": str(error)})
+        else:
+            back[adapter] = folder
+    return back
 
 
 def probe(engine: Engine, tokenizer: "Tokenizer | None") -> None:

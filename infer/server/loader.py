@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from infer.registry import State, UnknownNameError
 from infer.server.errors import ApiError, shutting_down
-from infer.server.loaded import Build, Key, Loaded, Source, probe
+from infer.server.loaded import Build, Key, Loaded, Source, bring_back, probe
 from infer.server.settings import Settings
 from infer.server.versions import Versions
 
@@ -87,24 +87,21 @@ class Loader:
 
     def _build_version(self, source: Source) -> Loaded:
         """In a thread: from files to an engine that has answered."""
+        is_given = source.name in self._versions.given
         built = self._build(source)
         try:
             built.engine.start()
-            for adapter, folder in source.adapters.items():
-                built.engine.add_adapter(adapter, str(folder))
+            if is_given:
+                for adapter, folder in source.adapters.items():
+                    built.engine.add_adapter(adapter, str(folder))
+                adapters = dict(source.adapters)
+            else:
+                adapters = bring_back(built.engine, source, source.adapters)
             probe(built.engine, built.tokenizer)
         except BaseException:
             built.engine.stop(0)
             raise
-        is_pinned = source.name in self._versions.given
-        return Loaded(
-            source,
-            built.engine,
-            built.tokenizer,
-            is_pinned,
-            dict(source.adapters),
-            built.quantization,
-        )
+        return Loaded(source, built.engine, built.tokenizer, is_given, adapters, built.quantization)
 
     # Room
 

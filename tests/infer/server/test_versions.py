@@ -40,6 +40,7 @@ class Fleet:
     def __init__(self):
         self.built = []
         self.options = {}
+        self.damaged = set()
 
     def __call__(self, source):
         said = (source.model / "config.json").read_text()
@@ -47,6 +48,14 @@ class Fleet:
         ids = tokenizer.encode(f"v{said}" * 20, add_special_tokens=False)
         options = {"step_seconds": 0.002, **self.options.get(source.version, {})}
         engine = ScriptedEngine(tokenizer, lambda request, index: ids, **options)
+        add_adapter = engine.add_adapter
+
+        def add(name, folder):
+            if name in self.damaged:
+                raise ValueError(f"{folder} is damaged")
+            add_adapter(name, folder)
+
+        engine.add_adapter = add
         self.built.append((source.version, engine))
         return Built(engine, tokenizer, "int8")
 
@@ -397,6 +406,30 @@ def test_a_version_that_made_room_comes_back_with_its_adapters(models_dir, fleet
         for what in ("unload", "load"):  # as somebody said
             assert admin(server, f"models/{what}", version="2")[0] == 200
         assert not fleet.built[-1][1].adapters
+
+
+def test_an_adapter_that_was_damaged_since_keeps_no_version_away(models_dir, fleet, caplog):
+    for name in ("poet", "critic"):
+        (models_dir / "m" / "adapters" / name).mkdir(parents=True)
+    with serving(models_dir, fleet, max_loaded=1) as server:
+        assert said(server) == "1"
+        for name in ("poet", "critic"):
+            assert admin(server, "adapters/load", adapter=name)[0] == 200
+        assert said(server, "m@2") == "2"  # for which version 1 is put away
+        fleet.damaged = {"poet"}
+        assert said(server) == "1"
+        assert set(fleet.built[-1][1].adapters) == {"critic"}
+        assert server.call("/v1/completions", {"model": "m:critic", "prompt": "x"})[0] == 200
+        assert server.call("/v1/completions", {"model": "m:poet", "prompt": "x"})[0] == 404
+        fleet.damaged = {"critic"}
+        engine = fleet.built[-1][1]
+        engine.adapters.clear()  # as an engine that begins afresh does
+        engine.break_down()
+        until(lambda: server.metric("llama_jax_engine_restarts_total") == 1)
+        until(lambda: server.call("/v1/completions", {"model": "m", "prompt": "x"})[0] == 200)
+        assert server.call("/v1/completions", {"model": "m:critic", "prompt": "x"})[0] == 404
+    told = [each.model for each in caplog.records if each.message == "adapter not loaded again"]
+    assert told == ["m:poet", "m:critic"]
 
 
 def test_adapters_come_and_go_while_the_model_serves(models_dir, fleet):
