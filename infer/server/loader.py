@@ -154,12 +154,13 @@ class Loader:
         idle = [
             each
             for each in self.loaded.values()
-            if not each.is_pinned
-            and not each.in_use
-            and (each.name, each.version) != self._kept
-            and not (but_answering and self._answers(each))
+            if self.may_go(each) and not (but_answering and self._answers(each))
         ]
         return sorted(idle, key=lambda each: each.last_used)
+
+    def may_go(self, loaded: Loaded) -> bool:
+        key = (loaded.name, loaded.version)
+        return not loaded.is_pinned and not loaded.in_use and key != self._kept
 
     def _answers(self, loaded: Loaded) -> bool:
         state = self._versions.remembered_state(loaded.name)

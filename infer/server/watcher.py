@@ -55,7 +55,7 @@ class Watcher:
 
     def _is_idle(self, loaded: Loaded) -> bool:
         limit = self._settings.idle_unload_seconds
-        if limit is None or loaded.is_pinned or loaded.in_use:
+        if limit is None or not self._loader.may_go(loaded):
             return False
         return self._clock() - loaded.last_used > limit
 

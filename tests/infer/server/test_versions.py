@@ -11,6 +11,7 @@ from infer.registry import Registry, State, register
 from infer.server.build import given_sources, make_build
 from infer.server.loaded import Built, Source
 from infer.server.settings import Secret, Settings
+from infer.server.watcher import WATCH_SECONDS
 from llama_jax.formats.hf import save_hf
 from tests.infer.server.running import byte_tokenizer, running, until
 from tests.infer.server.scripted_engine import ScriptedEngine
@@ -518,6 +519,22 @@ def test_a_switch_to_a_version_that_broke_keeps_the_old_one(models_dir, fleet): 
         broken.start_error = None
         until(lambda: admin(server, "models/activate", version="2")[0] == 200)
         assert said(server) == "2"
+
+
+def test_a_version_that_is_to_answer_is_not_unloaded_as_idle(
+    models_dir, fleet, monkeypatch
+):  # R109
+    set_state, states = Registry.set_state, []
+
+    def set_late(registry, name, state):
+        time.sleep(3 * WATCH_SECONDS)
+        states.append(fleet.built[-1][1].state)
+        set_state(registry, name, state)
+
+    monkeypatch.setattr(Registry, "set_state", set_late)
+    with serving(models_dir, fleet, idle_unload_seconds=0.0) as server:
+        assert admin(server, "models/activate", version="2")[0] == 200
+    assert states == ["ready"]
 
 
 def _break(server, fleet):
