@@ -279,14 +279,17 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
+        """eos_token_id may be a list of ids or, as in Hugging Face's files, one id or null."""
         values = dict(values)
-        check_keys("config", values, [f.name for f in dataclasses.fields(cls)])
-        if values.get("rope_scaling") is not None:
-            values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
-        if values.get("moe") is not None:
-            values["moe"] = MoeConfig(**values["moe"])
-        values["eos_token_id"] = tuple(values.get("eos_token_id", ()))
-        return cls(**values)
+        for name, kind in (("rope_scaling", RopeScaling), ("moe", MoeConfig)):
+            if values.get(name) is not None:
+                values[name] = _from_mapping(f"config.{name}", kind, values[name])
+        ends = values.get("eos_token_id")
+        if isinstance(ends, list):
+            values["eos_token_id"] = tuple(ends)
+        elif ends is None or (isinstance(ends, int) and not isinstance(ends, bool)):
+            values["eos_token_id"] = () if ends is None else (ends,)
+        return _from_mapping("config", cls, values)
 
 
 @dataclass(frozen=True)
@@ -364,6 +367,22 @@ class Compute:
     def held_dtype(self) -> str:
         """What a cache of keys and values holds."""
         return self.dtype if self.cache_dtype is None else self.cache_dtype
+
+
+def _from_mapping(owner: str, kind: type[Any], values: Any) -> Any:
+    """A dataclass from a mapping of its fields."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{owner} is {values!r}; give a mapping of fields to values")
+    fields = dataclasses.fields(kind)
+    check_keys(owner, values, [spec.name for spec in fields])
+    missing = [
+        spec.name
+        for spec in fields
+        if spec.default is dataclasses.MISSING and spec.name not in values
+    ]
+    if missing:
+        raise ValueError(f"{owner} lacks {', '.join(missing)}, which have no default")
+    return kind(**values)
 
 
 def check_keys(owner: str, given: dict[str, Any], allowed: list[str]) -> None:

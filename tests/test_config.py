@@ -53,6 +53,35 @@ def test_unknown_fields_get_a_suggestion():
         ModelConfig.from_dict(values)
 
 
+def test_end_tokens_may_be_one_id_or_none_as_in_hugging_face_files():
+    for given, ends in ((2, (2,)), (None, ()), ([3, 2], (3, 2))):
+        values = tiny_config().to_dict() | {"eos_token_id": given}
+        assert ModelConfig.from_dict(values).eos_token_id == ends
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("eos_token_id", "2", "config.eos_token_id is '2'"),
+        ("eos_token_id", True, "config.eos_token_id is True"),
+        ("rope_scaling", "linear", "config.rope_scaling is 'linear'; give a mapping"),
+        ("rope_scaling", {"factor": 2.0}, "config.rope_scaling lacks rope_type"),
+        ("rope_scaling", {"type": "linear"}, "config.rope_scaling has no field 'type'"),
+        ("moe", 8, "config.moe is 8; give a mapping"),
+        ("moe", {"num_local_experts": 8}, "config.moe lacks num_experts_per_tok, router_aux_loss"),
+    ],
+)
+def test_fields_of_another_shape_are_named(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict(tiny_config().to_dict() | {field: value})
+
+
+def test_missing_fields_are_named():
+    values = {k: v for k, v in tiny_config().to_dict().items() if k != "vocab_size"}
+    with pytest.raises(ValueError, match="config lacks vocab_size"):
+        ModelConfig.from_dict(values)
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
