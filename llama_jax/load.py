@@ -71,7 +71,7 @@ def load(
     )
     if adapter is None:
         return loaded
-    return _adapted(loaded, Path(adapter), mesh=mesh, rules=rules, resize=resize)
+    return _adapted(loaded, Path(adapter).expanduser(), mesh=mesh, rules=rules, resize=resize)
 
 
 def _check_options(
@@ -166,6 +166,7 @@ def save_hf(model: Model, path: str | Path, **options: Any) -> list[Path]:
     for name in ("merge", "overwrite"):
         require_type(name, options.get(name, False), bool, "True or False")
 
+    path = Path(path).expanduser()
     return hf.save_hf(path, model.config, model.params, tokenizer=model.tokenizer, **options)
 
 

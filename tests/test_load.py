@@ -340,6 +340,16 @@ def test_options_of_another_type_are_named(tmp_path, options, message):
         lj.load(tmp_path / "a", **options)
 
 
+def test_the_home_folder_is_meant_by_its_sign(tmp_path, adapter, monkeypatch):
+    """As in the name of a model: no shell has read what Python is given."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    lj.save_hf(lj.Model(CONFIG, PARAMS, None), "~/out")
+    model = lj.load("~/out", adapter=f"~/{adapter[0].name}")
+    assert isinstance(model.params["layers"]["self_attn"]["q_proj"]["weight"], LoraTensor)
+    assert not (tmp_path / "~").exists()
+
+
 def test_what_save_hf_cannot_write_is_named(tmp_path):
     model, out = lj.Model(CONFIG, PARAMS, None), tmp_path / "out"
     for arguments, options, message in (

@@ -589,3 +589,14 @@ def test_the_peak_is_that_of_the_process(tmp_path, three):
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks.append(json.loads(done.stdout)["peak_host_bytes"])
     assert 250e6 < peaks[1] - peaks[0] < 350e6
+
+
+def test_a_recipe_may_name_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "base", seed=0)
+    lora = LoraConfig(r=2, target_modules=("q_proj",))
+    params = add_lora(CONFIG, tiny_params(CONFIG), lora, jax.random.key(0))
+    save_adapter(tmp_path / "own", CONFIG, params, base_model_name_or_path=None)
+    recipe = {"method": "task_arithmetic", "base": "~/base", "models": ["~/own"]}
+    merge_models(read_recipe(recipe, "r.yaml"), tmp_path / "out")
+    assert tensors(tmp_path / "out").keys() == tensors(tmp_path / "base").keys()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from llama_jax.presets import presets
 from llama_jax.weights.table import abstract_params
 from train.config import DistillSection, RunConfig
 from train.distill import Teacher
-from train.run_dir import RunDir
+from train.run_dir import run_dir
 from train.setup import Setup
 
 _SHOWN = 3
@@ -87,7 +86,7 @@ def load_teacher(setup: Setup) -> tuple[tree.Tree, ...]:
 
 def _check_unchanged(setup: Setup, teacher: str, params: tree.Tree) -> None:
     """Compares the weights with those that the run folder notes; a new run notes them."""
-    folder, found = RunDir(Path(setup.run.output)), {"weights": _fingerprint(setup, params)}
+    folder, found = run_dir(setup.run), {"weights": _fingerprint(setup, params)}
 
     def check() -> None:
         # Without a config the run has not begun: the note is of a start that was ended.

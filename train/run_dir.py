@@ -77,6 +77,10 @@ class RunDir:
         return self.path / "report.html"
 
 
+def run_dir(run: RunConfig) -> RunDir:
+    return RunDir(Path(run.output).expanduser())
+
+
 def open_run_dir(run: RunConfig) -> tuple[RunDir, RunConfig]:
     """The folder of this run, checked and not yet written to, and its config with the day that the
     run began, where it noted one.
@@ -89,7 +93,7 @@ def open_run_dir(run: RunConfig) -> tuple[RunDir, RunConfig]:
             f"output is {run.output}; training writes to a local folder. Name one, such as where "
             f"the bucket is mounted, or let `llama-jax launch` mount it on a TPU"
         )
-    folder = RunDir(Path(run.output))
+    folder = run_dir(run)
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"output {folder.path} is a file; name a folder")
     if not folder.path.is_dir() or all(path.name in _BEFORE for path in folder.path.iterdir()):

@@ -123,7 +123,8 @@ def _named_tokenizer(name: str) -> Any:
     if name.startswith(PACKAGE_PREFIX):
         return load_tokenizer(package_path(name))
     # A folder is read for its tokenizer alone, whatever else is in it.
-    return load_tokenizer(name) if Path(name).is_dir() else load_abstract(name).tokenizer
+    folder = Path(name).expanduser()
+    return load_tokenizer(folder) if folder.is_dir() else load_abstract(name).tokenizer
 
 
 def _is_plain(params: tree.Tree) -> bool:

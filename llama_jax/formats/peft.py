@@ -77,7 +77,7 @@ def load_adapter(
     if not on_top:
         check_unadapted(config, params)
     check_stacked(params)
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     raw = read_adapter_config(folder)
     tensors = _read_tensors(folder)
     try:

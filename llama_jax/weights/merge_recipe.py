@@ -6,6 +6,7 @@ them; anything else is an error.
 
 import difflib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -175,7 +176,7 @@ def _required(values: dict[str, Any], name: str, owner: str = "the recipe") -> A
 def _model(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} is {value!r}; it must name a model or a PEFT adapter")
-    return value
+    return os.path.expanduser(value)  # no shell has read a recipe
 
 
 def _optional_model(name: str, value: Any) -> str | None:

@@ -119,3 +119,11 @@ def test_damaged_settings_of_a_run_are_named(tmp_path):
                 open_run_dir(run.replace(output=str(tmp_path)))
             else:
                 Attempts(path, first_step=0)
+
+
+def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
+    """No shell has read a run config; elsewhere in it the sign means the same."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder, _ = open_run_dir(config(tmp_path, output="~/runs/a"))
+    assert folder.path == tmp_path / "runs" / "a"
