@@ -19,7 +19,7 @@ from infer.batch import Batch, Runnable
 from infer.completion import Output, Piece, Row
 from infer.layers import Layers, with_layers
 from infer.params import SamplingParams, checked_int
-from llama_jax.config import Compute, ModelConfig
+from llama_jax.config import Compute, ModelConfig, require_type
 
 if TYPE_CHECKING:
     from llama_jax.formats.tokenizer import Tokenizer
@@ -116,9 +116,14 @@ def generate(
 
 def parts_of(model: Any) -> tuple[ModelConfig, Any, "Tokenizer | None"]:
     """(config, params, tokenizer) of a loaded model or of such a tuple."""
-    if isinstance(model, tuple):
+    if isinstance(model, tuple) and len(model) == 3:
         config, params, tokenizer = model
         return config, params, tokenizer
+    if not all(hasattr(model, name) for name in ("config", "params", "tokenizer")):
+        raise ValueError(
+            f"model is of type {type(model).__name__}; give what load gives, or a tuple (config, "
+            f"params, tokenizer)"
+        )
     return model.config, model.params, model.tokenizer
 
 
@@ -146,6 +151,9 @@ class Generator:
         batch_size: int = DEFAULT_BATCH_SIZE,
         max_context: int | None = None,
     ):
+        require_type("config", config, ModelConfig, "a ModelConfig, such as model.config")
+        kinds, allowed = (Compute, type(None)), "a Compute, such as Compute(dtype='bfloat16')"
+        require_type("compute", compute, kinds, allowed)
         self.config, self.tokenizer = config, tokenizer
         self.batch_size = checked_int("batch_size", batch_size, low=1, high=65536)
         longest = config.max_position_embeddings
@@ -230,7 +238,11 @@ class Generator:
         if isinstance(prompt, str) or chat:
             if self.tokenizer is None:
                 raise ValueError(f"{where} is text, but the model has no tokenizer; give token ids")
-            ids = self._encode_text(prompt, chat=chat)
+            try:
+                ids = self._encode_text(prompt, chat=chat)
+            except ValueError as error:
+                # Of the same kind: a template's refusal stays one.
+                raise type(error)(f"{where}: {error}") from error
         else:
             ids = list(prompt)
         vocab_size = self.config.vocab_size
@@ -311,15 +323,18 @@ def _listed(prompts: Any, *, chat: bool) -> list[Any]:
     """A list of prompts, from one or several."""
     if isinstance(prompts, str):
         return [prompts]
+    wanted = "a list of messages" if chat else "text, token ids or a list of those"
     if isinstance(prompts, Mapping):
-        wanted = "a list of messages" if chat else "text, token ids or a list of those"
         raise ValueError(f"prompts is a dict with {', '.join(map(str, prompts))}; give {wanted}")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | bytearray):
+        raise ValueError(f"prompts is of type {type(prompts).__name__}; give {wanted}")
     listed = list(prompts)
     single = dict | Mapping if chat else int | np.integer
     if listed and all(isinstance(each, single) for each in listed):
         return [listed]
     for index, each in enumerate(listed):
-        if not isinstance(each, str | Sequence | np.ndarray):
+        # Bytes are a sequence of integers, but no token ids.
+        if not isinstance(each, str | Sequence | np.ndarray) or isinstance(each, bytes | bytearray):
             wanted = "messages" if chat else "text or token ids"
             raise ValueError(f"prompt {index} is {each!r}; give {wanted}")
     return listed

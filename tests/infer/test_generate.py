@@ -413,3 +413,30 @@ def test_a_dict_is_no_list_of_its_keys():
     for chat, wanted in ((False, "give text"), (True, "give a list of messages")):
         with pytest.raises(ValueError, match=f"prompts is a dict with prompt; {wanted}"):
             generate((config, tiny_params(config), None), {"prompt": [1]}, chat=chat)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (None, {}, "prompts is of type NoneType; give text, token ids or a list of those"),
+        (b"ab", {}, "prompts is of type bytes"),
+        ([b"ab"], {}, "prompt 0 is b'ab'; give text or token ids"),
+        ([[3]], {"compute": "bfloat16"}, "compute is of type str; give a Compute"),
+    ],
+)
+def test_arguments_of_another_type_are_named(tiny, prompts, options, message):
+    with pytest.raises(ValueError, match=message):
+        generate(tiny, prompts, GREEDY, **options)
+
+
+@pytest.mark.parametrize("model", [None, "smollm2-135m", ({}, {})])
+def test_what_is_no_model_is_named(model):
+    with pytest.raises(ValueError, match="model is of type .*; give what load gives"):
+        generate(model, ["a"], GREEDY)
+
+
+def test_a_conversation_that_cannot_be_rendered_is_told_from_the_others():
+    model = scripted_model(["a"], ["a"], template="{{ messages[0].content }}")
+    talks = [[{"role": "user", "content": text}] for text in ("a", None)]
+    with pytest.raises(ValueError, match=r"prompt 1: messages\[0\]: content is None"):
+        generate(model, talks, GREEDY, chat=True)

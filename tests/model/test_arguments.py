@@ -2,11 +2,12 @@
 
 import inspect
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from llama_jax.model import transformer
-from tests.tiny import FAMILIES, tiny_params, tiny_tokens
+from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
 
 @pytest.mark.parametrize(
@@ -35,3 +36,19 @@ def test_arguments_of_another_type_are_named(wrong, message):
     # Users have it without the checks of shapes that tests put around it.
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(transformer.forward)(**given)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([[3, -1]], "tokens holds the id -1; the model's are 0 to 127"),
+        ([[3, 128]], "tokens holds the id 128; the model's are 0 to 127"),
+        ([[]], r"tokens is int32 of shape \(1, 0\); give an integer array"),
+    ],
+)
+def test_ids_that_are_none_are_refused(tokens, message):
+    """transformers raises an IndexError; an array of JAX would take a row from the end, or NaN."""
+    config = tiny_config()
+    for kind in (np, jnp):
+        with pytest.raises(ValueError, match=message):
+            transformer.forward(config, tiny_params(config), kind.asarray(tokens, np.int32))
