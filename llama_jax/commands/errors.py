@@ -4,8 +4,9 @@ import sys
 
 FAILED, WRONG_INPUT = 1, 2
 
-# What a user can do something about; anything else is a bug and shows a traceback.
-USUAL_ERRORS = (ValueError, RuntimeError, OSError, MemoryError)
+# What a user can do something about; anything else is a bug and shows a traceback. Numbers that are
+# not finite come from weights or settings.
+USUAL_ERRORS = (ValueError, RuntimeError, OSError, MemoryError, FloatingPointError)
 
 
 def code_of(error: Exception) -> int:

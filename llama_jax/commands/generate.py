@@ -88,6 +88,9 @@ def _prompts(args: argparse.Namespace) -> tuple[list[Any], bool]:
     """The prompts, and whether they are conversations."""
     if args.prompts is None:
         return args.prompt, args.chat
+    if not args.prompts.strip():
+        # An empty path would be the current folder.
+        raise ValueError("the name of the file of prompts is empty; give a JSON lines file")
     prompts = read_prompts(Path(args.prompts))
     has_messages = [not isinstance(prompt, str) for prompt in prompts]
     if any(has_messages) and not all(has_messages):
@@ -99,15 +102,15 @@ def _prompts(args: argparse.Namespace) -> tuple[list[Any], bool]:
 
 def read_prompts(path: Path) -> list[Any]:
     """A text or a list of messages for each row. Raises ValueError naming file and line."""
-    from llama_jax.formats.json_fields import parse_json, read_text
+    from llama_jax.formats.json_fields import parse_json, read_text, shorten
 
     prompts = []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in enumerate(read_text(path).removeprefix("\ufeff").split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
         try:
-            row = parse_json(line)
+            row = parse_json(line, unique=True)
         except ValueError as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(row, dict) or len(row) != 1 or set(row) - {"prompt", "messages"}:
@@ -115,9 +118,12 @@ def read_prompts(path: Path) -> list[Any]:
                 f'{where}: a row is {{"prompt": "…"}} or {{"messages": […]}}, not {line[:80]}'
             )
         value = next(iter(row.values()))
-        kind = str if "prompt" in row else list
+        kind, allowed = (str, "a text") if "prompt" in row else (list, "a list of messages")
         if not isinstance(value, kind) or not value:
-            raise ValueError(f"{where}: {next(iter(row))} must be a {kind.__name__}, not empty")
+            raise ValueError(
+                f"{where}: {next(iter(row))} is {shorten(value)}; it must be {allowed} that is not "
+                f"empty"
+            )
         prompts.append(value)
     if not prompts:
         raise ValueError(f"{path} holds no prompts")

@@ -91,7 +91,7 @@ def _stored_dtype(source: HFFolder, row: Weight) -> np.dtype[Any]:
     if stored.name not in FLOAT_DTYPES:
         raise ValueError(
             f"{source.path}: {row.path} is stored as {stored}; say which dtype to load "
-            f"(dtype='float32')"
+            f"(dtype='float32', or torch_dtype in config.json)"
         )
     return stored
 

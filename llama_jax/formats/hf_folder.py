@@ -49,7 +49,7 @@ class HFFolder:
             stated = ", ".join(f"{name} is {kind}" for kind, name in kinds.items())
             raise ValueError(
                 f"{self.path}: the layers of {row.path} are stored in different dtypes ({stated}); "
-                f"say which to load (dtype=...)"
+                f"say which to load (dtype=..., or torch_dtype in config.json)"
             )
         return next(iter(kinds))
 

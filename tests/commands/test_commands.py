@@ -134,8 +134,10 @@ def test_generate_from_a_file_of_prompts_or_conversations(
         ("nonsense\n", "line 1: not JSON"),
         ('{"prompt": "a"}\n{"text": "b"}\n', "line 2: a row is"),
         ('{"prompt": "a", "n": 2}\n', "line 1: a row is"),
-        ('{"prompt": ""}\n', "line 1: prompt must be"),
-        ('{"messages": "a"}\n', "line 1: messages must be"),
+        ('{"prompt": "a", "prompt": "b"}\n', "line 1: not JSON: 'prompt' appears twice"),
+        ('{"prompt": ""}\n', 'line 1: prompt is ""; it must be a text that is not empty'),
+        ('{"messages": "a"}\n', 'line 1: messages is "a"; it must be a list of messages that'),
+        ('\n{"messages": [{"role": "user"}]}\n', "prompt 0: messages[0]: content is None"),
         ('{"prompt": "a"}\n{"messages": [{"role": "user", "content": "b"}]}\n', "mixed"),
     ],
 )
@@ -146,6 +148,32 @@ def test_generate_refuses_files_it_does_not_understand(
     code, report, error = run("generate", model, "--prompts", tmp_path / "p.jsonl")
     assert (code, report) == (2, None)
     assert message in error
+
+
+def test_a_file_of_prompts_may_begin_with_a_mark(model: str, run: Run, tmp_path: Path) -> None:
+    """As files of rows may, and as some editors write them."""
+    (tmp_path / "p.jsonl").write_text('\ufeff{"prompt": "a"}\r\n', encoding="utf-8")
+    code, report, _ = run("generate", model, "--prompts", tmp_path / "p.jsonl", "--max-tokens", 1)
+    assert code == 0 and report["outputs"][0]["prompt"] == "a"
+
+
+def test_weights_that_are_not_finite_are_one_line(model: str, run: Run, tmp_path: Path) -> None:
+    loaded = lj.load(model)
+    loaded.params["norm"]["weight"] *= np.float32(np.nan)
+    lj.save_hf(loaded, tmp_path / "nan")
+    message = {"role": "user", "content": "a"}
+    rows = write_rows(
+        tmp_path / "r.jsonl", {"messages": [message, {"role": "assistant", "content": "b"}]}
+    )
+    for command in (("generate", "--prompt", "a"), ("eval", "--data", rows)):
+        code, report, error = run(command[0], tmp_path / "nan", *command[1:])
+        assert (code, report) == (1, None)
+        assert "logits are NaN or infinite" in error.splitlines()[-1]
+
+
+def test_a_file_of_prompts_without_a_name(model: str, run: Run) -> None:
+    code, _, error = run("generate", model, "--prompts", "")
+    assert code == 2 and "the name of the file of prompts is empty" in error
 
 
 @pytest.mark.parametrize(

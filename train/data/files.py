@@ -36,6 +36,8 @@ def find_files(name: str) -> tuple[Any, list[str]]:
     order of their names. Raises FileNotFoundError where there is no such file, ValueError for a
     folder and for a protocol that is unknown here.
     """
+    if not name.strip():
+        raise ValueError("the name of the data file is empty; give a path")
     place = str(package_path(name)) if name.startswith(PACKAGE_PREFIX) else name
     try:
         files, path = fsspec.url_to_fs(str(Path(place).expanduser()) if _is_local(place) else place)

@@ -46,8 +46,16 @@ class Row:
 
 
 def parse_json(line: str | bytes, where: str) -> Any:
+    """Bytes are UTF-8, with or without its mark; Python's own parser would guess at others, whose
+    line feeds are no bytes of their own."""
     try:
-        return json_fields.parse_json(line, unique=True)
+        text = line if isinstance(line, str) else line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: not a JSON object: no UTF-8, save it as such: {error}"
+        ) from error
+    try:
+        return json_fields.parse_json(text, unique=True)
     except ValueError as error:
         raise ValueError(f"{where}: not a JSON object: {error}") from error
 

@@ -62,6 +62,21 @@ def test_files_must_exist_be_files_and_hold_rows(tmp_path):
             list(read_rows([str(tmp_path / name)]))
 
 
+def test_other_encodings_are_named(tmp_path):
+    for ending, rows in ((".jsonl", lines(TEXTS).decode()), (".json", json.dumps(TEXTS))):
+        path = tmp_path / f"rows{ending}"
+        path.write_bytes(rows.encode("utf-16"))
+        with pytest.raises(ValueError, match=f"{path}, line 1: not a JSON object: no UTF-8"):
+            list(read_rows([str(path)]))
+        path.write_bytes(codecs.BOM_UTF8 + rows.encode())
+        assert values_of(str(path)) == TEXTS
+
+
+def test_an_empty_name_is_no_folder():
+    with pytest.raises(ValueError, match="the name of the data file is empty"):
+        list(read_rows([" "]))
+
+
 def test_shipped_rows_are_found_by_their_package_name():
     _, (path,) = find_files("package:demo/train.jsonl")
     assert path == str(package_path("package:demo/train.jsonl"))
