@@ -6,12 +6,17 @@ from pathlib import Path
 
 def check_out(out: str, model: str) -> Path:
     """The path to write to. Raises ValueError for an empty name and for one that is the model's
-    own folder or lies inside it: reading and writing would meet."""
+    own folder or lies inside it, where reading and writing would meet, or around it, where the
+    model would be replaced with the rest."""
     if not out.strip() or "\0" in out:
         raise ValueError("OUT is empty; name the folder or file to write")
-    target, source = Path(out), Path(model)
-    if source.exists() and target.resolve().is_relative_to(source.resolve()):
-        raise ValueError(f"OUT {out} is MODEL {model} or lies in it; choose another place")
+    target, source = Path(out), Path(model).expanduser()
+    if source.exists():
+        place, origin = target.resolve(), source.resolve()
+        if place.is_relative_to(origin):
+            raise ValueError(f"OUT {out} is MODEL {model} or lies in it; choose another place")
+        if origin.is_relative_to(place):
+            raise ValueError(f"MODEL {model} lies in OUT {out}; choose another place")
     return target
 
 

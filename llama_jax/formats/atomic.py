@@ -13,6 +13,8 @@ from pathlib import Path
 
 # The files that mark a folder as a model of one of the formats written here.
 DESCRIPTIONS = ("config.json", "adapter_config.json", "checkpoint.json")
+# What a training run has in its folder, whose config.json describes no model.
+_OF_A_RUN = ("checkpoints", "metrics.jsonl")
 
 
 @contextlib.contextmanager
@@ -45,6 +47,7 @@ def check_target(target: str | Path, *, overwrite: bool) -> None:
     target = Path(target)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file; choose a folder that does not exist yet")
+    check_parents(target)
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
@@ -57,6 +60,19 @@ def check_target(target: str | Path, *, overwrite: bool) -> None:
             f"{target} holds none of {', '.join(DESCRIPTIONS)}, so it is not a model and is "
             f"not overwritten; choose another folder or empty it yourself"
         )
+    found = [name for name in _OF_A_RUN if (target / name).exists()]
+    if found:
+        raise ValueError(
+            f"{target} holds {' and '.join(found)}, so it is a training run, more than a model, "
+            f"and is not overwritten; choose another folder or delete it yourself"
+        )
+
+
+def check_parents(target: Path) -> None:
+    """Raises ValueError where a file stands in the way of the folder around `target`."""
+    there = next((path for path in target.absolute().parents if path.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ValueError(f"{target} lies in {there}, which is a file; choose another place")
 
 
 def _publish(temporary: Path, final: Path, *, overwrite: bool) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import quantize
 
+from llama_jax.formats.atomic import check_parents
 from llama_jax.formats.gguf_fields import Entry
 from llama_jax.formats.gguf_header import DEFAULT_ALIGNMENT, MAGIC, SCALARS
 from llama_jax.formats.gguf_reader import CHUNK_ELEMENTS
@@ -168,6 +169,7 @@ def check_file_target(target: Path, *, overwrite: bool) -> None:
         raise ValueError(f"{target} does not end in .gguf; give the file such a name")
     if target.is_dir():
         raise ValueError(f"{target} is a folder; give the name of a file in it")
+    check_parents(target)
     if target.exists() and not overwrite:
         raise ValueError(
             f"{target} exists; choose another name or allow overwriting (overwrite=True, "

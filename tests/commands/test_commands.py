@@ -176,6 +176,17 @@ def test_a_file_of_prompts_without_a_name(model: str, run: Run) -> None:
     assert code == 2 and "the name of the file of prompts is empty" in error
 
 
+def test_a_model_is_not_replaced_by_what_is_made_of_it(
+    model: str, run: Run, tmp_path: Path
+) -> None:
+    shutil.copytree(model, tmp_path / "outer" / "inner")
+    (tmp_path / "outer" / "config.json").write_text("{}")
+    inner, outer = tmp_path / "outer" / "inner", tmp_path / "outer"
+    code, _, error = run("convert", inner, outer, "--overwrite")
+    assert code == 2 and f"MODEL {inner} lies in OUT {outer}" in error
+    assert inner.is_dir()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

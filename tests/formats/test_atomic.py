@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from llama_jax.formats.atomic import DESCRIPTIONS, atomic_folder
+from llama_jax.formats.atomic import DESCRIPTIONS, atomic_folder, check_target
 
 
 def _write(folder, text, name="config.json"):
@@ -106,3 +106,21 @@ def test_a_link_is_followed(tmp_path):
     with atomic_folder(link) as folder:
         _write(folder, "{}")
     assert link.is_symlink() and (real / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_a_training_run_is_never_overwritten(tmp_path, name):
+    run = tmp_path / "run"
+    (run / name).mkdir(parents=True)
+    _write(run, '{"method": "lora"}')
+    with pytest.raises(ValueError, match=f"holds {name}, so it is a training run"):  # noqa: SIM117
+        with atomic_folder(run, overwrite=True):
+            pass
+    assert (run / name).exists() and (run / "config.json").exists()
+
+
+def test_a_file_in_the_way_of_the_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for place in ("file/out", "file/deep/out"):
+        with pytest.raises(ValueError, match="out lies in .*/file, which is a file"):
+            check_target(tmp_path / place, overwrite=False)
