@@ -165,7 +165,14 @@ def _read_parquet(file: BinaryIO, shown: str) -> Iterator[Values]:
         source = parquet.ParquetFile(file)
         _check_names(source.schema_arrow.names, shown)
         for batch in source.iter_batches(batch_size=1024):
-            for values in batch.to_pylist():
+            try:
+                rows = batch.to_pylist()
+            except (OverflowError, ValueError) as error:
+                raise ValueError(
+                    f"{shown}, rows {number + 1} to {number + len(batch)}: a value is no text in "
+                    f"UTF-8 or beyond what Python holds: {error}"
+                ) from error
+            for values in rows:
                 number += 1
                 yield f"{shown}, row {number}", without_nulls(values)
     except ArrowException as error:

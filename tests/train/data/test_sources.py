@@ -7,6 +7,7 @@ import json
 import sys
 
 import fsspec
+import numpy as np
 import pyarrow
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
@@ -174,6 +175,19 @@ def test_parquet_with_lists_nulls_and_damage(tmp_path):
     path.write_bytes(b"PAR1 not really")
     with pytest.raises(ValueError, match=r"rows.parquet is not a readable Parquet file"):
         values_of(str(path))
+
+
+@pytest.mark.parametrize("kind", [pyarrow.timestamp("us"), pyarrow.string()])
+def test_parquet_with_values_that_python_does_not_hold(tmp_path, kind):
+    """A day after the year 9999, and bytes that are no UTF-8, in a column beside the text."""
+    column = pyarrow.array([2**60], pyarrow.timestamp("us"))
+    if kind == pyarrow.string():
+        ends = pyarrow.py_buffer(np.array([0, 1], np.int32))
+        column = pyarrow.Array.from_buffers(kind, 1, [None, ends, pyarrow.py_buffer(b"\xff")])
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"text": ["a"], "odd": column}), path)
+    with pytest.raises(ValueError, match=r"rows\.parquet, rows 1 to 1: a value is no text in"):
+        list(read_rows([str(path)]))
 
 
 def test_globs_are_read_in_the_order_of_names(tmp_path):
