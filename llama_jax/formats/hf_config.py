@@ -87,11 +87,11 @@ _INERT = frozenset(
     """
     _attn_implementation _attn_implementation_autoset _commit_hash _flash_attn_2_enabled
     _name_or_path attn_implementation auto_map custom_pipelines experts_implementation
-    finetuning_task id2label is_decoder is_llama_config label2id language max_sequence_length
-    model_max_length name_or_path num_labels output_attentions output_hidden_states
-    output_router_logits prefix problem_type return_dict sep_token_id decoder_start_token_id
-    task_specific_params tf_legacy_loss tokenizer_class torchscript transformers.js_config
-    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
+    finetuning_task gradient_checkpointing id2label is_decoder is_llama_config label2id language
+    max_sequence_length model_max_length name_or_path num_labels output_attentions
+    output_hidden_states output_router_logits prefix problem_type return_dict sep_token_id
+    decoder_start_token_id task_specific_params tf_legacy_loss tokenizer_class torchscript
+    transformers.js_config transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache
 
     bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping
     encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id

@@ -173,6 +173,7 @@ PUBLISHED = {
         "initializer_range": 0.041666666666666664,
         "intermediate_size": 1536,
         "is_llama_config": True,
+        "gradient_checkpointing": True,
         "max_position_embeddings": 8192,
         "mlp_bias": False,
         "num_attention_heads": 9,
