@@ -23,10 +23,10 @@ from llama_jax.model.divergence import divergences, real_ids, same_ids, top_dive
 from llama_jax.model.losses import Batch, dealt_head, in_chunks
 from llama_jax.weights.dot import dot
 from llama_jax.weights.leaf import Leaf
-from train.config import DistillSection, RampSection
 from train.data.taught import TaughtBatch
 from train.distill_layers import Side, attention_loss, hidden_loss, layer_pairs
 from train.distill_on_policy import OnPolicyBatch
+from train.sections.distill import DistillSection, RampSection
 from train.step import LossSums
 
 

@@ -26,7 +26,7 @@ from llama_jax.kernels.few_rows import MASKED
 from llama_jax.model import rope, transformer
 from llama_jax.model.attention import causal_mask
 from llama_jax.model.losses import Batch
-from train.config import DistillSection, LayerLossSection
+from train.sections.distill import DistillSection, LayerLossSection
 
 _LEAST_PROBABILITY = 1e-30
 # How much of a teacher's map the student's own counterpart is at first: e^4 of e^4 + N - 1.

@@ -15,9 +15,10 @@ from llama_jax.mesh.distributed import run_on_main
 from llama_jax.mesh.sharding import replicated, shardings
 from llama_jax.presets import presets
 from llama_jax.weights.table import abstract_params
-from train.config import DistillSection, RunConfig
+from train.config import RunConfig
 from train.distill import Teacher
 from train.run_dir import run_dir
+from train.sections.distill import DistillSection
 from train.setup import Setup
 
 _SHOWN = 3

@@ -18,8 +18,8 @@ from llama_jax.config import Compute, ModelConfig
 from llama_jax.model.log_probs import sequence_log_probs
 from llama_jax.model.losses import Batch
 from llama_jax.weights.lora import remove_lora
-from train.config import DpoSection
 from train.data.preference import PreferenceBatch
+from train.sections.dpo import DpoSection
 from train.step import Loss, LossSums
 
 

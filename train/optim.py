@@ -18,7 +18,8 @@ from llama_jax.config import ModelConfig
 from llama_jax.weights.select import decay_mask
 from llama_jax.weights.table import weight_table
 from train.auxiliary import filled
-from train.config import OptimizerSection, ScheduleSection
+from train.sections.optimizer import OptimizerSection
+from train.sections.schedule import ScheduleSection
 
 Schedule = Any  # update number [] int32 -> learning rate [] float32
 

@@ -24,7 +24,7 @@ from llama_jax.weights.qat_tree import add_qat
 from llama_jax.weights.quantize import Quantization, quantize
 from llama_jax.weights.select import trainable_mask, zeros_mask
 from llama_jax.weights.table import abstract_params, init_params
-from train.config import MeshSection, RunConfig
+from train.config import RunConfig
 from train.data.preference import PreferenceBatch
 from train.data.taught import TaughtBatch
 from train.distill import DistillLoss, Teacher
@@ -33,6 +33,7 @@ from train.distill_on_policy import OnPolicy
 from train.distill_pmap import AXIS, make_pmap_step
 from train.dpo import make_dpo_loss
 from train.optim import Optimizer, make_optimizer, make_schedule
+from train.sections.mesh import MeshSection
 from train.state import Offload, TrainState, init_state, on_host, state_shardings
 from train.step import Loss, make_eval_step, make_train_step
 

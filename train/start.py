@@ -15,8 +15,9 @@ from llama_jax.presets import presets
 from llama_jax.weights.cut import check_smaller, first_slices
 from llama_jax.weights.quantize import Quantization, quantize
 from llama_jax.weights.table import abstract_params
-from train.config import ModelSection, RunConfig
+from train.config import RunConfig
 from train.data.files import PACKAGE_PREFIX, package_path
+from train.sections.model import ModelSection
 
 
 @dataclass(frozen=True)

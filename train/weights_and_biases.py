@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from train.config import WandbSection
+from train.sections.wandb import WandbSection
 
 
 def check_installed(section: WandbSection | None) -> None:

@@ -94,9 +94,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """The report of the command for rows that are read already."""
     from infer.evaluate import score
-    from train.config import DataSection
     from train.data.render import render_rows
     from train.data.report import DataReport
+    from train.sections.data import DataSection
 
     for row in rows:
         if row.kind == "preference":

@@ -175,9 +175,9 @@ def _with(model: "Model", config: Any, params: Any) -> "Model":
 def _measured(args: argparse.Namespace, model: "Model", rows: Any) -> "Importance":
     from llama_jax.config import Compute
     from llama_jax.weights.importance import measure
-    from train.config import DataSection
     from train.data.render import render_rows
     from train.data.report import DataReport
+    from train.sections.data import DataSection
 
     if model.tokenizer is None:
         raise ValueError("the model brings no tokenizer, so rows cannot be turned into tokens")

@@ -252,9 +252,9 @@ def _rows(files: list[str]) -> Any:
 
 def calibration_rows(model: "Model", rows: Any, num_tokens: int) -> list[Any]:
     """The token ids of rows, each as it would be read, `num_tokens` of them at most."""
-    from train.config import DataSection
     from train.data.render import render_rows
     from train.data.report import DataReport
+    from train.sections.data import DataSection
 
     if model.tokenizer is None:
         raise ValueError("the model brings no tokenizer, so rows cannot be turned into tokens")

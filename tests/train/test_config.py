@@ -9,18 +9,13 @@ from pathlib import Path
 import pytest
 
 from llama_jax.formats.yaml_text import parse_yaml
-from train.config import (
-    OPTIMIZER_DEFAULTS,
-    DataSection,
-    MeshSection,
-    ModelSection,
-    OptimizerSection,
-    RunConfig,
-    ScheduleSection,
-    TrainSection,
-    load_run_config,
-    run_config_schema,
-)
+from train.config import RunConfig, load_run_config, run_config_schema
+from train.sections.data import DataSection
+from train.sections.mesh import MeshSection
+from train.sections.model import ModelSection
+from train.sections.optimizer import OPTIMIZER_DEFAULTS, OptimizerSection
+from train.sections.schedule import ScheduleSection
+from train.sections.train import TrainSection
 from train.typed import from_dict
 
 CONFIGS = Path(__file__).parents[2] / "configs"

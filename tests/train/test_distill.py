@@ -17,10 +17,12 @@ from llama_jax.weights.quantize import quantize
 from llama_jax.weights.select import trainable_mask
 from tests.tiny import FAMILIES, tiny_config, tiny_params
 from tests.train.tiny_data import random_batch
-from train.config import DistillSection, OptimizerSection, RampSection, ScheduleSection
 from train.distill import DistillLoss, ramp
 from train.distill_pmap import AXIS, make_pmap_step
 from train.optim import make_optimizer, make_schedule
+from train.sections.distill import DistillSection, RampSection
+from train.sections.optimizer import OptimizerSection
+from train.sections.schedule import ScheduleSection
 from train.state import init_state, state_shardings
 from train.step import make_eval_step, make_train_step
 

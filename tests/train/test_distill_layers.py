@@ -18,12 +18,14 @@ from tests.train.test_distill_run import TEACHER as TEACHER_RUN
 from tests.train.test_distill_run import TINY, distill, numbers, same_bits, teacher  # noqa: F401
 from tests.train.tiny_data import random_batch
 from train import loop
-from train.config import DistillSection, OptimizerSection, ScheduleSection
 from train.distill import DistillLoss
 from train.distill_layers import Side, attention_loss, attention_map, hidden_loss, init_auxiliary
 from train.distill_pmap import AXIS
 from train.loop import train
 from train.optim import make_optimizer, make_schedule
+from train.sections.distill import DistillSection
+from train.sections.optimizer import OptimizerSection
+from train.sections.schedule import ScheduleSection
 from train.state import init_state
 from train.step import make_train_step
 

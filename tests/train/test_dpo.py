@@ -19,10 +19,12 @@ from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.select import trainable_mask
 from tests.tiny import FAMILIES, tiny_params
 from tests.train.tiny_data import random_batch
-from train.config import DpoSection, OptimizerSection, ScheduleSection
 from train.data.preference import with_reference
 from train.dpo import make_dpo_loss, pair_losses
 from train.optim import make_optimizer, make_schedule
+from train.sections.dpo import DpoSection
+from train.sections.optimizer import OptimizerSection
+from train.sections.schedule import ScheduleSection
 from train.state import init_state, state_shardings
 from train.step import make_train_step
 

@@ -11,8 +11,10 @@ from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
 from llama_jax.weights.select import trainable_mask
 from tests.tiny import FAMILIES, tiny_config, tiny_params
-from train.config import OPTIMIZER_DEFAULTS, OptimizerSection, RunConfig, ScheduleSection
+from train.config import RunConfig
 from train.optim import Optimizer, make_optimizer, make_schedule, stochastically_rounded
+from train.sections.optimizer import OPTIMIZER_DEFAULTS, OptimizerSection
+from train.sections.schedule import ScheduleSection
 
 pytestmark = pytest.mark.compiled_quickly
 

@@ -18,9 +18,10 @@ from llama_jax.weights.select import trainable_mask
 from llama_jax.weights.table import weight_table
 from tests.tiny import FAMILIES, tiny_params
 from tests.train.tiny_data import random_batch
-from train.config import OptimizerSection, ScheduleSection
 from train.distill_pmap import AXIS, make_pmap_step
 from train.optim import make_optimizer, make_schedule
+from train.sections.optimizer import OptimizerSection
+from train.sections.schedule import ScheduleSection
 from train.state import init_state, state_shardings
 from train.step import make_eval_step, make_train_step
 

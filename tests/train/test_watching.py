@@ -12,11 +12,11 @@ import pytest
 from llama_jax.commands.samples import sample
 from tests.train.test_loop import ONE_DEVICE, config
 from train import profiler, weights_and_biases
-from train.config import WandbSection
 from train.generations import GenerationsLog, read_generations
 from train.loop import train
 from train.metrics import read_metrics
 from train.profiler import Profiler, TracedSteps, read_steps
+from train.sections.wandb import WandbSection
 from train.weights_and_biases import WandbRun, check_installed
 
 pytestmark = pytest.mark.compiled_quickly

@@ -25,9 +25,10 @@ from llama_jax.weights.select import trainable_mask, zeros_mask
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 from tests.train.test_loop import config as run_config
 from tests.train.tiny_data import byte_tokenizer, random_batch, write_rows
-from train.config import OptimizerSection, ScheduleSection
 from train.loop import train
 from train.optim import make_optimizer, make_schedule
+from train.sections.optimizer import OptimizerSection
+from train.sections.schedule import ScheduleSection
 from train.state import init_state
 from train.step import make_train_step
 

@@ -16,11 +16,12 @@ from typing import Any
 
 import llama_jax
 from llama_jax.formats.json_fields import read_json
-from train.config import RunConfig, SourceSection
+from train.config import RunConfig
 from train.data.files import find_files
 from train.data.report import DataReport
 from train.data.samples import Samples
 from train.data.sources import Entry, source_name
+from train.sections.data import SourceSection
 
 _MANIFEST, _REPORTS = "manifest.json", "reports.json"
 # Of what lies in an entry; entries of another form are not found.

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from llama_jax.formats.chat_labels import chat_with_labels
-from train.config import DataSection
 from train.data.report import DataReport
 from train.data.rows import Row
 from train.data.samples import Sample, make_sample
+from train.sections.data import DataSection
 
 # For models without a chat template.
 PROMPT = "### Instruction:\n{instruction}\n\n### Response:\n"

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from train.config import RunConfig, SourceSection
+from train.config import RunConfig
 from train.data.cache import SampleCache
 from train.data.rows import Row
 from train.data.sources import Entry, read_source, source_name
+from train.sections.data import SourceSection
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from train.config import SourceSection
 from train.data.files import Values, read_files
 from train.data.records import read_array_record, read_datasets, read_tfds
 from train.data.rows import Row, check_row
+from train.sections.data import SourceSection
 
 Entry = str | SourceSection
 

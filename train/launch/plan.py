@@ -9,7 +9,8 @@ from jax.sharding import AbstractMesh
 
 from llama_jax.mesh.sharding import check_batch
 from llama_jax.mesh.slices import Slice, slice_named
-from train.config import MeshSection, RunConfig
+from train.config import RunConfig
+from train.sections.mesh import MeshSection
 from train.setup import rows_per_item
 
 # The software each generation's VMs boot with (cloud.google.com/tpu/docs/runtimes). tpu7x is

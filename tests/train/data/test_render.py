@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from tests.train.tiny_data import byte_tokenizer, chat_row
-from train.config import DataSection
 from train.data.render import PROMPT_WITH_INPUT, render, render_rows
 from train.data.report import DataReport, colored, spans
 from train.data.rows import Row, check_row
 from train.data.samples import Sample
+from train.sections.data import DataSection
 
 TOKENIZER = byte_tokenizer()
 END = TOKENIZER.eos_token_ids[0]

@@ -13,9 +13,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 from pyarrow import parquet
 
-from train.config import SourceSection
 from train.data.files import find_files, package_path
 from train.data.sources import read_rows, source_name
+from train.sections.data import SourceSection
 
 MESSAGES = [{"role": "user", "content": "ü"}, {"role": "assistant", "content": "a"}]
 CHATS = [{"messages": MESSAGES}, {"messages": MESSAGES[1:]}]
