@@ -42,7 +42,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     emulated = config.mesh.cpu_devices
     start_jax(cpu_devices=emulated, processes=processes.read(args, cpu=emulated is not None))
     from llama_jax.mesh.distributed import is_main
-    from train.loop import dry_run, train
+    from train.build import dry_run
+    from train.loop import train
     from train.profiler import read_steps
 
     profile = read_steps(args.profile) if args.profile is not None else None

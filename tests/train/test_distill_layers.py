@@ -17,7 +17,7 @@ from tests.train.test_distill import COMPUTE, NUM_IDS, STUDENT, TEACHER, both
 from tests.train.test_distill_run import TEACHER as TEACHER_RUN
 from tests.train.test_distill_run import TINY, distill, numbers, same_bits, teacher  # noqa: F401
 from tests.train.tiny_data import random_batch
-from train import loop
+from train.build import dry_run
 from train.distill import DistillLoss
 from train.distill_layers import Side, attention_loss, attention_map, hidden_loss, init_auxiliary
 from train.distill_pmap import AXIS
@@ -232,7 +232,7 @@ def test_what_does_not_fit_is_refused(tmp_path, teacher):  # noqa: F811
 def test_they_are_counted_with_the_state(tmp_path, teacher):  # noqa: F811
     """A value and two moments of each, in float32."""
     sizes = [
-        loop.dry_run(distill(tmp_path, teacher, distill=layers))["state_bytes"]
+        dry_run(distill(tmp_path, teacher, distill=layers))["state_bytes"]
         for layers in (LAYERS, {})
     ]
     layers, ours = TINY["num_hidden_layers"], TINY["hidden_size"]

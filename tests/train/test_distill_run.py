@@ -16,7 +16,7 @@ from llama_jax.weights.quantize import quantize
 from llama_jax.weights.table import init_params
 from tests.train.test_loop import TINY, config, same_bits
 from tests.train.tiny_data import byte_tokenizer, write_rows
-from train import loop
+from train.build import build, lower
 from train.config import RunConfig
 from train.loop import train
 from train.metrics import read_metrics
@@ -169,7 +169,7 @@ def test_a_quantized_teacher_and_an_adapted_student(tmp_path, teacher):
     result = train(distill(tmp_path, str(folder), lora={"r": 4}, train__steps=3))
     assert numbers(result)[-1]["eval_kl"] > 0
     with pytest.raises(ValueError, match="teacher_dtype is bfloat16, but .* quantized"):
-        loop._build(distill(tmp_path, str(folder), distill={"teacher_dtype": "bfloat16"}))
+        build(distill(tmp_path, str(folder), distill={"teacher_dtype": "bfloat16"}))
 
 
 def test_slices_of_the_teacher_begin_nearer_to_it(tmp_path, teacher):
@@ -202,9 +202,9 @@ def test_slices_of_the_teacher_begin_nearer_to_it(tmp_path, teacher):
 
 
 def lowered(run: RunConfig) -> str:
-    _, setup, _ = loop._build(run)
+    _, setup, _ = build(run)
     with jax.set_mesh(setup.mesh):
-        return loop._lower(setup).as_text()
+        return lower(setup).as_text()
 
 
 def test_every_field_of_the_section_changes_the_step(tmp_path, teacher):
@@ -230,24 +230,24 @@ def test_every_field_of_the_section_changes_the_step(tmp_path, teacher):
 
 def test_a_teacher_with_another_tokenizer_is_refused(tmp_path, teacher):
     with pytest.raises(ValueError, match=r"have different tokenizers: of \d+ ids \d+ differ \("):
-        loop._build(distill(tmp_path, "smollm2-135m"))
+        build(distill(tmp_path, "smollm2-135m"))
     bare = tmp_path / "bare"
     save_hf(bare, TEACHER, init_params(TEACHER, jax.random.key(0)))
     with pytest.raises(ValueError, match="brings no tokenizer"):
-        loop._build(distill(tmp_path, str(bare)))
+        build(distill(tmp_path, str(bare)))
     with pytest.raises(ValueError, match="top_k is 5000, but the tokenizer has"):
-        loop._build(distill(tmp_path, teacher, distill={"top_k": 5000}))
+        build(distill(tmp_path, teacher, distill={"top_k": 5000}))
     short = tmp_path / "short"
     small = TEACHER.replace(max_position_embeddings=16)
     save_hf(short, small, init_params(small, jax.random.key(0)), tokenizer=byte_tokenizer())
     with pytest.raises(ValueError, match="reads at most 16 positions"):
-        loop._build(distill(tmp_path, str(short)))
+        build(distill(tmp_path, str(short)))
 
 
 def test_a_teacher_of_another_shape_than_the_config_says_is_refused(tmp_path, teacher):
     message = "distill.teacher_architecture is llama3.2-1b, but .* has embed_tokens.weight of shape"
     with pytest.raises(ValueError, match=message):
-        loop._build(distill(tmp_path, teacher, distill={"teacher_architecture": "llama3.2-1b"}))
+        build(distill(tmp_path, teacher, distill={"teacher_architecture": "llama3.2-1b"}))
 
 
 @pytest.mark.parametrize(
@@ -296,4 +296,4 @@ def test_the_section_belongs_to_its_method(tmp_path):
         model={"name": "smollm2-135m", "init": "slices", "overrides": {"num_hidden_layers": 40}},
     )
     with pytest.raises(ValueError, match="model.overrides: num_hidden_layers is 40, but"):
-        loop._build(run)
+        build(run)

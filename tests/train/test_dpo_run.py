@@ -12,7 +12,7 @@ from llama_jax.weights.adapted import LoraTensor
 from llama_jax.weights.quantized import is_quantized
 from tests.train.test_loop import config, same_bits
 from tests.train.tiny_data import chat_row, write_rows
-from train import loop
+from train.build import build, lower
 from train.config import RunConfig, load_run_config
 from train.loop import train
 from train.metrics import read_metrics
@@ -103,7 +103,7 @@ def test_the_cached_reference_is_the_model_before_the_first_step_on_any_mesh(tmp
     found = []
     for mesh in ({"cpu_devices": 1}, {"data": 2, "fsdp": 2, "tensor": 2}):
         run = dpo(tmp_path, mesh=mesh)
-        _, setup, data = loop._build(run)
+        _, setup, data = build(run)
         with jax.set_mesh(setup.mesh):
             params = make_state(setup, init_random(setup)).params
             found.append(reference_log_probs(setup, data.train, params))
@@ -120,9 +120,9 @@ def test_a_quantized_base_with_adapters(tmp_path):
 
 
 def lowered(run: RunConfig) -> str:
-    _, setup, _ = loop._build(run)
+    _, setup, _ = build(run)
     with jax.set_mesh(setup.mesh):
-        return loop._lower(setup).as_text()
+        return lower(setup).as_text()
 
 
 def test_every_field_of_the_section_changes_the_step(tmp_path):

@@ -12,7 +12,7 @@ from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, MoeConfig
 from llama_jax.weights.quantized import PackedTensor, is_quantized
 from tests.train.test_loop import TINY, config
-from train import loop
+from train.build import build, lower
 from train.config import RunConfig
 from train.setup import init_random, make_state
 
@@ -72,9 +72,9 @@ DEFAULT_MESH = {"fsdp": 2, "tensor": 2, "cpu_devices": 4}
 
 
 def lowered(run: RunConfig) -> str:
-    _, setup, _ = loop._build(run)
+    _, setup, _ = build(run)
     with jax.set_mesh(setup.mesh):
-        return loop._lower(setup).as_text()
+        return lower(setup).as_text()
 
 
 _before: dict[str, str] = {}
@@ -103,7 +103,7 @@ def test_the_step_notices(tmp_path, field):
 
 def test_the_scale_of_adapters_follows_alpha_and_its_rule(tmp_path):
     def scale(**lora):
-        _, setup, _ = loop._build(config(tmp_path, lora={"r": 4, **lora}))
+        _, setup, _ = build(config(tmp_path, lora={"r": 4, **lora}))
         with jax.set_mesh(setup.mesh):
             state = make_state(setup, init_random(setup))
         return float(tree.flatten(state.params)["layers.mlp.up_proj.weight"].scale[0])
@@ -115,7 +115,7 @@ def test_the_scale_of_adapters_follows_alpha_and_its_rule(tmp_path):
 
 
 def abstract(run: RunConfig) -> dict:
-    return tree.flatten(loop._build(run)[1].abstract.params)
+    return tree.flatten(build(run)[1].abstract.params)
 
 
 def test_dtypes_of_trained_and_frozen_weights(tmp_path):
@@ -141,7 +141,7 @@ def test_the_base_of_qlora_is_stored_as_the_section_says(tmp_path):
 
 def test_the_seed_decides_weights_and_order(tmp_path):
     def of(seed):
-        _, setup, data = loop._build(config(tmp_path, train__seed=seed))
+        _, setup, data = build(config(tmp_path, train__seed=seed))
         batches = data.batches(setup.run)
         next(batches)
         with jax.set_mesh(setup.mesh):
@@ -158,7 +158,7 @@ def test_the_seed_decides_weights_and_order(tmp_path):
 def test_data_fields_decide_the_rows(tmp_path):
     def first(**changes):
         run = config(tmp_path, **changes)
-        _, _, data = loop._build(run)
+        _, _, data = build(run)
         batches = data.batches(run)
         next(batches)
         return batches.samples, len(data.train.groups), data.eval

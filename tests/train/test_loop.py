@@ -20,11 +20,12 @@ from llama_jax.load import load
 from llama_jax.weights.adapted import LoraTensor
 from llama_jax.weights.quantized import is_quantized
 from tests.train.tiny_data import TOKENIZER, chat_row, write_rows
-from train import loop
+from train.build import dry_run
 from train.config import RunConfig, load_run_config
+from train.data.build import build_data
 from train.data.files import package_path
 from train.interrupt import PreemptedError, TrainingStoppedError
-from train.loop import dry_run, train
+from train.loop import train
 from train.metrics import read_metrics
 from train.samples_log import read_samples
 
@@ -174,7 +175,7 @@ def test_a_run_whose_template_tells_the_day_goes_on_on_another(tmp_path, monkeyp
             def today(cls):
                 return cls.fromisoformat(day)
 
-        monkeypatch.setattr(loop, "date", Today)
+        monkeypatch.setattr("train.build.date", Today)
         run = config(tmp_path, model__tokenizer=str(tokenizer), **changes)
         folder = train(run, stop_after=4).run_dir
         text = (folder / "report.html").read_text()
@@ -372,14 +373,12 @@ def test_the_time_of_a_run_goes_into_its_steps(tmp_path):
 
 
 def test_r41_batches_without_trained_tokens_are_counted(tmp_path, monkeypatch):
-    build = loop.build_data
-
     def without_labels(*args):
-        data = build(*args)
+        data = build_data(*args)
         data.train.samples._masks[:] = 0
         return data
 
-    monkeypatch.setattr(loop, "build_data", without_labels)
+    monkeypatch.setattr("train.build.build_data", without_labels)
     result = train(config(tmp_path, train__steps=3, train__eval_every_steps=None, mesh=ONE_DEVICE))
     assert result.counters == {"batches_without_trained_tokens": 3}
     assert np.isnan(result.final_loss)

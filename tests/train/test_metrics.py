@@ -3,7 +3,7 @@
 import pytest
 
 from tests.train.test_loop import ONE_DEVICE, config
-from train import loop
+from train.build import build
 from train.metrics import Clock, MetricsWriter, make_clock, read_metrics, token_flops
 from train.report import chart
 
@@ -55,7 +55,7 @@ def test_no_utilization_where_the_peak_is_not_known(monkeypatch):
 
 
 def test_the_operations_of_a_token_are_six_for_each_weight_and_what_it_attends_to(tmp_path):
-    _, setup, _ = loop._build(config(tmp_path, method="full", mesh=ONE_DEVICE))
+    _, setup, _ = build(config(tmp_path, method="full", mesh=ONE_DEVICE))
     model, length = setup.config, setup.run.train.sequence_length
     layer = 2 * model.hidden_size**2 + 2 * model.hidden_size * 2 * 8  # q, o, k, v
     layer += 3 * model.hidden_size * model.intermediate_size
@@ -66,7 +66,7 @@ def test_the_operations_of_a_token_are_six_for_each_weight_and_what_it_attends_t
 
 
 def test_a_clock_for_devices_of_a_known_kind_has_the_peak_of_all(tmp_path, monkeypatch):
-    _, setup, _ = loop._build(config(tmp_path, mesh={"fsdp": 2, "cpu_devices": 2}))
+    _, setup, _ = build(config(tmp_path, mesh={"fsdp": 2, "cpu_devices": 2}))
     monkeypatch.setattr("train.metrics.peak_flops", lambda kind: 1e9 if kind == "cpu" else None)
     monkeypatch.setattr("train.metrics.time.perf_counter", iter([0.0, 1.0]).__next__)
     assert make_clock(setup).lap(10.0)["mfu"] == 10.0 * token_flops(setup) / 2e9
