@@ -19,11 +19,11 @@ from llama_jax.model.transformer import decode
 from llama_jax.weights.table import abstract_params
 from train.config import RunConfig
 from train.fit import Say
+from train.methods import NEEDED, SECTIONS
 from train.setup import make_setup
 from train.start import read_shape
 
 METHODS = ("full", "lora", "qlora")
-_SECTIONS = {"full": (), "lora": ("lora",), "qlora": ("lora", "quantization")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,19 +50,24 @@ def memory_table(run: RunConfig, wanted: Slice, say: Say) -> list[MemoryRow]:
     inference: one decoding step of its rows with a cache of its sequence length."""
     rows = []
     for method in METHODS:
-        rows.append(_training(_with_method(run, method), wanted))
+        rows.append(_training(with_method(run, method), wanted))
         say(f"{method}: {rows[-1].total / 2**30:.2f} GiB a chip")
     rows.append(_inference(run, wanted))
     say(f"inference: {rows[-1].total / 2**30:.2f} GiB a chip")
     return rows
 
 
-def _with_method(run: RunConfig, method: str) -> RunConfig:
+def with_method(run: RunConfig, method: str) -> RunConfig:
+    """The same run by another method, without what only its own method reads."""
     values = run.to_dict() | {"method": method}
-    for name in ("lora", "quantization", "qat", "dpo"):
-        if name not in _SECTIONS[method]:
+    for name in SECTIONS:
+        if name not in NEEDED.get(method, ()):
             values[name] = None
-    values["train"] = {**values["train"], "trainable": None}
+    values["train"]["trainable"] = None
+    if method != "full":
+        # Both are for matrices that are trained themselves.
+        values["compute"]["gradient_dtype"] = "float32"
+        values["model"]["keep_zeros"] = False
     return RunConfig.from_dict(values)
 
 
@@ -88,7 +93,7 @@ def _training(run: RunConfig, wanted: Slice) -> MemoryRow:
 
 
 def _inference(run: RunConfig, wanted: Slice) -> MemoryRow:
-    config, _ = read_shape(_with_method(run, "full"))
+    config, _ = read_shape(with_method(run, "full"))
     mesh = make_mesh(run.mesh.sizes(), devices=slice_devices(wanted))
     rules, dtype = run.compute.rules, run.compute.dtype
     params = _placed_params(config.replace(dtype=dtype), mesh, rules)

@@ -11,8 +11,8 @@ from train.sections.quantization import QuantizationSection
 if TYPE_CHECKING:
     from train.config import RunConfig
 
-_SECTIONS = ("lora", "quantization", "qat", "dpo", "distill")
-_NEEDS: dict[str, tuple[str, ...]] = {
+SECTIONS = ("lora", "quantization", "qat", "dpo", "distill")
+NEEDED: dict[str, tuple[str, ...]] = {
     "lora": ("lora",),
     "qlora": ("lora", "quantization"),
     "qat": ("qat",),
@@ -37,7 +37,7 @@ def filled_in(run: "RunConfig") -> dict[str, Any]:
     """The sections that the method of `run` needs, where they or fields of them are left out."""
     filled = {
         name: _DEFAULTS[name]
-        for name in _NEEDS.get(run.method, ())
+        for name in NEEDED.get(run.method, ())
         if getattr(run, name) is None and name in _DEFAULTS
     }
     dpo: DpoSection | None = filled.get("dpo", run.dpo)
@@ -49,8 +49,8 @@ def filled_in(run: "RunConfig") -> dict[str, Any]:
 
 def check_sections(run: "RunConfig") -> None:
     """Raises ValueError for a section that the method does not read, or that it cannot follow."""
-    reads = _NEEDS.get(run.method, ()) + _MAY_HAVE.get(run.method, ())
-    for name in _SECTIONS:
+    reads = NEEDED.get(run.method, ()) + _MAY_HAVE.get(run.method, ())
+    for name in SECTIONS:
         if getattr(run, name) is not None and name not in reads:
             raise ValueError(
                 f"section {name} is set, but method {run.method} does not read it; remove the "

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,8 @@ from llama_jax.cli import main
 from llama_jax.mesh.slices import slice_named
 from llama_jax.weights.table import num_parameters, weight_table
 from tests.train.test_fit import run_config
-from train.memory_table import _inference
+from train.config import load_run_config
+from train.memory_table import METHODS, _inference, with_method
 from train.start import read_shape
 
 pytest.importorskip("libtpu", reason="the TPU compiler is on Linux x86-64 only")
@@ -54,6 +56,22 @@ def test_parts_are_those_of_the_arrays_and_the_whole_is_the_compilers(table):
         assert row.fits and row.total <= row.limit
         parts = row.weights + row.optimizer + row.cache
         assert parts < row.total
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_run_can_be_compared_by_method(path):
+    more = ()
+    if path.stem == "llama3.1-8b-full-v5e-16":  # what only trained matrices have
+        more = ("compute.gradient_dtype=bfloat16", "model.keep_zeros=true")
+    run = load_run_config(path, more)
+    for method in METHODS:
+        other = with_method(run, method)
+        assert other.method == method and (other.mesh, other.data) == (run.mesh, run.data)
+        has = (other.lora is not None, other.quantization is not None)
+        assert has == {"full": (False, False), "lora": (True, False), "qlora": (True, True)}[method]
 
 
 def test_the_command_prints_the_table(table):
