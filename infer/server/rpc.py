@@ -292,14 +292,22 @@ class Methods:
 
     async def tokenize(self, request: Any, arrival: Arrival) -> Message:
         values = {"model": request.model, "prompt": request.prompt}
-        answer, _ = await tokenize(self._context, _validated(TokenizeRequest, values), arrival)
+        if request.HasField("add_special_tokens"):
+            values["add_special_tokens"] = request.add_special_tokens
+        body = _validated(TokenizeRequest, values)
+        answer, version = await tokenize(self._context, body, arrival)
         fields = {name: answer[name] for name in ("tokens", "max_model_len")}
-        return messages.to_message("TokenizeResponse", fields)
+        return messages.to_message("TokenizeResponse", {**fields, "version": version})
 
     async def detokenize(self, request: Any, arrival: Arrival) -> Message:
-        values = {"model": request.model, "tokens": list(request.tokens)}
-        answer, _ = await detokenize(self._context, _validated(DetokenizeRequest, values), arrival)
-        return messages.to_message("DetokenizeResponse", answer)
+        values = {
+            "model": request.model,
+            "tokens": list(request.tokens),
+            "skip_special_tokens": request.skip_special_tokens,
+        }
+        body = _validated(DetokenizeRequest, values)
+        answer, version = await detokenize(self._context, body, arrival)
+        return messages.to_message("DetokenizeResponse", {**answer, "version": version})
 
 
 def _options(generation: Generation, arrival: Arrival, model: str) -> dict[str, Any]:

@@ -11,10 +11,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import infer.server
+from infer.server.loaded import Built
 from infer.server.rpc_messages import SERVICE, message_class, service
 from infer.server.settings import Secret, Tenant
+from llama_jax.formats.tokenizer import load_tokenizer
+from tests.formats import text_fixtures
 from tests.infer.server.running import byte_tokenizer, running, until
-from tests.infer.server.scripted_engine import saying
+from tests.infer.server.scripted_engine import ScriptedEngine, saying
 from tests.infer.server.test_operation import KEY, slow
 
 FOLDER = Path(infer.server.__file__).parent
@@ -154,8 +157,33 @@ def test_the_other_calls(client):
     assert [(m.id, m.max_model_len) for m in client("ListModels").data] == [("m", 256)]
     answer = client("Embed", model="m", input=["a", "abc"])
     assert [list(row.values) for row in answer.data] == [[1.0, 1.0, -0.5], [3.0, 1.0, -0.5]]
-    tokens = client("Tokenize", model="m", prompt="hé").tokens
-    assert client("Detokenize", model="m", tokens=tokens).prompt == "hé"
+    answer = client("Tokenize", model="m", prompt="hé")
+    again = client("Detokenize", model="m", tokens=answer.tokens)
+    assert (again.prompt, answer.version, again.version) == ("hé", "m@1", "m@1")
+
+
+def test_special_tokens_come_and_go_as_over_rest(tmp_path):
+    tokenizer = load_tokenizer(text_fixtures.llama3_folder(tmp_path))
+    begin = tokenizer.bos_token_id
+
+    def build(source):
+        return Built(ScriptedEngine(tokenizer, lambda request, index: [65]), tokenizer)
+
+    with running(build, grpc_port=0) as server:
+        client = Client(server)
+        try:
+            for chosen in ({}, {"add_special_tokens": True}, {"add_special_tokens": False}):
+                fields = {"model": "m", "prompt": "hi", **chosen}
+                wanted = server.call("/tokenize", fields)[1]["tokens"]
+                assert (wanted[0] == begin) == chosen.get("add_special_tokens", True)
+                assert list(client("Tokenize", **fields).tokens) == wanted
+            for skip in (False, True):
+                fields = {"model": "m", "tokens": [begin, wanted[0]], "skip_special_tokens": skip}
+                text = server.call("/detokenize", fields)[1]["prompt"]
+                assert client("Detokenize", **fields).prompt == text
+                assert text.startswith("<|begin_of_text|>") != skip
+        finally:
+            client.channel.close()
 
 
 @pytest.mark.parametrize(
