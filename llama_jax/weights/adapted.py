@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from llama_jax.weights.leaf import Array, Leaf
+from llama_jax.weights.leaf import Array, Leaf, OfBase
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LoraTensor:
+class LoraTensor(OfBase):
     """A matrix W with a low-rank update: W + scale * B @ A (Hu et al. 2021, arXiv:2106.09685).
 
     base: [..., out, in], any other leaf; lora_a: [..., R, in]; lora_b: [..., out, R];
@@ -28,18 +28,6 @@ class LoraTensor:
     scale: Array
     ranks: tuple[int, ...] = field(metadata={"static": True})
     use_rslora: bool = field(default=False, metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
 
     def delta(self) -> jax.Array:
         """scale * B @ A in float32, [..., out, in]."""
@@ -79,7 +67,7 @@ class DroppedLora(LoraTensor):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class StackedLora:
+class StackedLora(OfBase):
     """A matrix with several low-rank updates, of which each row of activations takes one.
 
     base: [out, in], any leaf without an adapter; lora_a: [in, A * R] and lora_b: [A * R, out],
@@ -92,18 +80,6 @@ class StackedLora:
     lora_b: Array
     chosen: Array
     rank: int = field(metadata={"static": True})
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
 
 
 @jax.tree_util.register_dataclass

@@ -12,3 +12,21 @@ from typing import Any
 Leaf = Any
 # An array, or what stands for one in a tree of shardings, shapes or booleans.
 Array = Any
+
+
+class OfBase:
+    """A leaf with the shape and dtype of another that it holds, `base`."""
+
+    base: Leaf
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype

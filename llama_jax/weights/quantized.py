@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from qwix import QArray
 
-from llama_jax.weights.leaf import Array, Leaf
+from llama_jax.weights.leaf import Array, Leaf, OfBase
 
 Codebook = Literal["int4", "nf4"]
 
@@ -144,7 +144,7 @@ class PackedTensor:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class IntegerTensor:
+class IntegerTensor(OfBase):
     """A matrix of int8 or int4 values that activations are multiplied with as integers.
 
     base: int8 values in a QArray or int4 ones in a PackedTensor, a float32 scale for each output
@@ -155,18 +155,6 @@ class IntegerTensor:
 
     base: QArray | PackedTensor
     activation_scale: Array | None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.base.shape
-
-    @property
-    def ndim(self) -> int:
-        return len(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
 
     @property
     def is_tiled(self) -> bool:
