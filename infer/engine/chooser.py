@@ -33,7 +33,7 @@ class Chooser:
         """Slots remember nothing."""
         memory = steps.new_memory(num_slots=self.nowhere, vocab_size=self._vocab_size)
         place = None if self._model.mesh is None else replicated(self._model.mesh)
-        self._memory, self.rules = jax.device_put((memory, self._model.rules), place)
+        self._memory, self._rules = jax.device_put((memory, self._model.rules), place)
 
     # Tokens
 
@@ -70,7 +70,7 @@ class Chooser:
             np.asarray(slots, np.int32),
             masks if needs.edit else None,
             columns,
-            self.rules,
+            self._rules,
             np.asarray(taken, np.int32),
         )
         return Call(steps.take, arguments, {"needs": needs})

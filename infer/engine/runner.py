@@ -86,6 +86,7 @@ class Runner(ABC):
         self.adapters.put(place, {})
 
     def take_adapters(self) -> None:
+        """From here on steps have none, if there is room for any."""
         if self.adapters is not None:
             for place in range(self.adapters.count):
                 self.adapters.put(place, {})

@@ -293,12 +293,6 @@ def test_meshes_of_several_processes(monkeypatch, sizes, cache, message):
         check_processes(sizes, EngineOptions(cache=cache))
 
 
-def test_what_only_one_process_can_have(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with pytest.raises(ValueError, match="cache is slots"):
-        check_processes({"tensor": 8}, EngineOptions(cache="slots"))
-
-
 class Lost:
     """Followers of which one is gone."""
 
