@@ -17,7 +17,8 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
-from infer import fit as serving
+from infer.fit import trial
+from infer.fit.serve_fit import ServeFit
 from infer.server.settings_reader import read_settings
 from llama_jax.mesh.slices import slice_named
 from train.config import load_run_config
@@ -94,7 +95,7 @@ def prove_run(name: str) -> tuple[str, bool] | None:
 def prove_server(name: str) -> tuple[str, bool]:
     settings = read_settings({}, config=ROOT / "configs" / "serve" / name, environment={})
     assert settings.slice is not None
-    result = serving.fit(settings, slice_named(settings.slice), lambda _: None)
+    result = trial.fit(settings, slice_named(settings.slice), lambda _: None)
     return serve_line(name, result), result.fits
 
 
@@ -141,7 +142,7 @@ def line(name: str, result: Fit) -> str:
     )
 
 
-def serve_line(name: str, result: serving.ServeFit) -> str:
+def serve_line(name: str, result: ServeFit) -> str:
     report = result.to_dict()
     return row(
         [
@@ -163,7 +164,7 @@ def serve_line(name: str, result: serving.ServeFit) -> str:
     )
 
 
-def weights_of(result: serving.ServeFit) -> str:
+def weights_of(result: ServeFit) -> str:
     report, options = result.to_dict(), result.options
     kind = report["quantization"] or report["dtype"]
     if not options.max_adapters:

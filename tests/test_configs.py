@@ -116,7 +116,7 @@ def test_a_serve_config_says_what_it_is_for_and_is_proven(path):
 @pytest.mark.slow
 def test_a_representative_server_is_compiled_again():
     pytest.importorskip("libtpu", reason="the TPU compiler is on Linux x86-64 only")
-    from infer.fit import fit
+    from infer.fit.trial import fit
 
     (path,) = [path for path in SERVED if path.stem == "llama3.1-8b-serve-int8-v5e-4"]
     settings = served_settings(path)

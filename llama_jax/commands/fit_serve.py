@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise ValueError(f"{path} names no slice; give one with --slice, such as v5e-4")
     slices = [slice_named(name) for name in named]
     start_compiler(args.save_cache)
-    from infer.fit import fit
+    from infer.fit.trial import fit
 
     progress = Progress()
     return [fit(settings, each, progress.say).to_dict() for each in slices]

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from infer.engine.lowering import AbstractEngine, StepShape
-from infer.fit import fit
+from infer.fit.trial import fit
 from infer.server.settings import Settings
 from llama_jax.cli import main
 from llama_jax.commands.fit_serve import show
