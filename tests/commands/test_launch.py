@@ -90,7 +90,7 @@ def test_status_logs_stop_delete(capsys, tmp_path, monkeypatch) -> None:
     started = [*CONFIG, *WHERE, "--slice", "v5e-4", "--package", str(wheel), "--detach"]
     assert "started after 1 starts; machines kept" in launch(capsys, *started).out
     assert launch(capsys, *name, "--status").out == ("tiny-lora-cpu: ACTIVE\n  worker-0: running\n")
-    monkeypatch.setattr("llama_jax.commands.launch._LOG_SECONDS", 1)
+    monkeypatch.setattr("llama_jax.commands.launch_machines._LOG_SECONDS", 1)
     assert launch(capsys, *name, "--logs").out == "step 1\n"
     assert "worker-0: exited with 0" in launch(capsys, *name, "--stop").out
     assert launch(capsys, *name, "--logs").out == "step 1\nsaved\n"
