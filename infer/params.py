@@ -186,7 +186,7 @@ def _checked_bias(bias: Any) -> Mapping[int, float]:
             f"logit_bias has {len(bias)} entries; at most {MAX_BIAS_ENTRIES} are allowed"
         )
     return {
-        checked_int("a token id in logit_bias", token, low=0, high=2**31 - 1): checked_number(
+        checked_int("logit_bias: a token id", token, low=0, high=2**31 - 1): checked_number(
             f"logit_bias of token {token}", value, low=-100.0, high=100.0
         )
         for token, value in bias.items()

@@ -250,7 +250,11 @@ class BatchingEngine:
         if self._grammars is None:
             raise ValueError("structure needs a tokenizer; this model has none")
         if request.params.ignore_eos or request.params.min_tokens:
-            raise ValueError("structure decides where a text ends: leave ignore_eos and min_tokens")
+            name = "ignore_eos" if request.params.ignore_eos else "min_tokens"
+            raise ValueError(
+                f"{name} does not go with a structure (response_format, or a tool that must be "
+                f"called), which decides where a text ends; leave it out"
+            )
         return self._grammars.compile(request.structure)
 
     def _rows(self, request: Request) -> list[Row]:

@@ -6,10 +6,10 @@ names of `SamplingParams`.
 """
 
 import json
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, from_json
 
 from infer.engine.request import Structure
 from infer.params import SamplingParams
@@ -24,10 +24,16 @@ IGNORED = (
     "service_tier",
     "safety_identifier",
     "prompt_cache_key",
+    "prompt_cache_options",
     "prompt_cache_retention",
-    # Text is the only one, and no annotation can be given.
+    "messages.content.prompt_cache_breakpoint",
+    # Text is the only one.
     "modalities",
+    # Parts of an answer that say its text once more, or number its calls.
     "messages.annotations",
+    "messages.parsed",
+    "messages.tool_calls.index",
+    "messages.tool_calls.function.parsed_arguments",
     # OpenAI pads chunks against eavesdroppers; there is nothing to switch off here.
     "stream_options.include_obfuscation",
     # A schema holds the answer always, and the model does not read what stands beside it.
@@ -37,17 +43,24 @@ IGNORED = (
     "tools.function.strict",
 )
 
-Ids = Annotated[list[int], Field(max_length=2**20)]
+# Members of an object, and entries of a list that are no numbers: reading many is slow, and no
+# other request is served meanwhile.
+MOST_ENTRIES = 2**14
+
+Item = TypeVar("Item")
+# Read up to the first entry that is wrong: millions of them would be told apart for half a minute.
+Many = Annotated[list[Item], Field(fail_fast=True)]
+Ids = Annotated[Many[int], Field(max_length=2**20)]
 
 
-def _each(name: str, given: str | Ids | list[str] | list[Ids]) -> list[str | list[int]]:
+def _each(name: str, given: str | Ids | Many[str] | Many[Ids]) -> list[str | list[int]]:
     """One text or list of ids, or a list of them, as a list."""
     if isinstance(given, str):
         return [given]
     if not given:
         raise ApiError(400, f"{name} is empty", param=name)
-    ids = [token for token in given if isinstance(token, int)]
-    return [ids] if ids else [each for each in given if not isinstance(each, int)]
+    # Entries are all of one kind.
+    return cast(list[str | list[int]], [given] if isinstance(given[0], int) else given)
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -57,9 +70,17 @@ _UNIONS = {
     "prompt": _TEXTS,
     "input": _TEXTS,
     "stop": "a text or a list of texts",
-    "content": 'a text or a list of parts, all {"type": "text", "text": …}',
+    "content": 'a text or a list of parts, all {"type": "text", "text": …}, or of an assistant '
+    '{"type": "refusal", "refusal": …}',
     "tool_choice": '"none", "auto", "required", {"type": "function", "function": {"name": …}} or '
     '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": […]}}',
+}
+
+# What pydantic calls by Python's names.
+_IN_JSON = {
+    "dict_type": "Input should be an object",
+    "list_type": "Input should be a list",
+    "model_type": "Input should be an object",
 }
 
 
@@ -68,8 +89,8 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class JsonSchema(_Body):
@@ -119,7 +140,7 @@ class _Sampled(_Body):
     temperature: float | None = None
     top_p: float | None = None
     n: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Many[str] | None = None
     seed: int | None = None
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
@@ -140,11 +161,12 @@ class _Sampled(_Body):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
     prompt_cache_retention: str | None = None
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
     def _sampling(self, **more: Any) -> SamplingParams:
         """Raises ApiError for a value out of range. A null is a field left out, as with OpenAI."""
@@ -176,7 +198,7 @@ class _Sampled(_Body):
 
 
 class CompletionRequest(_Sampled):
-    prompt: str | Ids | list[str] | list[Ids]
+    prompt: str | Ids | Many[str] | Many[Ids]
     logprobs: int | None = None
     echo: bool | None = None
     best_of: int | None = None
@@ -197,51 +219,80 @@ class CompletionRequest(_Sampled):
 class FunctionCall(_Body):
     name: str
     arguments: str
+    parsed_arguments: Any = None
 
 
 class ToolCall(_Body):
     id: str
     type: Literal["function"]
     function: FunctionCall
+    # Of a call that was put together from the pieces of a stream.
+    index: int | None = None
 
 
 class TextPart(_Body):
     type: Literal["text"]
     text: str
+    prompt_cache_breakpoint: dict[str, Any] | None = None
+
+
+class RefusalPart(_Body):
+    type: Literal["refusal"]
+    refusal: str
+
+
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
 
 
 class Message(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Many[Part] | None = None
+    # What the assistant said in place of an answer.
+    refusal: str | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
-    # The openai package sends these back as nulls, and the first as an empty list.
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    # The openai package sends these back as parts of an answer, the last two as nulls.
+    annotations: list[Any] | None = None
+    parsed: Any = None
     audio: None = None
     function_call: None = None
-    refusal: None = None
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
-        for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        for field, role in (
+            ("tool_calls", "assistant"),
+            ("tool_call_id", "tool"),
+            ("refusal", "assistant"),
+        ):
             if getattr(self, field) is not None and self.role != role:
                 raise _wrong(f"{field} goes only with role {role!r}, not {self.role!r}")
+        parts = self.content if isinstance(self.content, list) else []
+        if self.role != "assistant" and any(isinstance(part, RefusalPart) for part in parts):
+            raise _wrong(
+                f"a part of type 'refusal' goes only with role 'assistant', not {self.role!r}; "
+                'send {"type": "text", "text": …}'
+            )
         if self.role == "tool" and self.tool_call_id is None:
             raise _wrong("role 'tool' needs tool_call_id, the id of the call that it answers")
-        if self.content in (None, []) and not self.tool_calls:
-            also = " or tool_calls" if self.role == "assistant" else ""
+        if self.content in (None, []) and self.refusal is None and not self.tool_calls:
+            also = ", refusal or tool_calls" if self.role == "assistant" else ""
             raise _wrong(f"role {self.role!r} needs content{also}")
         return self
 
+    @property
+    def text(self) -> str:
+        """All that it says: what its parts say, joined, and last the refusal."""
+        said = self.content or ""
+        if isinstance(said, list):
+            said = "\n".join(p.text if isinstance(p, TextPart) else p.refusal for p in said)
+        return "\n".join(filter(None, (said, self.refusal)))
+
     def to_template(self) -> dict[str, Any]:
-        """The message as chat templates expect it: texts joined, arguments as values."""
-        content = self.content
-        if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
+        """The message as chat templates expect it: one text, arguments as values."""
         # Templates know no developer; OpenAI's newer name for the same.
         role = "system" if self.role == "developer" else self.role
-        message: dict[str, Any] = {"role": role, "content": content or ""}
+        message: dict[str, Any] = {"role": role, "content": self.text}
         if self.name is not None:
             message["name"] = self.name
         if self.tool_call_id is not None:
@@ -273,6 +324,16 @@ class Function(_Body):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
+    @model_validator(mode="after")
+    def _check_parameters(self) -> Self:
+        kind = (self.parameters or {}).get("type", "object")
+        if kind != "object":
+            raise _wrong(
+                f"the parameters of {self.name!r} have the type {str(kind)[:40]!r}; a call has an "
+                f"object of them, so it must be 'object'"
+            )
+        return self
+
 
 class Tool(_Body):
     type: Literal["function"]
@@ -299,7 +360,7 @@ class NamedTool(_Body):
 
 class AllowedTools(_Body):
     mode: Literal["auto", "required"]
-    tools: list[NamedTool] = Field(min_length=1)
+    tools: Many[NamedTool] = Field(min_length=1)
 
 
 class AllowedToolChoice(_Body):
@@ -308,16 +369,17 @@ class AllowedToolChoice(_Body):
 
 
 class ChatRequest(_Sampled):
-    messages: list[Message]
+    messages: Many[Message]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Many[Literal["text"]] | None = None
     audio: None = None
     prediction: None = None
+    moderation: None = None
     web_search_options: None = None
     reasoning_effort: None = None
     verbosity: None = None
@@ -373,8 +435,8 @@ class ChatRequest(_Sampled):
 
 class EmbeddingRequest(_Body):
     model: str = Field(max_length=256)
-    input: str | Ids | list[str] | list[Ids]
-    encoding_format: Literal["float", "base64"] = "float"
+    input: str | Ids | Many[str] | Many[Ids]
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     user: str | None = None
 
@@ -384,24 +446,27 @@ class EmbeddingRequest(_Body):
 
 
 class TokenizeRequest(_Body):
-    """prompt: a text, or messages: a conversation as the model would read it."""
+    """prompt: a text, or messages: a conversation as the model would read it. add_special_tokens:
+    left out is true."""
 
     model: str = Field(max_length=256)
     prompt: str | None = None
-    messages: list[Message] | None = None
-    add_special_tokens: bool = True
+    messages: Many[Message] | None = None
+    add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(_Body):
     model: str = Field(max_length=256)
     tokens: Ids
-    skip_special_tokens: bool = False
+    skip_special_tokens: bool | None = None
 
 
 def _bias(given: dict[str, float]) -> dict[int, float]:
     biases = {}
     for token, value in given.items():
-        if not (token.isascii() and token.isdigit() and len(token) < 11):
+        # 01 would be 1 once more.
+        is_id = token.isascii() and token.isdigit() and len(token) < 11
+        if not is_id or token != str(int(token)):
             raise ApiError(
                 400,
                 f"logit_bias has the key {token[:40]!r}; keys are token ids",
@@ -411,34 +476,70 @@ def _bias(given: dict[str, float]) -> dict[int, float]:
     return biases
 
 
-def refused(error: ValueError) -> ApiError:
-    """A 400 with the words of whoever refused; such messages begin with the field."""
-    message = str(error)
-    first = message.split(" ", 1)[0]
-    param = first if first in (*SamplingParams.__dataclass_fields__, "prompt") else None
-    return ApiError(400, message, param=param)
+def refused(error: ValueError, *, prompt: str = "prompt") -> ApiError:
+    """A 400 with the words of whoever refused; such messages begin with the field. prompt: what
+    the field is called that others call the prompt."""
+    first, _, rest = str(error).partition(" ")
+    if first == "prompt":
+        return ApiError(400, f"{prompt} {rest}", param=prompt)
+    param = first.removesuffix(":")
+    is_field = param in SamplingParams.__dataclass_fields__
+    return ApiError(400, str(error), param=param if is_field else None)
 
 
 def parse(kind: type[Body], raw: bytes) -> Body:
     """The request in a body. Raises ApiError 400 naming the field at fault."""
     try:
-        return kind.model_validate_json(raw)
+        value = from_json(raw, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON: {error}", code="invalid_json") from None
+    return validated(kind, value)
+
+
+def validated(kind: type[Body], value: Any) -> Body:
+    """The same of what JSON or a message says."""
+    _check_sizes(value)
+    try:
+        return kind.model_validate(value)
     except ValidationError as error:
         raise invalid(error) from None
+
+
+def _check_sizes(value: Any) -> None:
+    """Raises ApiError for an object or a list of more entries than any request needs."""
+    rest: list[tuple[str | None, Any]] = [(None, value)]
+    while rest:
+        param, found = rest.pop()
+        is_object = isinstance(found, dict)
+        if not is_object and (not isinstance(found, list) or not found or _is_number(found[0])):
+            continue
+        if len(found) > MOST_ENTRIES:
+            raise ApiError(
+                400,
+                f"{param or 'the body'} has {len(found)} entries in one "
+                f"{'object' if is_object else 'list'}; at most {MOST_ENTRIES} are taken",
+                param=param,
+            )
+        if is_object:
+            rest += [(key if param is None else param, each) for key, each in found.items()]
+        else:
+            rest += [(param, each) for each in found]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def invalid(error: ValidationError) -> ApiError:
     """The first problem of a body, with what was given where that is a number or should be a word;
     texts, which may be long and private, are not repeated."""
     first = error.errors(include_url=False, include_context=False)[0]
-    loc, message = first["loc"], first["msg"]
+    loc, message = first["loc"], _IN_JSON.get(first["type"], first["msg"])
     for place, part in enumerate(loc[:-1]):
         if part in _UNIONS:
             loc, message = loc[: place + 1], f"Input should be {_UNIONS[str(part)]}"
             break
     param = ".".join(map(str, loc)) or None
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {message}", code="invalid_json")
     if first["type"] == "extra_forbidden":
         return ApiError(
             400,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from starlette.applications import Starlette
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.exceptions import ExceptionMiddleware
@@ -56,7 +57,7 @@ def make_app(context: Context) -> ASGIApp:
     guarded = Guard(app, settings=settings, gate=context.gate, metrics=context.metrics)
     if not settings.cors_origins:
         return guarded
-    return CORSMiddleware(
+    return _Cors(
         guarded,
         allow_origins=settings.cors_origins,
         allow_methods=["GET", "POST"],
@@ -70,6 +71,18 @@ class _App(Starlette):
 
     def build_middleware_stack(self) -> ASGIApp:
         return ExceptionMiddleware(self.router, handlers=self.exception_handlers)
+
+
+class _Cors(CORSMiddleware):
+    """Starlette's, which refuses in plain text, with error objects."""
+
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        told = error_response(ApiError(400, bytes(response.body).decode()), "")
+        told.headers["vary"] = response.headers["vary"]
+        return told
 
 
 def _http_error(request: Request, error: Exception) -> Response:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 # Names of arguments, which a variable of a template cannot have.
-_TAKEN = {"self", "tokenizer", "template", "messages", "tools", "add_generation_prompt"}
+_TAKEN = {
+    "self", "tokenizer", "template", "messages", "tools", "documents", "add_generation_prompt"
+}  # fmt: skip
 
 
 def start_chat(
@@ -103,7 +105,7 @@ def _tool_structure(body: ChatRequest, asked: Structure | None, max_bytes: int) 
 
 
 def chat_ids(lease: Lease, body: ChatRequest) -> list[int]:
-    """The conversation as the model reads it. Raises ApiError and TemplateError (a ValueError)."""
+    """The conversation as the model reads it. Raises ApiError."""
     from llama_jax.formats.chat import render_chat, with_begin
 
     tokenizer = lease.loaded.tokenizer
@@ -113,9 +115,8 @@ def chat_ids(lease: Lease, body: ChatRequest) -> list[int]:
     is_subset = isinstance(body.tool_choice, AllowedToolChoice)
     shown = body.callable_tools if is_subset or body.tool_choice == "none" else body.tools
     tools = [tool.to_template() for tool in shown or []] or None
-    template = _template(lease, body, tools)
     variables = body.chat_template_kwargs or {}
-    taken = sorted(_TAKEN & set(variables))
+    taken = sorted((_TAKEN | set(tokenizer.special_tokens)) & set(variables))
     if taken:
         raise ApiError(
             400,
@@ -123,14 +124,19 @@ def chat_ids(lease: Lease, body: ChatRequest) -> list[int]:
             f"template may not have; leave it out",
             param="chat_template_kwargs",
         )
-    rendered = render_chat(
-        tokenizer,
-        [message.to_template() for message in body.messages],
-        add_generation_prompt=True,
-        tools=tools,
-        template=template,
-        **variables,
-    )
+    try:
+        rendered = render_chat(
+            tokenizer,
+            [message.to_template() for message in body.messages],
+            add_generation_prompt=True,
+            tools=tools,
+            template=_template(lease, body, tools),
+            **variables,
+        )
+    except ValueError as error:
+        # Of the model's own template a client can mend the messages only.
+        field = "messages" if body.chat_template is None else "chat_template"
+        raise ApiError(400, str(error), param=field) from error
     check_text(lease, rendered.text, "messages")
     return with_begin(tokenizer, rendered.encode(tokenizer)[0])
 

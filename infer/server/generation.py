@@ -10,8 +10,9 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from infer.completion import Piece
 from infer.engine.request import Failed, Finished, NotReadyError, QueueFullError, Request, Started
@@ -41,9 +42,16 @@ class Arrival:
     trace: Mapping[str, str] = field(default_factory=dict)
 
 
+# Bodies over this are read in a thread.
+LONG_BYTES = 64 * 2**10
+
+Result = TypeVar("Result")
+
+
 @dataclass(frozen=True)
 class Context:
-    """What every operation needs of its server."""
+    """What every operation needs of its server. texts: threads for long bodies, templates and
+    tokenizers, apart from those that submit and load."""
 
     settings: Settings
     models: Models
@@ -52,6 +60,18 @@ class Context:
     waker: Waker
     embeddings: Pool
     tracing: Tracing | None = None
+    texts: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(4, "texts"))
+
+    async def in_texts(self, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Work in those threads."""
+        return await asyncio.get_running_loop().run_in_executor(self.texts, work, *arguments)
+
+    async def read(self, size: int, work: Callable[..., Result], *arguments: Any) -> Result:
+        """Work on a body or message of `size` bytes: there if it is long, so that streams of others
+        go on meanwhile, else here and at once."""
+        if size <= LONG_BYTES:
+            return work(*arguments)
+        return await self.in_texts(work, *arguments)
 
 
 @dataclass
@@ -137,7 +157,7 @@ class Generation:
                 self._stack.enter_context(context.models.use(self._lease))
                 # Ids of requests are the server's own: a client may send the same one twice.
                 unique = f"{arrival.request_id}-{secrets.token_hex(8)}"
-                self._requests = await asyncio.to_thread(self._prepared, unique)
+                self._requests = await context.in_texts(self._prepared, unique)
                 for prompt, request in enumerate(self._requests):
                     await asyncio.to_thread(self._submit, prompt, request)
         except TimeoutError:
@@ -174,7 +194,8 @@ class Generation:
             raise ApiError(400, str(error), param=self._structure_field) from error
         except ValueError as error:
             self._unfinished.discard(prompt)
-            raise refused(error) from error
+            field = f"prompt.{prompt}" if len(self._requests) > 1 else "prompt"
+            raise refused(error, prompt=field) from error
 
     async def events(self) -> AsyncGenerator[tuple[int, Started | Piece], None]:
         """What the engine says, with the prompt it is about, until all prompts have ended.

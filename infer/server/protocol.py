@@ -76,6 +76,8 @@ class LimitedProtocol(H11Protocol):
         hint = getattr(error, "error_status_hint", 400)
         if hint == 431:
             msg = f"the headers are over {self.config.h11_max_incomplete_event_size} bytes"
+        elif isinstance(error, h11.RemoteProtocolError):
+            msg = f"the request is not HTTP/1.1: {error}"
         self._answer(ApiError(431 if hint == 431 else 400, msg))
 
     def _await_head(self) -> None:

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from infer.server.api_types import (
+    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
@@ -78,34 +79,35 @@ class Rest:
         return JSONResponse(entry)
 
     async def chat(self, request: Request) -> Any:
-        body = parse(ChatRequest, await self._body(request))
+        body = await self._body(request, ChatRequest)
         arrival = _arrival(request)
         generation, answer = start_chat(self._context, body, arrival)
         return await self._generate(request, body, generation, answer, {"body": body})
 
     async def completions(self, request: Request) -> Any:
-        body = parse(CompletionRequest, await self._body(request))
+        body = await self._body(request, CompletionRequest)
         arrival = _arrival(request)
         generation, answer = start_completion(self._context, body, arrival)
         return await self._generate(request, body, generation, answer, {})
 
     async def embeddings(self, request: Request) -> Response:
-        body = parse(EmbeddingRequest, await self._body(request))
+        body = await self._body(request, EmbeddingRequest)
         work = embed(self._context, body, _arrival(request))
         return await self._plain(request, work)
 
     async def tokenize(self, request: Request) -> Response:
-        body = parse(TokenizeRequest, await self._body(request))
+        body = await self._body(request, TokenizeRequest)
         work = tokenize(self._context, body, _arrival(request))
         return await self._plain(request, work)
 
     async def detokenize(self, request: Request) -> Response:
-        body = parse(DetokenizeRequest, await self._body(request))
+        body = await self._body(request, DetokenizeRequest)
         work = detokenize(self._context, body, _arrival(request))
         return await self._plain(request, work)
 
-    async def _body(self, request: Request) -> bytes:
-        return await read_body(request, self._context.settings)
+    async def _body(self, request: Request, kind: type[Body]) -> Body:
+        raw = await read_body(request, self._context.settings)
+        return await self._context.read(len(raw), parse, kind, raw)
 
     async def _plain(self, request: Request, work: Any) -> Response:
         try:

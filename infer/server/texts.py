@@ -69,7 +69,7 @@ async def embed(context: Context, body: EmbeddingRequest, arrival: Arrival) -> R
         {
             "object": "embedding",
             "index": place,
-            "embedding": row if body.encoding_format == "float" else _base64(row),
+            "embedding": _base64(row) if body.encoding_format == "base64" else row,
         }
         for place, row in enumerate(rows)
     ]
@@ -78,11 +78,15 @@ async def embed(context: Context, body: EmbeddingRequest, arrival: Arrival) -> R
 
 
 def _embed_all(lease: Lease, inputs: list[str | list[int]]) -> tuple[list[list[float]], int]:
-    ids = [
-        prompt_ids(lease, each, place_of("input", place, inputs))
-        for place, each in enumerate(inputs)
-    ]
-    return [lease.loaded.engine.embed(each) for each in ids], sum(map(len, ids))
+    fields = [place_of("input", place, inputs) for place in range(len(inputs))]
+    ids = [prompt_ids(lease, each, field) for each, field in zip(inputs, fields, strict=True)]
+    rows = []
+    for each, field in zip(ids, fields, strict=True):
+        try:
+            rows.append(lease.loaded.engine.embed(each))
+        except ValueError as error:
+            raise refused(error, prompt=field) from error
+    return rows, sum(map(len, ids))
 
 
 def _base64(row: list[float]) -> str:
@@ -93,7 +97,8 @@ def _base64(row: list[float]) -> str:
 async def tokenize(context: Context, body: TokenizeRequest, arrival: Arrival) -> Result:
     if (body.prompt is None) == (body.messages is None):
         raise ApiError(400, "give either prompt or messages", param="prompt")
-    if body.messages is not None and not body.add_special_tokens:
+    has_special = body.add_special_tokens is not False
+    if body.messages is not None and not has_special:
         raise ApiError(
             400,
             "add_special_tokens is about prompt; a conversation has what its template writes",
@@ -108,18 +113,18 @@ async def tokenize(context: Context, body: TokenizeRequest, arrival: Arrival) ->
         tokenizer = _tokenizer(lease)
         if body.messages is None:
             assert body.prompt is not None
-            return tokenizer.encode(body.prompt, add_special_tokens=body.add_special_tokens)
+            return tokenizer.encode(body.prompt, add_special_tokens=has_special)
         return chat_ids(lease, ChatRequest(model=body.model, messages=body.messages))
 
     async with _lease(context, body.model, arrival) as lease:
-        tokens = await asyncio.to_thread(ids, lease)
+        tokens = await context.in_texts(ids, lease)
         context_tokens = lease.loaded.engine.max_context
     value = {"tokens": tokens, "count": len(tokens), "max_model_len": context_tokens}
     return value, lease.loaded.fingerprint
 
 
 async def detokenize(context: Context, body: DetokenizeRequest, arrival: Arrival) -> Result:
-    skip = body.skip_special_tokens
+    skip = bool(body.skip_special_tokens)
 
     def text(lease: Lease) -> str:
         tokenizer = _tokenizer(lease)
@@ -134,7 +139,7 @@ async def detokenize(context: Context, body: DetokenizeRequest, arrival: Arrival
         return tokenizer.decode(body.tokens, skip_special_tokens=skip)
 
     async with _lease(context, body.model, arrival) as lease:
-        prompt = await asyncio.to_thread(text, lease)
+        prompt = await context.in_texts(text, lease)
     return {"prompt": prompt}, lease.loaded.fingerprint
 
 

@@ -23,6 +23,8 @@ _BARE = ("{", "[")
 _BETWEEN = re.compile(rf"(?:[\s;,]|{'|'.join(map(re.escape, (*_OPENERS, _CLOSER)))})*")
 # A call of `forced_schema` up to its arguments.
 _BEGUN_CALL = re.compile(r'\{\s*"name"\s*:\s*("[^"]*")\s*,\s*"arguments"\s*:\s*')
+# Of a function that was declared without any, as OpenAI has it.
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 # Keys of a JSON Schema under which data stand, and those under which schemas have names.
 _DATA = ("const", "default", "enum", "examples")
 _NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
@@ -175,7 +177,7 @@ def forced_schema(tools: Sequence[Tool], *, parallel: bool) -> str:
                 "type": "object",
                 "properties": {
                     "name": {"const": function.name},
-                    "arguments": _moved(function.parameters, place) or {"type": "object"},
+                    "arguments": _moved(function.parameters, place) or _NO_PARAMETERS,
                 },
                 "required": ["name", "arguments"],
                 "additionalProperties": False,

@@ -3,6 +3,7 @@
 import builtins
 import json
 import re
+import threading
 import types
 import typing
 import urllib.request
@@ -12,7 +13,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
-from infer.server import api_types
+from infer.server import api_types, rest
 from infer.server.api_types import IGNORED
 from infer.server.loaded import Built
 from llama_jax.formats.chat import Rendered
@@ -67,6 +68,7 @@ def word_server(words, said, **options):
     return running(build)
 
 
+CHATS = "/v1/chat/completions"
 MESSAGES = [{"role": "user", "content": "hi"}]
 
 
@@ -244,6 +246,8 @@ def test_null_is_as_if_left_out(server):
         ({"logit_bias": {str(i): 1 for i in range(10**5)}}, "logit_bias"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": 1, "05": 2}}, "logit_bias"),
+        ({"logit_bias": {"4294967296": 1}}, "logit_bias"),
         ({"frequency_penalty": 3}, "frequency_penalty"),
         ({"seed": 2**65}, "seed"),
         ({"seed": "x"}, "seed"),
@@ -297,6 +301,8 @@ PART = {"type": "image_url", "image_url": {"url": "https://x/y.png"}}
         ({"tool_choice": {}}, '"required", {"type": "function", "function": {"name": …}} or '),
         ({"tool_choice": "any"}, ', not "any"'),
         ({"stop": 5}, "stop: Input should be a text or a list of texts, not 5"),
+        ({"messages": ["hi"]}, "messages.0: Input should be an object"),
+        ({"messages": {}}, "messages: Input should be a list"),
         ({"prompt": [1, [2]]}, "a list of at most 1048576 token ids or a list of such lists"),
         ({"prompt": None}, "prompt: Input should be a text, a list of texts"),
         ({"input": None}, "input: Input should be a text, a list of texts"),
@@ -322,8 +328,8 @@ CALLS = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": 
         ({"role": "user", "content": []}, "role 'user' needs content"),
         ({"role": "system", "content": None}, "role 'system' needs content"),
         ({"role": "developer", "content": []}, "role 'developer' needs content"),
-        ({"role": "assistant", "content": None}, "needs content or tool_calls"),
-        ({"role": "assistant", "tool_calls": []}, "needs content or tool_calls"),
+        ({"role": "assistant", "content": None}, "needs content, refusal or tool_calls"),
+        ({"role": "assistant", "tool_calls": []}, "needs content, refusal or tool_calls"),
         ({"role": "tool", "tool_call_id": "c"}, "role 'tool' needs content"),
         ({"role": "tool", "content": "x"}, "role 'tool' needs tool_call_id"),
         (
@@ -338,8 +344,19 @@ CALLS = [{"id": "c", "type": "function", "function": {"name": "f", "arguments": 
             {"role": "tool", "content": "x", "tool_call_id": "c", "tool_calls": CALLS},
             "tool_calls goes only with role 'assistant', not 'tool'",
         ),
-        ({"role": "assistant", "refusal": "no"}, "messages.1.refusal is not offered"),
-        ({"role": "assistant", "content": "x", "refusal": "no"}, "refusal is not offered"),
+        (
+            {"role": "user", "content": "x", "refusal": "no"},
+            "refusal goes only with role 'assistant', not 'user'",
+        ),
+        (
+            {"role": "user", "content": [{"type": "refusal", "refusal": "x"}]},
+            "a part of type 'refusal' goes only with role 'assistant', not 'user'",
+        ),
+        ({"role": "assistant", "content": "x", "audio": {"id": "1"}}, "audio is not offered"),
+        (
+            {"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}},
+            "function_call is not offered",
+        ),
     ],
 )
 def test_no_part_of_a_message_is_dropped(server, message, said):
@@ -390,6 +407,11 @@ def test_a_refusal_repeats_no_text(server):
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
         ({"chat_template_kwargs": {"self": 1, "x": 2}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"documents": []}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"eos_token": "x"}}, "chat_template_kwargs"),
+        ({"chat_template": "{{ broken"}, "chat_template"),
+        ({"chat_template": "{{ raise_exception('no') }}"}, "chat_template"),
+        ({"moderation": {"model": "x"}}, "moderation"),
     ],
 )
 def test_wrong_chats_are_refused_by_name(server, fields, param):
@@ -414,6 +436,111 @@ def test_bodies_that_are_no_object_are_refused(server, raw):  # R100
         assert status == 400
         assert set(body["error"]) == {"message", "type", "param", "code"}
         assert "Traceback" not in json.dumps(body)
+
+
+def many(entry):
+    return ",".join([entry] * 10**5)
+
+
+def numbered(value):
+    return ",".join(f'"{name}": {value}' for name in range(10**5))
+
+
+@pytest.mark.parametrize(
+    ("field", "raw"),
+    [
+        ("prompt", f"[{many('[1]')}]"),
+        ("prompt", f"[{many('1.5')}]"),
+        ("stop", f"[{many('[]')}]"),
+        ("logit_bias", "{" + numbered("[]") + "}"),
+        ("messages", f"[{many('{}')}]"),
+        ("messages", f'[{{"role": "user", "content": [{many("{}")}]}}]'),
+        ("tools", f"[{many('{}')}]"),
+        ("chat_template_kwargs", f'{{"a": [{{"b": [{many("[]")}]}}]}}'),
+        (None, "1, " + numbered("1")),
+    ],
+)
+def test_of_very_many_wrong_entries_few_are_read(server, monkeypatch, field, raw):
+    told = []
+    invalid = api_types.invalid
+
+    def counting(error):
+        told.append(error.error_count())
+        return invalid(error)
+
+    monkeypatch.setattr(api_types, "invalid", counting)
+    path = "/v1/completions" if field in ("prompt", "stop", "logit_bias") else CHATS
+    rest = f'{{"model": "m", "{"prompt" if path == CHATS else "messages"}": "x"'
+    status, body, _ = server.call(path, raw=f'{rest}, "{field or "user"}": {raw}}}'.encode())
+    assert status == 400 and body["error"]["param"] == (field or None), body
+    assert sum(told) < 20
+
+
+def test_long_bodies_and_texts_are_read_in_threads_of_their_own(server, monkeypatch):
+    threads = []
+
+    def parse(kind, raw):
+        threads.append(threading.current_thread().name)
+        return api_types.parse(kind, raw)
+
+    encode = Tokenizer.encode
+
+    def noting(tokenizer, *args, **kwargs):
+        threads.append(threading.current_thread().name)
+        return encode(tokenizer, *args, **kwargs)
+
+    monkeypatch.setattr(rest, "parse", parse)
+    monkeypatch.setattr(Tokenizer, "encode", noting)
+    for prompt, count in ([65] * 10, 0), ([65] * 50_000, 1), ("hi", 1), ("x" * 70_000, 1):
+        threads.clear()
+        assert server.complete(prompt)[0] == (200 if len(prompt) < 20 else 400)
+        assert [name.startswith("texts") for name in threads].count(True) == count, threads
+    threads.clear()
+    assert server.call("/tokenize", {"model": "m", "prompt": "hi"})[0] == 200
+    assert threads[1].startswith("texts")
+
+
+def test_a_token_that_the_engine_has_not_is_named_by_its_field(server, monkeypatch):
+    def refuse(*args):
+        raise ValueError("prompt has the token id 999; ids are 0 to 258")
+
+    monkeypatch.setattr(server.engine, "embed", refuse)
+    monkeypatch.setattr(server.engine, "submit", refuse)
+    for path, given, field in (
+        ("/v1/embeddings", {"input": [999]}, "input"),
+        ("/v1/embeddings", {"input": [[999], [1]]}, "input.0"),
+        ("/v1/completions", {"prompt": [999]}, "prompt"),
+        ("/v1/completions", {"prompt": [[999], [1]]}, "prompt.0"),
+    ):
+        status, body, _ = server.call(path, {"model": "m", **given})
+        assert (status, body["error"]["param"]) == (400, field), body
+        assert body["error"]["message"] == f"{field} has the token id 999; ids are 0 to 258"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/tokenize", {"prompt": "x", "add_special_tokens": None, "messages": None}),
+        ("/tokenize", {"messages": MESSAGES, "add_special_tokens": None, "prompt": None}),
+        ("/detokenize", {"tokens": [65], "skip_special_tokens": None}),
+        ("/v1/embeddings", {"input": "x", "encoding_format": None, "dimensions": None}),
+        (
+            "/v1/completions",
+            {
+                "prompt": "x",
+                "stream": True,
+                "stream_options": {"include_usage": None, "include_obfuscation": None},
+            },
+        ),
+    ],
+)
+def test_null_is_as_if_left_out_on_every_route(server, path, fields):
+    left = {name: value for name, value in fields.items() if value is not None}
+    left.pop("stream_options", None)
+    answers = [server.call(path, {"model": "m", **each}) for each in (fields, left)]
+    assert [status for status, *_ in answers] == [200, 200], answers
+    if path != "/v1/completions":
+        assert answers[0][1] == answers[1][1]
 
 
 def test_a_surrogate_alone_and_numbers_beyond_json_are_refused(server):
@@ -463,6 +590,7 @@ def test_unknown_models_are_404_and_never_paths(server, name):  # R100, R116
 def test_fields_that_change_nothing_are_accepted(server):
     names = [name for name in IGNORED if "." not in name and name != "modalities"]
     given = dict.fromkeys(names, "x") | {"metadata": {"a": "b"}, "store": True}
+    given["prompt_cache_options"] = {"mode": "explicit", "ttl": "30m"}
     assert server.chat(**given, modalities=["text"])[0] == 200
     assert server.complete(**given)[0] == 200
 
@@ -470,9 +598,55 @@ def test_fields_that_change_nothing_are_accepted(server):
 def test_what_openai_answered_is_a_turn_of_a_conversation(server):
     answered = {"role": "assistant", "content": "x", "refusal": None, "annotations": []}
     assert server.chat(messages=[*MESSAGES, answered, *MESSAGES])[0] == 200
-    answered["annotations"] = [{"type": "url_citation"}]
-    status, body, _ = server.chat(messages=[*MESSAGES, answered, *MESSAGES])
-    assert (status, body["error"]["param"]) == (400, "messages.1.annotations")
+    answered["annotations"] = [{"type": "url_citation", "url_citation": {"url": "https://x"}}]
+    assert server.chat(messages=[*MESSAGES, answered, *MESSAGES])[0] == 200
+    # The openai package's own additions: what it parsed, and the numbers of calls in a stream.
+    call = {**CALLS[0], "index": 0, "function": {**CALLS[0]["function"], "parsed_arguments": {}}}
+    answered = {"role": "assistant", "content": None, "parsed": {"a": 1}, "tool_calls": [call]}
+    assert server.chat(messages=[*MESSAGES, answered, *MESSAGES])[0] == 200
+
+
+REFUSAL_PART = {"type": "refusal", "refusal": "I will not."}
+
+
+@pytest.mark.parametrize(
+    ("said", "seen"),
+    [
+        ({"refusal": "I will not."}, "I will not."),
+        ({"content": None, "refusal": "I will not."}, "I will not."),
+        ({"content": "", "refusal": "I will not."}, "I will not."),
+        ({"content": "Well.", "refusal": "I will not."}, "Well.\nI will not."),
+        ({"content": [REFUSAL_PART]}, "I will not."),
+        ({"content": [{"type": "text", "text": "Well."}, REFUSAL_PART]}, "Well.\nI will not."),
+        ({"content": "Yes.", "refusal": ""}, "Yes."),
+        ({"content": None, "refusal": ""}, ""),
+    ],
+)
+def test_the_model_sees_what_it_refused(server, said, seen):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    messages = [*MESSAGES, {"role": "assistant", **said}, *MESSAGES]
+    status, body, _ = server.chat(messages=messages, chat_template=template)
+    assert status == 200, body
+    prompt = byte_tokenizer().decode(server.engine.seen[-1].prompt_token_ids)
+    assert prompt == f"<user>hi<assistant>{seen}<user>hi"
+
+
+def test_every_form_of_an_answer_is_a_turn_of_a_conversation(client):
+    kwargs = {"model": "m", "messages": MESSAGES}
+    said = client.chat.completions.create(**kwargs).choices[0].message
+    parsed = client.chat.completions.parse(**kwargs).choices[0].message
+    with client.chat.completions.stream(**kwargs) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    for message in (said, parsed, streamed):
+        for form in (
+            message,
+            message.model_dump(),
+            message.model_dump(mode="json", exclude_unset=True),
+            message.model_dump(exclude_none=True),
+            message.to_dict(),
+            json.loads(message.to_json()),
+        ):
+            client.chat.completions.create(model="m", messages=[*MESSAGES, form, *MESSAGES])
 
 
 def test_of_several_prompts_the_wrong_one_is_named(server):
@@ -497,7 +671,8 @@ BODIES = {
     "/v1/chat/completions": [
         {"messages": [*MESSAGES, {"role": "assistant", "content": "", "name": "x", "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
-            {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "x"}]}],
+            {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "x"}]},
+            {"role": "assistant", "content": [{"type": "refusal", "refusal": "x"}]}],
          "tools": [{"type": "function", "function": {"name": "f"}}],
          "tool_choice": {"type": "function", "function": {"name": "f"}},
          "chat_template": "{{ tools }}", "stream": True, "stream_options": {"include_usage": True}},

@@ -286,9 +286,16 @@ def test_a_head_that_does_not_come_is_answered(small):
 
 
 def test_nonsense_is_answered_as_an_error_object(small):
-    answer = raw_exchange(small, b"\x16\x03\x01 hello\r\n\r\n")
-    assert status_of(answer) == 400
-    assert "error" in json.loads(answer.partition(b"\r\n\r\n")[2])
+    for raw, said in (
+        (b"\x16\x03\x01 hello\r\n\r\n", "illegal request line"),
+        (head(content_length="abc"), "bad Content-Length"),
+        (head(transfer_encoding="gzip, chunked"), "Only Transfer-Encoding: chunked"),
+        (b"GET /healthz HTTP/1.1\r\n\r\n", "Missing mandatory Host"),
+    ):
+        answer = raw_exchange(small, raw)
+        assert status_of(answer) == 400
+        message = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["message"]
+        assert message.startswith("the request is not HTTP/1.1: ") and said in message, message
 
 
 def test_other_content_types_are_refused(small):
@@ -673,6 +680,10 @@ def test_other_sites_are_let_in_by_configuration_only():
         asked = "authorization,content-type,x-stainless-lang,openai-organization,traceparent"
         wide = {**preflight, "access-control-request-headers": asked}
         assert server.call("/v1/models", method="OPTIONS", headers=wide)[0] == 200
+        for wrong in ("DELETE", "TRACE"):
+            refused = {**preflight, "access-control-request-method": wrong}
+            status, body, _ = server.call("/v1/models", method="OPTIONS", headers=refused)
+            assert (status, body["error"]["type"]) == (400, "invalid_request_error")
         other = {"origin": "https://evil.example"}
         assert "access-control-allow-origin" not in server.call("/healthz", headers=other)[2]
 

@@ -264,6 +264,17 @@ def test_a_call_can_be_forced(server, says):
         assert options[0]["properties"]["arguments"] == WEATHER["function"]["parameters"]
 
 
+def test_a_function_declared_without_parameters_is_called_with_none(server, says):
+    says.text = '[{"name": "time", "arguments": {}}]'
+    for parameters in ({}, {"parameters": None}, {"parameters": {}}):
+        tool = {"type": "function", "function": {"name": "time", **parameters}}
+        choice = chat(server, says, says.text, tools=[tool], tool_choice="required")
+        assert choice["finish_reason"] == "tool_calls"
+        schema = json.loads(server.engine.seen[-1].structure.source)
+        arguments = schema["items"]["anyOf"][0]["properties"]["arguments"]
+        assert arguments == {"type": "object", "properties": {}, "additionalProperties": False}
+
+
 def allowed(mode, *names):
     tools = [{"type": "function", "function": {"name": name}} for name in names]
     return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
@@ -305,7 +316,7 @@ class Compiling(ScriptedEngine):
         ),
         (
             {"tool_choice": "required", "tools": [{"type": "function", "function": {
-                "name": "x", "parameters": {"type": "x"}}}]},
+                "name": "x", "parameters": {"properties": {"a": {"type": "x"}}}}}]},
             "tools",
         ),
     ],
@@ -378,6 +389,17 @@ def test_references_in_a_forced_schema_point_to_what_they_did(server, says, fiel
         ({"tools": TOOLS, "tool_choice": allowed("auto")}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": allowed("none", "time")}, "tool_choice"),
         ({"tool_choice": allowed("required", "time")}, "tool_choice"),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "parameters": {"type": "string"}},
+                    }
+                ]
+            },
+            "tools.0.function",
+        ),
         (
             {
                 "tools": TOOLS,
