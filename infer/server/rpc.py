@@ -6,7 +6,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,17 +16,17 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
-from pydantic import ValidationError
 
 from infer.server import rpc_messages as messages
 from infer.server.answers import Answer
 from infer.server.api_types import (
+    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    invalid,
+    validated,
 )
 from infer.server.auth import Caller
 from infer.server.chat import start_chat
@@ -73,15 +73,18 @@ class GrpcServer:
 async def start_grpc(context: Context, host: str, port: int) -> GrpcServer:
     """Listens at once. Raises OSError when the port is taken."""
     limit = context.settings.max_body_bytes
+    # gRPC itself lets one too many wait, or refuses it without saying when to come again: `Methods`
+    # refuses before it.
+    most_calls = 2 * context.settings.max_connections
     server = grpc.aio.server(
         interceptors=[_Keys(context)],
         options=[
             ("grpc.max_receive_message_length", limit),
             ("grpc.max_metadata_size", context.settings.max_header_bytes),
             ("grpc.so_reuseport", 0),
-            ("grpc.max_concurrent_streams", context.settings.max_connections),
+            ("grpc.max_concurrent_streams", most_calls),
         ],
-        maximum_concurrent_rpcs=context.settings.max_connections,
+        maximum_concurrent_rpcs=most_calls,
     )
     methods = Methods(context)
     server.add_generic_rpc_handlers((methods.handler(),))
@@ -182,6 +185,7 @@ class Methods:
 
     def __init__(self, context: Context):
         self._context = context
+        self._running = 0
 
     def handler(self) -> grpc.GenericRpcHandler:
         implemented = {
@@ -213,19 +217,34 @@ class Methods:
     def _answering(self, call: Any, kind: type[Message]) -> Any:
         async def answer(raw: bytes, rpc: Rpc) -> Any:
             async with _errors_as_codes(rpc):
-                return await call(messages.parse_message(kind, raw), self._arrival(rpc))
+                with self._place():
+                    return await call(messages.parse_message(kind, raw), self._arrival(rpc))
 
         return answer
 
     def _answering_stream(self, call: Any, kind: type[Message]) -> Any:
         async def answer(raw: bytes, rpc: Rpc) -> Pieces:
             async with _errors_as_codes(rpc):
-                request = messages.parse_message(kind, raw)
-                async with contextlib.aclosing(call(request, self._arrival(rpc))) as pieces:
-                    async for piece in pieces:
-                        yield piece
+                with self._place():
+                    request = messages.parse_message(kind, raw)
+                    async with contextlib.aclosing(call(request, self._arrival(rpc))) as pieces:
+                        async for piece in pieces:
+                            yield piece
 
         return answer
+
+    @contextlib.contextmanager
+    def _place(self) -> Iterator[None]:
+        """Counts a call while it runs. Raises ApiError 429 for one too many."""
+        limit = self._context.settings.max_connections
+        if self._running >= limit:
+            message = f"{limit} calls run, as many as may (max_connections)"
+            raise ApiError(429, message, code="too_many_calls", retry_after_seconds=1)
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
 
     def _arrival(self, rpc: Rpc) -> Arrival:
         metadata = list(rpc.invocation_metadata() or ())
@@ -270,52 +289,45 @@ class Methods:
 
     @contextlib.asynccontextmanager
     async def _completion(self, request: Message, arrival: Arrival) -> AsyncIterator[Answer]:
-        body = _validated(CompletionRequest, messages.completion_body(request))
+        body = await self._body(CompletionRequest, request, messages.completion_body)
         generation, kind = start_completion(self._context, body, arrival)
         async with generation:
             yield kind(generation, **_options(generation, arrival, body.model))
 
     @contextlib.asynccontextmanager
     async def _chat(self, request: Message, arrival: Arrival) -> AsyncIterator[Answer]:
-        body = _validated(ChatRequest, messages.chat_body(request))
+        body = await self._body(ChatRequest, request, messages.chat_body)
         generation, kind = start_chat(self._context, body, arrival)
         async with generation:
             yield kind(generation, body=body, **_options(generation, arrival, body.model))
 
     async def embed(self, request: Any, arrival: Arrival) -> Message:
-        values = {"model": request.model, "input": list(request.input)}
-        answer, version = await embed(self._context, _validated(EmbeddingRequest, values), arrival)
+        body = await self._body(EmbeddingRequest, request, messages.embedding_body)
+        answer, version = await embed(self._context, body, arrival)
         rows = [{"values": row["embedding"]} for row in answer["data"]]
         usage = messages.to_usage(answer["usage"])
         fields = {"data": rows, "usage": usage, "version": version}
         return messages.to_message("EmbeddingResponse", fields)
 
     async def tokenize(self, request: Any, arrival: Arrival) -> Message:
-        values = {"model": request.model, "prompt": request.prompt}
-        if request.HasField("add_special_tokens"):
-            values["add_special_tokens"] = request.add_special_tokens
-        body = _validated(TokenizeRequest, values)
+        body = await self._body(TokenizeRequest, request, messages.tokenize_body)
         answer, version = await tokenize(self._context, body, arrival)
         fields = {name: answer[name] for name in ("tokens", "max_model_len")}
         return messages.to_message("TokenizeResponse", {**fields, "version": version})
 
     async def detokenize(self, request: Any, arrival: Arrival) -> Message:
-        values = {
-            "model": request.model,
-            "tokens": list(request.tokens),
-            "skip_special_tokens": request.skip_special_tokens,
-        }
-        body = _validated(DetokenizeRequest, values)
+        body = await self._body(DetokenizeRequest, request, messages.detokenize_body)
         answer, version = await detokenize(self._context, body, arrival)
         return messages.to_message("DetokenizeResponse", {**answer, "version": version})
+
+    async def _body(
+        self, kind: type[Body], request: Message, values: Callable[[Any], dict[str, Any]]
+    ) -> Body:
+        def read() -> Body:
+            return validated(kind, values(request))
+
+        return await self._context.read(request.ByteSize(), read)
 
 
 def _options(generation: Generation, arrival: Arrival, model: str) -> dict[str, Any]:
     return {"request_id": arrival.request_id, "model": model, "usage": True}
-
-
-def _validated(kind: Any, values: dict[str, Any]) -> Any:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise invalid(error) from None

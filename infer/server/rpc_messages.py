@@ -114,14 +114,58 @@ def chat_body(message: Message) -> dict[str, Any]:
     values.setdefault("messages", [])
     if "tools" in values:
         values["tools"] = [_tool(each) for each in values["tools"]]
-    choice = values.pop("tool_choice", "")
-    if choice in ("none", "auto", "required"):
+    choice, allowed = values.pop("tool_choice", ""), values.pop("allowed_tools", None)
+    if allowed is not None:
+        values["tool_choice"] = _allowed(allowed, choice)
+    elif choice in ("none", "auto", "required"):
         values["tool_choice"] = choice
     elif choice:
         values["tool_choice"] = {"type": "function", "function": {"name": choice}}
+    if "chat_template_kwargs" in values:
+        values["chat_template_kwargs"] = _json(
+            "chat_template_kwargs", values["chat_template_kwargs"]
+        )
     if "top_logprobs" in values:
         values["logprobs"] = True
     return _body(values)
+
+
+def _allowed(allowed: dict[str, Any], choice: str) -> dict[str, Any]:
+    mode, names = allowed.get("mode", ""), allowed.get("names", [])
+    if choice:
+        raise ApiError(
+            400,
+            f"tool_choice is {choice[:64]!r} beside allowed_tools; send one of them",
+            param="tool_choice",
+        )
+    if mode not in ("auto", "required") or not names:
+        raise ApiError(
+            400,
+            f"allowed_tools has the mode {mode[:64]!r} and {len(names)} names; the mode is 'auto' "
+            f"or 'required', and at least one name must be given",
+            param="allowed_tools",
+        )
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def embedding_body(message: Any) -> dict[str, Any]:
+    return {"model": message.model, "input": list(message.input)}
+
+
+def tokenize_body(message: Any) -> dict[str, Any]:
+    values = {"model": message.model, "prompt": message.prompt}
+    if message.HasField("add_special_tokens"):
+        values["add_special_tokens"] = message.add_special_tokens
+    return values
+
+
+def detokenize_body(message: Any) -> dict[str, Any]:
+    return {
+        "model": message.model,
+        "tokens": list(message.tokens),
+        "skip_special_tokens": message.skip_special_tokens,
+    }
 
 
 def _tool(values: dict[str, Any]) -> dict[str, Any]:

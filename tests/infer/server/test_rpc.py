@@ -1,6 +1,7 @@
 """gRPC: the same answers, keys and limits as REST; health and reflection."""
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import infer.server
+from infer.server import api_types, rpc
 from infer.server.loaded import Built
 from infer.server.rpc_messages import SERVICE, message_class, service
 from infer.server.settings import Secret, Tenant
@@ -144,6 +146,60 @@ def test_tokens_that_are_no_characters_are_told_apart():
         client.channel.close()
     assert [entry.token for entry in chat[:2]] == ["bytes:\\xc3", "bytes:\\xa9"]
     assert [(e.token, dict(e.top)) for e in chat] == [(e.token, dict(e.top)) for e in whole]
+
+
+TOOLS = [{"name": "f", "parameters": '{"type": "object"}'}, {"name": "g"}]
+SEEN = "{{ tools | map(attribute='function.name') | join(',') }}{{ x }}{{ messages[-1].content }}"
+TOLD = {"tools": TOOLS, "chat_template": SEEN, "chat_template_kwargs": '{"x": "!"}'}
+
+
+def test_some_of_the_tools_may_be_allowed_as_over_rest(client, server):
+    def ask(**fields):
+        list(client("StreamChat", **CHAT, **TOLD, **fields))
+        request = server.engine.seen[-1]
+        return bytes(request.prompt_token_ids).decode(), request.structure
+
+    assert ask() == ("f,g!hi", None)
+    assert ask(allowed_tools={"mode": "auto", "names": ["g"]}) == ("g!hi", None)
+    prompt, structure = ask(allowed_tools={"mode": "required", "names": ["g"]})
+    [one] = json.loads(structure.source)["items"]["anyOf"]
+    assert (prompt, one["properties"]["name"]) == ("g!hi", {"const": "g"})
+    # What older clients send.
+    prompt, structure = ask(tool_choice="required")
+    assert prompt == "f,g!hi" and len(json.loads(structure.source)["items"]["anyOf"]) == 2
+    _, structure = ask(tool_choice="required", parallel_tool_calls=False)
+    assert len(json.loads(structure.source)["anyOf"]) == 2
+    assert ask(tool_choice="none")[0] == "!hi"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"allowed_tools": {"mode": "auto", "names": ["x"]}}, "tool_choice names 'x'"),
+        ({"allowed_tools": {"mode": "none", "names": ["f"]}}, "the mode 'none' and 1 names"),
+        ({"allowed_tools": {"mode": "auto"}}, "the mode 'auto' and 0 names"),
+        ({"allowed_tools": {}}, "the mode '' and 0 names"),
+        (
+            {"allowed_tools": {"mode": "auto", "names": ["f"]}, "tool_choice": "f"},
+            "tool_choice is 'f' beside allowed_tools",
+        ),
+        ({"chat_template_kwargs": "{"}, "chat_template_kwargs is not JSON"),
+        ({"chat_template_kwargs": "[]"}, "chat_template_kwargs: Input should be an object"),
+    ],
+)
+def test_what_cannot_be_allowed_is_refused(client, fields, said):
+    error = refused(lambda: client("Chat", **CHAT, **{**TOLD, **fields}))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT and said in error.details()
+
+
+def test_the_model_sees_what_it_refused(client, server):
+    turns = [*CHAT["messages"], {"role": "assistant", "refusal": "no"}]
+    client("Chat", model="m", messages=turns, chat_template="{{ messages[-1].content }}")
+    assert bytes(server.engine.seen[-1].prompt_token_ids) == b"no"
+    turns = [{"role": "user", "content": "x", "refusal": "no"}]
+    assert (
+        "refusal goes only" in refused(lambda: client("Chat", model="m", messages=turns)).details()
+    )
 
 
 def test_a_message_may_be_an_empty_text(client):
@@ -324,3 +380,42 @@ def test_a_full_queue_is_resource_exhausted():  # R101
             call.cancel()
         until(lambda: server.engine.is_idle)
         client.channel.close()
+
+
+def test_a_call_too_many_is_told_when_to_come_again():
+    with running(grpc_port=0, max_connections=2, engine_options=slow(0.01)) as server:
+        client = Client(server)
+        calls = [
+            client("StreamComplete", model="m", prompt="x", sampling={"max_tokens": 4000})
+            for _ in range(2)
+        ]
+        for call in calls:
+            next(call)
+        for name in ("Complete", "StreamComplete"):
+            error = refused(lambda name=name: list(client(name, model="m", prompt="x")))
+            assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert "2 calls run, as many as may" in error.details()
+            assert dict(error.trailing_metadata())["retry-after"] == "1"
+        # Who asks for health is no client.
+        health = health_pb2_grpc.HealthStub(client.channel)
+        asked = health_pb2.HealthCheckRequest(service=SERVICE)
+        until(lambda: health.Check(asked).status == 1)
+        for call in calls:
+            call.cancel()
+        until(lambda: server.engine.is_idle)
+        assert client("Complete", model="m", prompt="x", sampling={"max_tokens": 1}).choices
+        client.channel.close()
+
+
+def test_long_messages_are_read_in_threads_of_their_own(client, monkeypatch):
+    threads = []
+
+    def validated(kind, values):
+        threads.append(threading.current_thread().name)
+        return api_types.validated(kind, values)
+
+    monkeypatch.setattr(rpc, "validated", validated)
+    client("Complete", model="m", prompt="x")
+    error = refused(lambda: client("Complete", model="m", prompt_token_ids={"ids": [5] * 70_000}))
+    assert error.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert [name.startswith("texts") for name in threads] == [False, True]
