@@ -6,6 +6,7 @@ names of `SamplingParams`.
 """
 
 import json
+import re
 from typing import Annotated, Any, Literal, Self, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -46,6 +47,10 @@ IGNORED = (
 # Members of an object, and entries of a list that are no numbers: reading many is slow, and no
 # other request is served meanwhile.
 MOST_ENTRIES = 2**14
+# Lists and objects of a body: making many is slower still, as Python looks at each for cycles.
+MOST_CONTAINERS = 2**17
+# In JSON, and up to the end where it does not end.
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 
 Item = TypeVar("Item")
 # Read up to the first entry that is wrong: millions of them would be told apart for half a minute.
@@ -489,6 +494,7 @@ def refused(error: ValueError, *, prompt: str = "prompt") -> ApiError:
 
 def parse(kind: type[Body], raw: bytes) -> Body:
     """The request in a body. Raises ApiError 400 naming the field at fault."""
+    _check_containers(raw)
     try:
         value = from_json(raw, allow_inf_nan=False)
     except ValueError as error:
@@ -503,6 +509,22 @@ def validated(kind: type[Body], value: Any) -> Body:
         return kind.model_validate(value)
     except ValidationError as error:
         raise invalid(error) from None
+
+
+def _check_containers(raw: bytes) -> None:
+    """Raises ApiError for more of them than any request needs, before one is made."""
+    if _num_containers(raw) > MOST_CONTAINERS:
+        # A text may have any number of brackets.
+        count = _num_containers(_STRING.sub(b"", raw))
+        if count > MOST_CONTAINERS:
+            raise ApiError(
+                400,
+                f"the body has {count} lists and objects; at most {MOST_CONTAINERS} are taken",
+            )
+
+
+def _num_containers(raw: bytes) -> int:
+    return raw.count(b"[") + raw.count(b"{")
 
 
 def _check_sizes(value: Any) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from infer.completion import Piece, TokenLogprob
+from infer.completion import Alternative, Piece, TokenLogprob
 from infer.engine.options import parse_mesh
 from infer.engine.request import Request, Started
 from infer.params import DEFAULT_MAX_TOKENS, SamplingParams
@@ -228,7 +228,7 @@ class CompletionAnswer(Answer):
         if tokenizer is None:
             return ""
         first = self._generation.requests[prompt].prompt_token_ids[0]
-        return tokenizer.token_bytes(first).decode("utf-8", "replace")
+        return token_text(Alternative(first, "", tokenizer.token_bytes(first), 0.0))
 
 
 def _top(entry: TokenLogprob) -> dict[str, float]:

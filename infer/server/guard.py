@@ -86,10 +86,12 @@ class Guard:
         self, scope: Scope, headers: list[tuple[bytes, bytes]], request_id: str, begin: float
     ) -> None:
         size = sum(len(name) + len(value) for name, value in headers)
+        size += len(scope["path"]) + len(scope["query_string"])
         if len(headers) > self._settings.max_headers:
             raise ApiError(431, f"over {self._settings.max_headers} headers")
         if size > self._settings.max_header_bytes:
-            raise ApiError(431, f"headers over {self._settings.max_header_bytes} bytes")
+            most = self._settings.max_header_bytes
+            raise ApiError(431, f"the address and the headers have {size} bytes, over {most}")
         if {b"content-length", b"transfer-encoding"} <= {name for name, _ in headers}:
             # A proxy that believes the other one takes what follows for a request of its own.
             raise ApiError(

@@ -476,6 +476,27 @@ def test_of_very_many_wrong_entries_few_are_read(server, monkeypatch, field, raw
     assert sum(told) < 20
 
 
+def test_a_body_of_very_many_containers_is_refused_before_any_is_made(server, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the body was read")
+
+    many_lists = ",".join(["[]"] * 2**17)
+    with monkeypatch.context() as patch:
+        patch.setattr(api_types, "from_json", refuse)
+        for field in ("chat_template_kwargs", "prompt", "metadata"):
+            raw = f'{{"model": "m", "{field}": {{"a": [{many_lists}]}}}}'.encode()
+            status, body, _ = server.call(CHATS, raw=raw)
+            assert status == 400 and "lists and objects; at most" in body["error"]["message"]
+    # In a text they are text, whatever is escaped before them.
+    for text in ("[]" * 2**17, '\\"[{' * 2**16 + "\\", '"' + "{" * 2**18):
+        status, body, _ = server.complete(text)
+        assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+    # Of what does not end, all is text.
+    for raw in (b'{"a": "' + b"[" * 2**18, b'"' + b'\\"[' * 2**17, b'"' + b"[" * 2**18 + b"\\"):
+        status, body, _ = server.call(CHATS, raw=raw)
+        assert (status, body["error"]["code"]) == (400, "invalid_json"), body
+
+
 def test_long_bodies_and_texts_are_read_in_threads_of_their_own(server, monkeypatch):
     threads = []
 
@@ -763,6 +784,14 @@ def test_logprobs_in_both_forms(server):  # R91, R92
         server, "/v1/chat/completions", {"messages": MESSAGES, "logprobs": True, "max_tokens": 3}
     )[1:-2]
     assert [c["choices"][0]["logprobs"]["content"][0]["token"] for c in chunks] == ["H", "e", "l"]
+
+
+def test_the_first_token_of_an_echoed_prompt_is_written_as_the_others(server):
+    prompt = list("é".encode())
+    logprobs = server.complete(prompt, logprobs=0, echo=True, max_tokens=0)[1]["choices"][0][
+        "logprobs"
+    ]
+    assert logprobs["tokens"] == ["bytes:\\xc3", "bytes:\\xa9"]
 
 
 def test_zero_tokens_are_an_empty_completion(server):  # R95

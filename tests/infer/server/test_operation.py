@@ -277,6 +277,9 @@ def test_headers_have_a_ceiling_in_number_and_size(small):  # R121
     long = b"GET /healthz HTTP/1.1\r\nhost: x\r\nx-long: " + b"y" * 9000 + b"\r\n\r\n"
     assert status_of(raw_exchange(small, long)) == 431
     assert status_of(raw_exchange(small, b"GET /" + b"y" * 9000)) == 431
+    for address in (b"/" + b"y" * 9000, b"/healthz?" + b"y" * 9000):
+        whole = b"GET " + address + b" HTTP/1.1\r\nhost: x\r\n\r\n"
+        assert status_of(raw_exchange(small, whole)) == 431
 
 
 def test_a_head_that_does_not_come_is_answered(small):
