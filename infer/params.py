@@ -7,7 +7,7 @@ Hugging Face's. How each parameter acts on the logits, and in which order, is in
 import dataclasses
 import numbers
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -166,6 +166,8 @@ def checked_number(name: str, value: Any, *, low: float, high: float) -> float:
 
 
 def _checked_stop(stop: Any) -> tuple[str, ...]:
+    if not isinstance(stop, Iterable) or isinstance(stop, bytes | Mapping):
+        raise ValueError(f"stop is {stop!r}; it must be a string or a list of strings")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOP_STRINGS:
         raise ValueError(f"stop has {len(stops)} strings; at most {MAX_STOP_STRINGS} are allowed")
