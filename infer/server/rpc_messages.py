@@ -105,13 +105,7 @@ def completion_body(message: Message) -> dict[str, Any]:
 
 def chat_body(message: Message) -> dict[str, Any]:
     values = _as_dict(message)
-    for each in values.get("messages", []):
-        # A text that is empty is not sent.
-        each.setdefault("content", "")
-        for call in each.get("tool_calls", []):
-            call["type"] = "function"
-            call.get("function", {}).setdefault("arguments", "{}")
-    values.setdefault("messages", [])
+    values["messages"] = _messages(values)
     if "tools" in values:
         values["tools"] = [_tool(each) for each in values["tools"]]
     choice, allowed = values.pop("tool_choice", ""), values.pop("allowed_tools", None)
@@ -128,6 +122,17 @@ def chat_body(message: Message) -> dict[str, Any]:
     if "top_logprobs" in values:
         values["logprobs"] = True
     return _body(values)
+
+
+def _messages(values: dict[str, Any]) -> list[dict[str, Any]]:
+    messages: list[dict[str, Any]] = values.get("messages", [])
+    for each in messages:
+        # A text that is empty is not sent.
+        each.setdefault("content", "")
+        for call in each.get("tool_calls", []):
+            call["type"] = "function"
+            call.get("function", {}).setdefault("arguments", "{}")
+    return messages
 
 
 def _allowed(allowed: dict[str, Any], choice: str) -> dict[str, Any]:
@@ -154,10 +159,12 @@ def embedding_body(message: Any) -> dict[str, Any]:
 
 
 def tokenize_body(message: Any) -> dict[str, Any]:
-    values = {"model": message.model, "prompt": message.prompt}
-    if message.HasField("add_special_tokens"):
-        values["add_special_tokens"] = message.add_special_tokens
-    return values
+    values = _as_dict(message)
+    if "messages" in values:
+        values["messages"] = _messages(values)
+    else:
+        values.setdefault("prompt", "")
+    return {"model": "", **values}
 
 
 def detokenize_body(message: Any) -> dict[str, Any]:

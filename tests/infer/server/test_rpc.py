@@ -218,6 +218,15 @@ def test_the_other_calls(client):
     assert (again.prompt, answer.version, again.version) == ("hé", "m@1", "m@1")
 
 
+def test_a_conversation_is_tokenized_as_over_rest(client, server):
+    turns = [*CHAT["messages"], {"role": "assistant", "content": "é"}]
+    wanted = server.call("/tokenize", {"model": "m", "messages": turns})[1]["tokens"]
+    assert list(client("Tokenize", model="m", messages=turns).tokens) == wanted
+    error = refused(lambda: client("Tokenize", model="m", messages=turns, prompt="x"))
+    assert "give either prompt or messages" in error.details()
+    assert not client("Tokenize", model="m").tokens
+
+
 def test_special_tokens_come_and_go_as_over_rest(tmp_path):
     tokenizer = load_tokenizer(text_fixtures.llama3_folder(tmp_path))
     begin = tokenizer.bos_token_id
