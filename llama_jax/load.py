@@ -47,9 +47,9 @@ def load(
     quantization: "Quantization | None" = None,
     into: "Into | None" = None,
 ) -> Model:
-    """Loads a Hugging Face folder, a .gguf file, a llama-jax checkpoint folder, `smollm2-135m`
-    (the model of the `demo` extra) or, only when such an id is given, a Hub repository. The folder
-    of a training run stands for its newest checkpoint.
+    """Loads a Hugging Face folder (of compressed-tensors too), a .gguf file, a llama-jax checkpoint
+    folder, `smollm2-135m` (the model of the `demo` extra) or, only when such an id is given, a Hub
+    repository. The folder of a training run stands for its newest checkpoint.
 
     What exists on the disk wins over a name. With a mesh the parameters are placed by the rules,
     without one they lie on the default device. `dtype` None keeps what the source declares.
@@ -125,14 +125,10 @@ def load_abstract(model: str | Path) -> Model:
 
         config, tokenizer = read_gguf_metadata(path)
         return _checked(Model(config, abstract_params(config), tokenizer))
-    from llama_jax.formats.checkpoint import is_checkpoint, read_abstract
-    from llama_jax.formats.hf_config import read_config
+    from llama_jax.formats import checkpoint, hf
 
-    if is_checkpoint(path):
-        config, params = read_abstract(path)
-    else:
-        config = read_config(path)
-        params = abstract_params(config)
+    read = checkpoint.read_abstract if checkpoint.is_checkpoint(path) else hf.read_abstract
+    config, params = read(path)
     return _checked(Model(config, params, _tokenizer(path, config)))
 
 
@@ -229,15 +225,12 @@ def _cast(
 ) -> tuple[ModelConfig, tree.Tree]:
     """some: leave quantized and adapted leaves as they are, instead of refusing them."""
     from llama_jax.formats.gather import is_plain
-    from llama_jax.formats.hf import float_dtype
+    from llama_jax.formats.hf import float_dtype, own_types
 
     name = float_dtype(dtype)
     for path, leaf in tree.flatten(params).items():
         if not is_plain(leaf) and not some:
-            raise ValueError(
-                f"dtype {name} cannot be chosen: {path} is quantized or adapted, and its numbers "
-                f"have types of their own; load without dtype"
-            )
+            raise own_types(name, path)
     cast = tree.map_with_path(
         lambda path, leaf: leaf.astype(name) if is_plain(leaf) else leaf, params
     )

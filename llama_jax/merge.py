@@ -270,8 +270,10 @@ def _open(recipe: Recipe) -> list[Source]:
 def _open_model(model: str) -> Source:
     path = find_model(model)
     if path.is_dir() and not is_checkpoint(path):
-        return _Folder(open_folder(path))
-    logger.info("%s is no Hugging Face folder and is loaded whole", model)
+        folder = open_folder(path)
+        if not folder.stored:
+            return _Folder(folder)
+    logger.info("%s is no Hugging Face folder of full weights and is loaded whole", model)
     loaded = load(path)
     return _Loaded(loaded.config, tree.flatten(loaded.params))
 

@@ -48,7 +48,7 @@ def describe(name: str, config: "ModelConfig") -> dict[str, Any]:
         "experts": config.moe.num_local_experts if config.moe else None,
         "tied_embeddings": config.tie_word_embeddings,
         "dtype": config.dtype,
-        "load": ["hf", "gguf", "checkpoint"],
+        "load": ["hf", "compressed-tensors", "gguf", "checkpoint"],
         "export": list(FORMATS),
         "train": [
             method

@@ -1,20 +1,17 @@
 """Quantized models as Hugging Face folders that vLLM and transformers read: compressed-tensors.
 
-config.json says in `quantization_config` what the matrices hold; beside each lie its scales:
+config.json says in `quantization_config` what the matrices hold; `compressed_kind.py` says how:
 
-    int8-dynamic, int8-static   int-quantized: `weight` int8 [out, in]; `input_scale` of static ones
-    fp8                         float-quantized: `weight` float8 [out, in]
-    int8, int4, int4-dynamic    pack-quantized: `weight_packed` int32, codes plus half their range,
-                                the first in the lowest bits; `weight_shape`
+    int8-dynamic, int8-static                   int-quantized
+    fp8                                         float-quantized
+    int8, int4, int4-dynamic, int4-static       pack-quantized
 
-`weight_scale` is float32, [out, 1] or [out, tiles]. Readers make scales of tokens themselves, and
-may divide by 127.5 where this project divides by 127. The format is that of the package
-compressed-tensors (https://github.com/vllm-project/compressed-tensors), which the tests read it
-with.
+`weight_scale` is float32. Readers make scales of tokens themselves, and may divide by 127.5 where
+this project divides by 127. The format is that of the package compressed-tensors
+(https://github.com/vllm-project/compressed-tensors), which the tests read it with.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +23,7 @@ from qwix import QArray
 from llama_jax import tree
 from llama_jax.config import FLOAT_DTYPES, ModelConfig
 from llama_jax.formats.atomic import atomic_folder
+from llama_jax.formats.compressed_kind import HIGH_BITS, METHOD, PACKED_FORMAT, Kind
 from llama_jax.formats.gather import check_whole, fetch, is_plain, take
 from llama_jax.formats.hf import in_file_order, write_descriptions
 from llama_jax.formats.safetensors import TensorSpec, parse_bytes, write_sharded
@@ -35,51 +33,6 @@ from llama_jax.weights.quantized import IntegerTensor, PackedTensor
 from llama_jax.weights.table import Weight
 
 _TARGET = "a compressed-tensors folder"
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """How a matrix is written. tile: how many values of a row share a scale, None for all;
-    activations: `dynamic`, `static` or None."""
-
-    bits: int
-    is_float: bool
-    tile: int | None
-    activations: str | None
-
-    @property
-    def format(self) -> str:
-        if self.is_float:
-            return "float-quantized"
-        return "int-quantized" if self.bits == 8 and self.activations else "pack-quantized"
-
-    def to_config(self) -> dict[str, Any]:
-        """A group of `quantization_config`, for all linear layers that are not ignored."""
-        weights = {
-            "num_bits": self.bits,
-            "type": "float" if self.is_float else "int",
-            "symmetric": True,
-            "dynamic": False,
-            "strategy": "channel" if self.tile is None else "group",
-            "group_size": self.tile,
-        }
-        inputs = None
-        if self.activations is not None:
-            is_dynamic = self.activations == "dynamic"
-            inputs = {
-                "num_bits": 8,
-                "type": "int",
-                "symmetric": True,
-                "dynamic": is_dynamic,
-                "strategy": "token" if is_dynamic else "tensor",
-            }
-        return {
-            "targets": ["Linear"],
-            "format": self.format,
-            "weights": weights,
-            "input_activations": inputs,
-            "output_activations": None,
-        }
 
 
 def save_compressed(
@@ -130,7 +83,7 @@ def save_compressed(
 
     plain = {np.dtype(leaf.dtype).name for path, leaf in leaves.items() if path not in kinds}
     described = {
-        "quant_method": "compressed-tensors",
+        "quant_method": METHOD,
         "format": kind.format,
         "quantization_status": "compressed",
         "config_groups": {"group_0": kind.to_config()},
@@ -159,7 +112,7 @@ class _Row:
     at: tuple[int, ...]
 
 
-def _kind(path: str, leaf: Leaf) -> _Kind:
+def _kind(path: str, leaf: Leaf) -> Kind:
     if is_adapted(leaf):
         raise ValueError(
             f"{path} holds an adapter, which {_TARGET} cannot; merge it first, with "
@@ -204,10 +157,10 @@ def _kind(path: str, leaf: Leaf) -> _Kind:
             f"{path} is a {type(leaf).__name__}; quantize the model first, with --scheme qat if it "
             f"was trained with method qat"
         )
-    return _Kind(bits, is_float, tile, activations)
+    return Kind(bits, is_float, tile, activations)
 
 
-def _only_kind(kinds: Mapping[str, _Kind], sizes: Mapping[str, int]) -> _Kind:
+def _only_kind(kinds: Mapping[str, Kind], sizes: Mapping[str, int]) -> Kind:
     """The kind of all matrices, whose rows have these sizes."""
     if all(kind.tile == sizes[path] for path, kind in kinds.items()):
         kinds = {path: dataclasses.replace(kind, tile=None) for path, kind in kinds.items()}
@@ -223,24 +176,23 @@ def _only_kind(kinds: Mapping[str, _Kind], sizes: Mapping[str, int]) -> _Kind:
     return found.pop()
 
 
-def _parts(leaf: Leaf, kind: _Kind, shape: tuple[int, ...]) -> list[tuple[str, Any, Any]]:
+def _parts(leaf: Leaf, kind: Kind, shape: tuple[int, ...]) -> list[tuple[str, Any, Any]]:
     """(name, dtype, shape) of the tensors of a matrix [out, in]."""
     out, size = shape
-    scale = ("weight_scale", np.float32, (out, 1 if kind.tile is None else size // kind.tile))
-    if kind.format == "pack-quantized":
-        words = math.ceil(size * kind.bits / 32)
-        return [
-            ("weight_packed", np.int32, (out, words)),
+    if kind.format == PACKED_FORMAT:
+        parts: list[tuple[str, Any, Any]] = [
+            ("weight_packed", np.int32, (out, kind.num_words(size))),
             ("weight_shape", np.int64, (2,)),
-            scale,
         ]
-    weight = ("weight", leaf.qvalue.dtype if kind.is_float else np.int8, shape)
+    else:
+        parts = [("weight", leaf.qvalue.dtype if kind.is_float else np.int8, shape)]
+    parts.append(("weight_scale", np.float32, (out, kind.num_tiles(size))))
     if kind.activations == "static":
-        return [weight, scale, ("input_scale", np.float32, (1,))]
-    return [weight, scale]
+        parts.append(("input_scale", np.float32, (1,)))
+    return parts
 
 
-def _values(leaf: Leaf, part: str, kind: _Kind) -> np.ndarray:
+def _values(leaf: Leaf, part: str, kind: Kind) -> np.ndarray:
     """A part of one matrix, whose arrays lie on the host."""
     if part == "input_scale":
         return np.asarray(leaf.activation_scale, np.float32)
@@ -254,14 +206,13 @@ def _values(leaf: Leaf, part: str, kind: _Kind) -> np.ndarray:
     return _packed(base, kind)
 
 
-def _packed(base: Leaf, kind: _Kind) -> np.ndarray:
+def _packed(base: Leaf, kind: Kind) -> np.ndarray:
     """int32 [out, words]: unsigned codes, as many as go into a word, little end first."""
     if kind.bits == 4:
-        # Two's complement plus 8 is its highest bit turned over.
-        codes = np.asarray(base.packed) ^ np.uint8(0x88)
+        codes = np.asarray(base.packed) ^ HIGH_BITS[4]
         if base.size % 2:
             codes[:, -1] &= np.uint8(0x0F)
     else:
-        codes = np.asarray(base.qvalue).view(np.uint8) ^ np.uint8(0x80)
+        codes = np.asarray(base.qvalue).view(np.uint8) ^ HIGH_BITS[8]
     codes = np.pad(codes, ((0, 0), (0, -codes.shape[1] % 4)))
     return np.ascontiguousarray(codes).view("<i4")

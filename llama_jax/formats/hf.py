@@ -19,13 +19,14 @@ from jax.sharding import Mesh
 from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, FLOAT_DTYPES, LogicalRules, ModelConfig
 from llama_jax.formats.atomic import atomic_folder
+from llama_jax.formats.compressed_reader import abstract_leaf
 from llama_jax.formats.gather import check_params, fetch, is_plain
-from llama_jax.formats.hf_config import generation_to_hf, to_hf
-from llama_jax.formats.hf_folder import HFFolder, open_folder
+from llama_jax.formats.hf_config import generation_to_hf, read_config, to_hf
+from llama_jax.formats.hf_folder import HFFolder, open_folder, read_stored
 from llama_jax.formats.safetensors import TensorSpec, parse_bytes, write_sharded
 from llama_jax.formats.streaming import Into, Placer
 from llama_jax.weights.quantize import Quantization
-from llama_jax.weights.table import Weight, weight_table
+from llama_jax.weights.table import Weight, abstract_params, weight_table
 
 logger = logging.getLogger(__name__)
 
@@ -63,16 +64,25 @@ def load_hf(
     """
     wanted = None if dtype is None else float_dtype(dtype)
     source = open_folder(folder)
+    if wanted is not None and source.stored and quantization is None:
+        raise own_types(wanted, next(iter(source.stored)))
     wanted = wanted or source.declared_dtype
-    table = weight_table(source.config)
+    rows = weight_table(source.config)
+    table = {path: row for path, row in rows.items() if path not in source.stored}
     if wanted is None:
         dtypes = {path: _stored_dtype(source, row) for path, row in table.items()}
     else:
         dtypes = dict.fromkeys(table, np.dtype(jnp.dtype(wanted)))
         _report_rounding(source, wanted)
+    _report_inputs(source)
     config = source.config.replace(dtype=wanted or source.config.dtype)
     abstract = tree.unflatten(
-        {path: jax.ShapeDtypeStruct(row.shape, dtypes[path]) for path, row in table.items()}
+        {
+            path: jax.ShapeDtypeStruct(row.shape, dtypes[path])
+            if path in table
+            else abstract_leaf(row, source.stored[path])
+            for path, row in rows.items()
+        }
     )
     placer = (
         Placer(config, abstract, mesh=mesh, rules=rules, quantization=quantization)
@@ -81,9 +91,29 @@ def load_hf(
     )
     leaves = {
         path: placer.place(row, functools.partial(source.copy_to, row))
-        for path, row in table.items()
+        if path in table
+        else placer.place_quantized(row, functools.partial(source.copy_array_to, row))
+        for path, row in rows.items()
     }
     return config, tree.unflatten(leaves)
+
+
+def read_abstract(folder: str | Path) -> tuple[ModelConfig, tree.Tree]:
+    """What `load_hf` gives, as shape structs, by what config.json says."""
+    path = Path(folder)
+    config = read_config(path)
+    leaves = tree.flatten(abstract_params(config))
+    for name, how in read_stored(path, config).items():
+        leaves[name] = abstract_leaf(weight_table(config)[name], how)
+    return config, tree.unflatten(leaves)
+
+
+def own_types(dtype: str, path: str) -> ValueError:
+    """The refusal of a dtype for a model in which `path` is quantized or adapted."""
+    return ValueError(
+        f"dtype {dtype} cannot be chosen: {path} is quantized or adapted, and its numbers have "
+        f"types of their own; load without dtype"
+    )
 
 
 def _stored_dtype(source: HFFolder, row: Weight) -> np.dtype[Any]:
@@ -98,7 +128,7 @@ def _stored_dtype(source: HFFolder, row: Weight) -> np.dtype[Any]:
 
 def _report_rounding(source: HFFolder, wanted: str) -> None:
     """One line in the log when the files hold more bits than are loaded."""
-    stored = [file.header.tensors[name].dtype for name, file in source.tensors.items()]
+    stored = [dtype for dtype, _ in source.plain_dtypes()]
     wide = [dtype for dtype in stored if dtype.itemsize > jnp.dtype(wanted).itemsize]
     if wide:
         logger.warning(
@@ -108,6 +138,19 @@ def _report_rounding(source: HFFolder, wanted: str) -> None:
             len(stored),
             "/".join(sorted({d.name for d in wide})),
             wanted,
+        )
+
+
+def _report_inputs(source: HFFolder) -> None:
+    """One line in the log where other readers round what goes into float8 weights."""
+    rounded = [path for path, how in source.stored.items() if how.float_inputs]
+    if rounded:
+        logger.warning(
+            "%s: config.json has the inputs of %d weights (%s, ...) rounded to float8; here they "
+            "keep the bits they have, as readers do without products of float8",
+            source.path,
+            len(rounded),
+            rounded[0],
         )
 
 

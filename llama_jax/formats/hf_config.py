@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.config import FLOAT_DTYPES, ModelConfig, MoeConfig
+from llama_jax.formats.compressed_config import is_compressed, read_compressed
+from llama_jax.formats.compressed_kind import METHOD
 from llama_jax.formats.hf_rope import read_rope, rope_to_hf
 from llama_jax.formats.json_fields import field_names, is_equal, read_json, shorten, to_number
 
@@ -224,7 +226,8 @@ def _check_fields(values: dict[str, Any], family: str) -> None:
         if name in read or name in _INERT or name in (*_DROPOUT, "layer_types"):
             continue
         if name == "quantization_config":
-            raise ValueError(f"{name} = {shorten(value)}: {_quantized(value)}")
+            _check_quantization(value)
+            continue
         if name not in _FIXED:
             problems.append(f"{name} = {shorten(value)} is unknown")
         elif not any(is_equal(value, allowed) for allowed in _FIXED[name]):
@@ -247,13 +250,18 @@ def _check_fields(values: dict[str, Any], family: str) -> None:
         )
 
 
-def _quantized(settings: Any) -> str:
+def _check_quantization(settings: Any) -> None:
+    if is_compressed(settings):
+        try:
+            read_compressed(settings)
+        except ValueError as error:
+            raise ValueError(f"quantization_config: {error}") from error
+        return
     method = settings.get("quant_method") if isinstance(settings, dict) else None
     how = "in an unnamed format" if method is None else f"by {method}"
-    use = "only written" if method == "compressed-tensors" else "not read"
-    return (
-        f"the weights are quantized {how}, which is {use}; load the unquantized model and use "
-        f"`llama-jax quantize`"
+    raise ValueError(
+        f"quantization_config = {shorten(settings)}: the weights are quantized {how}, which is not "
+        f"read, only {METHOD}; load the unquantized model and use `llama-jax quantize`"
     )
 
 

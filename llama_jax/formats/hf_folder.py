@@ -4,8 +4,10 @@ Only safetensors are read. Pickled weights (`pytorch_model.bin`, `*.pth`, `*.pt`
 unpickling runs whatever code the file holds.
 """
 
+import dataclasses
 import math
 import re
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from llama_jax.config import FLOAT_DTYPES, ModelConfig
+from llama_jax.formats.compressed_config import Stored, stored_weights
+from llama_jax.formats.compressed_reader import Allowed, Matrix, allowed_tensors, check_shapes
 from llama_jax.formats.hf_config import declared_dtype, read_config
 from llama_jax.formats.json_fields import read_json
 from llama_jax.formats.safetensors import SafetensorsFile
@@ -28,6 +32,16 @@ _COMPUTED = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_
 _PICKLED = ("*.bin", "*.pth", "*.pt", "*.pkl", "*.ckpt")
 # float64 loads when the caller asks for a narrower type; integers and float8 are quantized weights.
 _READABLE = (*FLOAT_DTYPES, "float64")
+# Beside quantized weights, what changes the numbers and config.json did not say.
+_UNREAD = {
+    "weight_zero_point": "asymmetric weights are",
+    "input_zero_point": "asymmetric inputs are",
+    "weight_g_idx": "columns in an order of their own are",
+    "weight_global_scale": "scales of scales are",
+    "k_scale": "a quantized cache is",
+    "v_scale": "a quantized cache is",
+    "output_scale": "quantized outputs, and a quantized cache, are",
+}
 _COMPARE_BYTES = 16 << 20
 # One does not use the bandwidth of a memory.
 _COPYING_THREADS = 4
@@ -35,12 +49,21 @@ _COPYING_THREADS = 4
 
 @dataclass(frozen=True)
 class HFFolder:
-    """An open folder whose tensors are exactly the weights of `config`, shapes included."""
+    """An open folder whose tensors are exactly the weights of `config`, shapes included. stored:
+    how those are held that are quantized, by their path."""
 
     path: Path
     config: ModelConfig
     declared_dtype: str | None
     tensors: dict[str, SafetensorsFile]
+    stored: dict[str, Stored]
+
+    def plain_dtypes(self) -> Iterator[tuple[np.dtype[Any], int]]:
+        """Dtype and bytes of every tensor of a weight that is not quantized."""
+        for path, row in weight_table(self.config).items():
+            for name, _ in () if path in self.stored else row.hf_names():
+                info = self.tensors[name].header.tensors[name]
+                yield info.dtype, info.end - info.start
 
     def stored_dtype(self, row: Weight) -> np.dtype[Any]:
         """The one dtype in which the files hold a weight of the table, all layers together."""
@@ -55,20 +78,48 @@ class HFFolder:
 
     def copy_to(self, row: Weight, out: np.ndarray, index: tuple[slice, ...]) -> None:
         """Copies `weight[index]` into `out` from the mapped files, tensors side by side."""
-        ranges = [range(*part.indices(size)) for part, size in zip(index, row.shape, strict=True)]
 
-        def copy(wanted: tuple[str, tuple[int, ...]]) -> None:
-            name, at = wanted
-            position = tuple(i - steps.start for i, steps in zip(at, ranges, strict=False))
-            self.tensors[name].copy_to(out[position], name, index[len(at) :])
+        def copy(name: str, part: np.ndarray, where: tuple[slice, ...]) -> None:
+            self.tensors[name].copy_to(part, name, where)
 
-        wanted = [
-            (name, at)
-            for name, at in row.hf_names()
-            if all(i in steps for i, steps in zip(at, ranges, strict=False))
-        ]
-        with ThreadPoolExecutor(_COPYING_THREADS) as pool:
-            list(pool.map(copy, wanted))
+        _copy_each(row, out, index, copy)
+
+    def copy_array_to(
+        self, row: Weight, array: str, out: np.ndarray, index: tuple[slice, ...]
+    ) -> None:
+        """The same of an array of a quantized weight, named as in its leaf."""
+
+        def copy(name: str, part: np.ndarray, where: tuple[slice, ...]) -> None:
+            module = name.removesuffix(".weight")
+            matrix = Matrix(self.tensors, module, self.stored[row.path], row.shape[-1])
+            matrix.copy_array(array, part, where)
+
+        _copy_each(row, out, index, copy)
+
+
+def _copy_each(
+    row: Weight,
+    out: np.ndarray,
+    index: tuple[slice, ...],
+    copy: Callable[[str, np.ndarray, tuple[slice, ...]], None],
+) -> None:
+    """`copy(name, part of out, index into one layer)` for all layers in `index`, side by side."""
+    # Behind the stacking dimensions, which all arrays of a weight share, sizes may be others.
+    ranges = [range(*part.indices(size)) for part, size in zip(index, row.shape, strict=False)]
+
+    def copy_one(wanted: tuple[str, tuple[int, ...]]) -> None:
+        name, at = wanted
+        position = tuple(i - steps.start for i, steps in zip(at, ranges, strict=False))
+        place: Any = (*position, ...)  # of a number too, which is then an array of it
+        copy(name, out[place], index[len(at) :])
+
+    wanted = [
+        (name, at)
+        for name, at in row.hf_names()
+        if all(i in steps for i, steps in zip(at, ranges, strict=False))
+    ]
+    with ThreadPoolExecutor(_COPYING_THREADS) as pool:
+        list(pool.map(copy_one, wanted))
 
 
 def open_folder(folder: str | Path) -> HFFolder:
@@ -82,21 +133,30 @@ def open_folder(folder: str | Path) -> HFFolder:
         raise ValueError(f"{path} is not a folder")
     config = read_config(path)
     declared = declared_dtype(read_json(path / "config.json"))
+    stored = read_stored(path, config)
     tensors = _open_files(path)
-    _check_tensors(path, config, tensors)
+    _check_tensors(path, config, tensors, stored)
     _check_tied_head(path, config, tensors)
-    opened = HFFolder(path, config, declared, tensors)
+    opened = HFFolder(path, config, declared, tensors, stored)
     if declared is None:
-        opened = HFFolder(path, config.replace(dtype=_main_dtype(opened)), None, tensors)
+        opened = dataclasses.replace(opened, config=config.replace(dtype=_main_dtype(opened)))
     return opened
 
 
+def read_stored(path: Path, config: ModelConfig) -> dict[str, Stored]:
+    """How the quantized weights of a folder are held, by their path, as config.json says it."""
+    described = path / "config.json"
+    try:
+        return stored_weights(read_json(described).get("quantization_config"), config)
+    except ValueError as error:
+        raise ValueError(f"{described}: quantization_config: {error}") from error
+
+
 def _main_dtype(folder: HFFolder) -> str:
-    """The dtype of most of the stored bytes."""
+    """The dtype of most of the stored bytes that are not quantized."""
     total: dict[str, int] = {}
-    for name, file in folder.tensors.items():
-        info = file.header.tensors[name]
-        total[info.dtype.name] = total.get(info.dtype.name, 0) + info.end - info.start
+    for dtype, size in folder.plain_dtypes():
+        total[dtype.name] = total.get(dtype.name, 0) + size
     floats = {name: size for name, size in total.items() if name in FLOAT_DTYPES}
     return max(floats, key=lambda name: floats[name]) if floats else "float32"
 
@@ -172,31 +232,42 @@ def _open_shards(path: Path, weight_map: dict[str, str]) -> dict[str, Safetensor
     return {tensor: shards[file] for tensor, file in weight_map.items()}
 
 
-def _check_tensors(path: Path, config: ModelConfig, tensors: dict[str, SafetensorsFile]) -> None:
+def _check_tensors(
+    path: Path,
+    config: ModelConfig,
+    tensors: dict[str, SafetensorsFile],
+    stored: dict[str, Stored],
+) -> None:
     """Drops computed tensors from `tensors` and raises one error with all that is wrong."""
     for name in [name for name in tensors if _COMPUTED.fullmatch(name)]:
         del tensors[name]
     _check_count(path, config, len(tensors))
-    expected = {
-        name: row.shape[len(at) :]
-        for row in weight_table(config).values()
-        for name, at in row.hf_names()
-    }
+    table = weight_table(config)
+    expected: dict[str, Allowed] = {}
+    for row in table.values():
+        if row.path in stored:
+            expected |= allowed_tensors(row, stored[row.path])
+        else:
+            expected |= {name: ((row.shape[len(at) :],), _READABLE) for name, at in row.hf_names()}
     problems = [f"{name} is missing" for name in expected if name not in tensors]
     for name, file in tensors.items():
         info = file.header.tensors[name]
         if name == "lm_head.weight" and config.tie_word_embeddings:
-            shape = expected["model.embed_tokens.weight"]
+            shapes, dtypes = expected["model.embed_tokens.weight"]
         elif name in expected:
-            shape = expected[name]
+            shapes, dtypes = expected[name]
         else:
-            problems.append(f"{name} is unexpected{_hint(name, config)}")
+            problems.append(f"{name} is unexpected{_hint(name, config, bool(stored))}")
             continue
-        if info.shape != shape:
-            problems.append(f"{name} has shape {list(info.shape)}, expected {list(shape)}")
-        if info.dtype.name not in _READABLE:
-            problems.append(f"{name} is {info.dtype}, allowed are {', '.join(_READABLE)}")
+        if info.shape not in shapes:
+            allowed = " or ".join(str(list(shape)) for shape in shapes)
+            problems.append(f"{name} has shape {list(info.shape)}, expected {allowed}")
+        if info.dtype.name not in dtypes:
+            problems.append(f"{name} is {info.dtype}, allowed are {', '.join(dtypes)}")
     _raise(path, problems)
+    _raise(
+        path, [each for at, how in stored.items() for each in check_shapes(table[at], how, tensors)]
+    )
 
 
 def _check_count(path: Path, config: ModelConfig, num_stored: int) -> None:
@@ -212,7 +283,9 @@ def _check_count(path: Path, config: ModelConfig, num_stored: int) -> None:
         )
 
 
-def _hint(name: str, config: ModelConfig) -> str:
+def _hint(name: str, config: ModelConfig, quantized: bool) -> str:
+    if quantized and (what := _UNREAD.get(name.rpartition(".")[2])):
+        return f" ({what} not supported)"
     for part, flag in ((".self_attn.", "attention_bias"), (".mlp.", "mlp_bias")):
         if name.endswith("_proj.bias") and part in name and not getattr(config, flag):
             return f" ({flag} is false in config.json)"

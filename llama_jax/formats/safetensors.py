@@ -206,13 +206,17 @@ class SafetensorsFile:
         flat = np.frombuffer(self._map, info.dtype, count=math.prod(info.shape), offset=info.start)
         return flat.reshape(info.shape)
 
-    def copy_to(self, out: np.ndarray, name: str, index: tuple[slice, ...]) -> None:
-        """Copies `tensor[index]` into `out`, converting to its dtype.
+    def copy_to(
+        self, out: np.ndarray, name: str, index: tuple[slice, ...], *, as_bytes: bool = False
+    ) -> None:
+        """Copies `tensor[index]` into `out`, converting to its dtype. as_bytes: the tensor is taken
+        for its bytes, of which a row has more than values.
 
         The copy goes through the file in pieces and gives each piece's pages back to the kernel,
         so the mapped file adds only a constant to the process's resident memory.
         """
-        source = self.view(name)[index]
+        whole = self.view(name)
+        source = (whole.view(np.uint8) if as_bytes else whole)[index]
         if source.ndim == 0:
             out[...] = convert(source, out.dtype, name=name)
             return

@@ -6,8 +6,9 @@ next is read. (A weight that comes from a checkpoint is read with all its layers
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from llama_jax.weights.leaf import Leaf
 from llama_jax.weights.quantize import Quantization, quantize
 from llama_jax.weights.table import Weight
 
+# `read_array(name, out, index)`: `Read` of one array of a quantized leaf, such as `scale`.
+ReadArray = Callable[[str, np.ndarray, tuple[slice, ...]], None]
 # (config, shape structs of the weights) -> what puts them where they will lie.
 Into = Callable[[ModelConfig, tree.Tree], "Placer | DiskPlacer"]
 
@@ -73,6 +76,17 @@ class Placer:
             leaf = write(leaf, part, jnp.int32(layer))
             jax.block_until_ready(leaf)
         return leaf
+
+    def place_quantized(self, row: Weight, read_array: ReadArray) -> Leaf:
+        """The leaf of a weight that is stored quantized, array by array."""
+        where = self._places[row.path]
+        places = {} if where is None else tree.flatten_arrays(where)
+
+        def placed(name: str, struct: Any) -> jax.Array:
+            read = functools.partial(read_array, _array_name(name))
+            return place(struct.shape, np.dtype(struct.dtype), read, places.get(name))
+
+        return tree.map_arrays_with_path(placed, self._structs[row.path])
 
     def finish(self, path: str, leaf: Leaf) -> Leaf:
         """What a whole weight, read and placed, becomes; it is used up."""
@@ -136,6 +150,16 @@ class DiskPlacer:
         self._pieces(row.path, read)
         return self._after[row.path]
 
+    def place_quantized(self, row: Weight, read_array: ReadArray) -> Leaf:
+        """Writes a weight that is stored quantized, as it is, array by array."""
+        leaf, step = self._after[row.path], self._rows[row.path]
+        for name, struct in tree.flatten_arrays(tree.unflatten({row.path: leaf})).items():
+            for index in _pieces_of(struct.shape, row.path.startswith("layers."), step):
+                values = np.empty([part.stop - part.start for part in index], struct.dtype)
+                read_array(_array_name(name), values, index)
+                self._writer.write(name, index, values)
+        return leaf
+
     def _pieces(self, path: str, read: Read) -> None:
         struct = self._structs[path]
         stacked = path.startswith("layers.")
@@ -195,6 +219,20 @@ def _piece_shape(shape: tuple[int, ...], stacked: bool, rows: int) -> tuple[int,
     if not stacked:
         return (min(rows, shape[0]), *shape[1:])
     return (1, *(min(rows, size) for size in shape[1:2]), *shape[2:])
+
+
+def _pieces_of(shape: tuple[int, ...], stacked: bool, rows: int) -> Iterator[tuple[slice, ...]]:
+    """The indices of pieces of so many entries, one layer after the other, of an array."""
+    sizes = _piece_shape(shape, stacked, rows)
+    for begin in itertools.product(*map(range, itertools.repeat(0), shape, sizes)):
+        yield tuple(
+            slice(low, min(low + step, size))
+            for low, step, size in zip(begin, sizes, shape, strict=True)
+        )
+
+
+def _array_name(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _read_part(

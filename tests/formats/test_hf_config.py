@@ -511,8 +511,13 @@ def test_fields_that_change_the_mathematics_are_refused(field, value):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"quant_method": "compressed-tensors"}, "by compressed-tensors, which is only written"),
-        ({"quant_method": "bitsandbytes"}, "by bitsandbytes, which is not read; load the unq"),
+        (
+            {"quant_method": "gptq", "bits": 4},
+            "by gptq, which is not read, only compressed-tensors",
+        ),
+        ({"quant_method": "awq", "bits": 4}, "by awq, which is not read"),
+        ({"quant_method": "bitsandbytes"}, "by bitsandbytes.*; load the unquantized model and use"),
+        ({"quant_method": "compressed-tensors"}, "quantization_config: config_groups is null"),
         ({"load_in_8bit": True}, "in an unnamed format, which is not read"),
     ],
 )
