@@ -4,6 +4,7 @@ A group says how the linear layers that its targets name are written; `ignore` n
 not. Reading is strict: what would change the mathematics and is not done here is refused by name.
 """
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,16 +17,18 @@ from llama_jax.formats.compressed_arguments import (
     check_known,
     read_arguments,
 )
-from llama_jax.formats.compressed_kind import FLOAT_FORMAT, FORMATS, METHOD, PACKED_FORMAT, Kind
+from llama_jax.formats.compressed_kind import FORMATS, METHOD, PACKED_FORMAT, Kind
 from llama_jax.formats.json_fields import is_equal, shorten
 from llama_jax.weights.table import Weight, weight_table
 
 _LINEAR = "Linear"  # the class of all matrices but the embedding
+# Of one weight; a corrupt config can ask for a billion, whose names would be listed.
+_MOST_MATRICES = 1 << 16
 
 _READ = {"quant_method", "config_groups", "format", "ignore"}
 # Of other values the weights are not what config_groups says, or more than they is rounded.
 _FIXED: dict[str, tuple[Any, ...]] = {
-    "quantization_status": ("compressed",),
+    "quantization_status": ("compressed", "frozen"),  # the first versions wrote the second
     "kv_cache_scheme": (),
     "transform_config": ({},),
     "moe_sparsity_config": ({},),
@@ -114,6 +117,12 @@ def stored_weights(settings: Any, config: ModelConfig) -> dict[str, Stored]:
         return {}
     described = read_compressed(settings)
     rows = {path: row for path, row in weight_table(config).items() if _is_linear(row)}
+    for path, row in rows.items():
+        if (count := math.prod(row.shape[:-2])) > _MOST_MATRICES:
+            raise ValueError(
+                f"{path} would be {count} matrices (num_hidden_layers is "
+                f"{config.num_hidden_layers}), of which at most {_MOST_MATRICES} are read"
+            )
     _check_targets(described, rows.values())
     found = {path: _stored(described, row) for path, row in rows.items()}
     return {path: stored for path, stored in found.items() if stored is not None}
@@ -196,8 +205,8 @@ def _how(where: str, group: dict[str, Any], given: str) -> Stored:
         raise ValueError(f"{where}.weights is missing; {SUPPORTED}")
     inputs = read_arguments(f"{where}.input_activations", group.get("input_activations"))
     is_packed = given == PACKED_FORMAT
-    bits = (8,) if weights.is_float or not is_packed else (8, 4)
-    if weights.is_float != (given == FLOAT_FORMAT) or weights.num_bits not in bits:
+    bits = (8, 4) if is_packed else (8,)
+    if (weights.is_float and is_packed) or weights.num_bits not in bits:
         raise ValueError(f"{weights} is not supported in format {given}; {SUPPORTED}")
     if weights.dynamic or weights.strategy not in ("tensor", "channel", "group"):
         raise ValueError(f"{weights} is not supported; {SUPPORTED}")

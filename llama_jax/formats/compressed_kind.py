@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 
 METHOD = "compressed-tensors"
-INT_FORMAT, FLOAT_FORMAT, PACKED_FORMAT = FORMATS = (
-    "int-quantized",
-    "float-quantized",
-    "pack-quantized",
-)
+INT_FORMAT, FLOAT_FORMAT, PACKED_FORMAT = "int-quantized", "float-quantized", "pack-quantized"
+# Those that are read. The first versions of the package said `naive-quantized` for both of the
+# formats that hold values as they are, whose tensors are laid out alike.
+FORMATS = (INT_FORMAT, FLOAT_FORMAT, "naive-quantized", PACKED_FORMAT)
 # What turns bytes of two's complement codes into codes plus half their range, and back: the highest
 # bit of each code is turned over.
 HIGH_BITS = {8: np.uint8(0x80), 4: np.uint8(0x88)}

@@ -26,6 +26,17 @@ from llama_jax.weights.table import Weight
 # Shapes and dtypes that a tensor of a file may have.
 Allowed = tuple[tuple[tuple[int, ...], ...], tuple[str, ...]]
 _ONE = ((1,), ())
+# What changes the numbers, and should have been said in config.json.
+UNREAD_TENSORS = {
+    "weight_zero_point": "asymmetric weights are",
+    "input_zero_point": "asymmetric inputs are",
+    "weight_g_idx": "columns in an order of their own are",
+    "weight_global_scale": "scales of scales are",
+    "input_global_scale": "scales of scales are",
+    "k_scale": "a quantized cache is",
+    "v_scale": "a quantized cache is",
+    "output_scale": "quantized outputs, and a quantized cache, are",
+}
 
 
 def allowed_tensors(row: Weight, stored: Stored) -> Iterator[tuple[str, Allowed]]:

@@ -1,8 +1,9 @@
 """Hugging Face model folders in and out.
 
 Import reads each device's slice from the mapped files into one buffer that becomes the device
-array: no second copy of the model exists at any time. Export goes tensor by tensor and publishes
-the folder whole. What is in a folder is `hf_folder.py`'s subject, config.json is `hf_config.py`'s.
+array: no second copy of the model exists at any time. Quantized weights of compressed-tensors stay
+what they are (`compressed_reader.py`). Export goes tensor by tensor and publishes the folder whole.
+What is in a folder is `hf_folder.py`'s subject, config.json is `hf_config.py`'s.
 """
 
 import functools
@@ -55,10 +56,10 @@ def load_hf(
 
     Without a mesh the arrays lie on the default device. `quantization` quantizes layer by layer
     while reading: `dtype` is then of what is left alone. `into` puts weights elsewhere than on
-    devices. `dtype` None takes the dtype config.json
-    declares, as transformers does, or where it declares none that of the weight files; the
-    returned config's `dtype` says which it was. `rotary_emb.inv_freq` is the only kind of tensor
-    that is skipped.
+    devices. `dtype` None takes the dtype config.json declares, as transformers does, or where it
+    declares none that of the weight files; the returned config's `dtype` says which it was. Weights
+    of compressed-tensors become quantized leaves; a `dtype` for them is refused.
+    `rotary_emb.inv_freq` is the only kind of tensor that is skipped.
 
     Raises ValueError, before anything is allocated, naming all that does not fit.
     """

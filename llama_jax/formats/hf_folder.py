@@ -17,7 +17,13 @@ import numpy as np
 
 from llama_jax.config import FLOAT_DTYPES, ModelConfig
 from llama_jax.formats.compressed_config import Stored, stored_weights
-from llama_jax.formats.compressed_reader import Allowed, Matrix, allowed_tensors, check_shapes
+from llama_jax.formats.compressed_reader import (
+    UNREAD_TENSORS,
+    Allowed,
+    Matrix,
+    allowed_tensors,
+    check_shapes,
+)
 from llama_jax.formats.hf_config import declared_dtype, read_config
 from llama_jax.formats.json_fields import read_json
 from llama_jax.formats.safetensors import SafetensorsFile
@@ -32,16 +38,6 @@ _COMPUTED = re.compile(r"(model\.layers\.\d+\.self_attn|model)\.rotary_emb\.inv_
 _PICKLED = ("*.bin", "*.pth", "*.pt", "*.pkl", "*.ckpt")
 # float64 loads when the caller asks for a narrower type; integers and float8 are quantized weights.
 _READABLE = (*FLOAT_DTYPES, "float64")
-# Beside quantized weights, what changes the numbers and config.json did not say.
-_UNREAD = {
-    "weight_zero_point": "asymmetric weights are",
-    "input_zero_point": "asymmetric inputs are",
-    "weight_g_idx": "columns in an order of their own are",
-    "weight_global_scale": "scales of scales are",
-    "k_scale": "a quantized cache is",
-    "v_scale": "a quantized cache is",
-    "output_scale": "quantized outputs, and a quantized cache, are",
-}
 _COMPARE_BYTES = 16 << 20
 # One does not use the bandwidth of a memory.
 _COPYING_THREADS = 4
@@ -284,7 +280,7 @@ def _check_count(path: Path, config: ModelConfig, num_stored: int) -> None:
 
 
 def _hint(name: str, config: ModelConfig, quantized: bool) -> str:
-    if quantized and (what := _UNREAD.get(name.rpartition(".")[2])):
+    if quantized and (what := UNREAD_TENSORS.get(name.rpartition(".")[2])):
         return f" ({what} not supported)"
     for part, flag in ((".self_attn.", "attention_bias"), (".mlp.", "mlp_bias")):
         if name.endswith("_proj.bias") and part in name and not getattr(config, flag):

@@ -12,8 +12,9 @@ from compressed_tensors.quantization import QuantizationConfig, QuantizationSche
 from safetensors.torch import load_file, save_file
 
 from llama_jax import cli, tree
-from llama_jax.config import Compute
+from llama_jax.config import Compute, MoeConfig
 from llama_jax.formats.checkpoint import load_model, save_model
+from llama_jax.formats.compressed_config import stored_weights
 from llama_jax.formats.compressed_tensors import save_compressed
 from llama_jax.formats.hf import load_hf, save_hf
 from llama_jax.formats.hf_config import to_hf
@@ -153,6 +154,14 @@ def test_what_was_written_is_read_back(tmp_path, scheme, options):
     assert abstract.params == jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), loaded.params
     )
+
+
+def test_a_tied_head_has_no_matrix_of_its_own(tmp_path):
+    params, folder = written(tmp_path / "a", "int8", FAMILIES["llama-tied"])
+    assert same_bits(load(folder).params, params)
+    edit_config(folder, at_group("targets", ["lm_head"]))
+    with pytest.raises(ValueError, match="targets has 'lm_head', which names no matrix"):
+        load(folder)
 
 
 @pytest.mark.parametrize("tile", [91, 7])
@@ -321,20 +330,24 @@ def at_top(**values):
         (at_top(kv_cache_scheme={"num_bits": 8}), "kv_cache_scheme = .* only null"),
         (at_top(sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config .*format dense"),
         (at_top(transform_config={"config_groups": {"u": {}}}), "transform_config .*not supported"),
-        (at_top(quantization_status="frozen"), 'quantization_status .* only null or "compressed"'),
+        (at_top(quantization_status="initialized"), 'status .* only null or "compressed" or "fro'),
         (at_top(rotation="hadamard"), 'rotation = "hadamard" is unknown; known are config_groups'),
         (at_top(config_groups={}), "config_groups is {}; it must map"),
         (at_top(config_groups={"W8A8": ["Linear"]}), "config_groups.W8A8 is"),
         (at_top(ignore="lm_head"), "ignore is .*must be a list"),
         (at_top(ignore=["re:("]), "ignore has 're:.*which is no pattern"),
         (at_group("format", "marlin-24"), 'format "marlin-24", supported are int-quantized'),
-        (at_group("format", "float-quantized"), "int of 8 bits by channel.*format float-quantized"),
+        (at_weights(type="float"), "int of 8 bits by token.*beside.*float of 8 bits by channel"),
         (at_group("output_activations", TENSOR), "output_activations is not supported, only null"),
         (at_group("targets", ["Embedding"]), "targets has 'Embedding', which names no matrix"),
         (at_group("targets", ["re:.*attn$"]), "targets has 're:.*attn.', which names no matrix"),
         (at_group("weights", None), "weights is missing"),
         (at_group("scales", 1), "config_groups.group_0.scales = 1 is unknown"),
         (at_weights(symmetric=False), "weights.symmetric is false.*weight_zero_point.* are not"),
+        (
+            lambda c: (at_group("format", "pack-quantized")(c), at_weights(type="float")(c)),
+            "float of 8 bits by channel. is not supported in format pack-quantized",
+        ),
         (at_weights(num_bits=4), "int of 4 bits by channel.*not supported in format int-quantized"),
         (at_weights(num_bits=2), "weights.num_bits is 2, supported are 8, 4"),
         (at_weights(num_bits=True), "weights.num_bits is true, supported"),
@@ -385,6 +398,17 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path, change, message):
     edit_config(folder, change)
     with pytest.raises(ValueError, match=message):
         load(folder)
+
+
+def test_a_config_cannot_ask_for_millions_of_names():
+    many = FAMILIES["mixtral"].replace(
+        num_hidden_layers=10_000, moe=MoeConfig(100_000, 2, router_aux_loss_coef=0.0)
+    )
+    group = {"targets": ["Linear"], "weights": W8, "format": "pack-quantized"}
+    with pytest.raises(
+        ValueError, match="would be 1000000000 matrices .num_hidden_layers is 10000"
+    ):
+        stored_weights({"config_groups": {"g": group}}, many)
 
 
 def test_groups_must_divide_rows(tmp_path):

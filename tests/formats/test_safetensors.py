@@ -225,6 +225,18 @@ def test_copy_to_reads_slices_in_pieces(tmp_path, monkeypatch, dtype, index):
     assert scalar == 2
 
 
+@pytest.mark.parametrize("index", [(slice(0, 13), slice(0, 24)), (slice(3, 11), slice(5, 9))])
+def test_a_tensor_may_be_taken_for_its_bytes(tmp_path, monkeypatch, index):
+    monkeypatch.setattr(st, "_CHUNK_BYTES", 64)
+    value = np.arange(13 * 6, dtype="<i4").reshape(13, 6) * 77777
+    path = tmp_path / "a.safetensors"
+    st.write_arrays(path, {"pad": np.zeros(3, np.uint8), "w": value})
+    wanted = value.view(np.uint8)[index]
+    out = np.empty(wanted.shape, np.uint8)
+    st.SafetensorsFile(path).copy_to(out, "w", index, as_bytes=True)
+    np.testing.assert_array_equal(out, wanted)
+
+
 def test_R19_shards_and_index(tmp_path):
     arrays = {f"t{i}": np.full((10,), i, np.float32) for i in range(7)}
     specs = [st.TensorSpec(n, a.dtype, a.shape) for n, a in arrays.items()]
