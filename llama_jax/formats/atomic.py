@@ -31,14 +31,26 @@ def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.tmp-", dir=final.parent))
     try:
-        yield temporary
-        temporary.chmod(0o777 & ~_umask())
-        for path in sorted(temporary.rglob("*")):
-            _flush(path)
-        _flush(temporary)
-        _publish(temporary, final, overwrite=overwrite)
+        with naming(final):
+            yield temporary
+            temporary.chmod(0o777 & ~_umask())
+            for path in sorted(temporary.rglob("*")):
+                _flush(path)
+            _flush(temporary)
+            _publish(temporary, final, overwrite=overwrite)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(target: Path) -> Iterator[None]:
+    """An error of the system that names no file, as that of a full disk, is one about `target`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(target)
         raise
 
 

@@ -5,6 +5,9 @@ Every process writes the parts of arrays that lie on its devices, once each; pro
 """
 
 import asyncio
+import contextlib
+import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +19,19 @@ import tensorstore as ts
 from etils import epath  # the kind of path that orbax wants
 
 from llama_jax.formats.checkpoint_files import CheckpointError
+
+
+@contextlib.contextmanager
+def _errors_of_the_system() -> Iterator[None]:
+    """The store raises a ValueError for a full disk, too, which is no wrong argument."""
+    try:
+        yield
+    except ValueError as error:
+        number = re.search(r"\[os_error_code='(\d+)'", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code)) from error
 
 
 class ArrayWriter:
@@ -37,15 +53,17 @@ class ArrayWriter:
             return asyncio.run(self._handler.async_save(self._folder, args=args))
 
         # In a thread of its own: in a notebook this one has a running event loop.
-        with ThreadPoolExecutor(1) as pool:
+        with _errors_of_the_system(), ThreadPoolExecutor(1) as pool:
             self._writing = pool.submit(copy).result() or []
 
     def wait(self) -> None:
-        for part in self._writing:
-            part.result()
+        with _errors_of_the_system():
+            for part in self._writing:
+                part.result()
 
     def finish(self) -> None:
-        self._handler.finalize(self._folder)
+        with _errors_of_the_system():
+            self._handler.finalize(self._folder)
 
     def close(self) -> None:
         self._handler.close()
@@ -104,7 +122,8 @@ class PieceWriter:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def write(self, path: str, index: tuple[slice | int, ...], values: np.ndarray) -> None:
-        self._arrays[path][index].write(values).result()
+        with _errors_of_the_system():
+            self._arrays[path][index].write(values).result()
 
 
 def owned_files(names: list[str], process: int, count: int) -> Iterator[str]:

@@ -18,7 +18,7 @@ import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 from gguf.quants import quantize
 
-from llama_jax.formats.atomic import check_parents
+from llama_jax.formats.atomic import check_parents, naming
 from llama_jax.formats.gguf_fields import Entry
 from llama_jax.formats.gguf_header import DEFAULT_ALIGNMENT, MAGIC, SCALARS
 from llama_jax.formats.gguf_reader import CHUNK_ELEMENTS
@@ -143,7 +143,7 @@ def _atomic_file(target: Path, *, overwrite: bool) -> Iterator[BinaryIO]:
     descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
     temporary = Path(name)
     try:
-        with open(descriptor, "wb") as file:
+        with naming(target), open(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -1,10 +1,17 @@
 """A folder appears whole or not at all, and nothing that was there is lost."""
 
+import contextlib
+import errno
 import os
+import resource
 
 import pytest
 
 from llama_jax.formats.atomic import DESCRIPTIONS, atomic_folder, check_target
+from llama_jax.formats.checkpoint import save_model, save_streamed
+from llama_jax.formats.gguf import save_gguf
+from llama_jax.formats.hf import load_hf, save_hf
+from tests.tiny import tiny_config, tiny_params
 
 
 def _write(folder, text, name="config.json"):
@@ -124,3 +131,33 @@ def test_a_file_in_the_way_of_the_folder_is_named(tmp_path):
     for place in ("file/out", "file/deep/out"):
         with pytest.raises(ValueError, match="out lies in .*/file, which is a file"):
             check_target(tmp_path / place, overwrite=False)
+
+
+@contextlib.contextmanager
+def files_of_at_most(num_bytes):
+    """The system refuses to write longer files, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf", "checkpoint", "streamed"])
+def test_what_cannot_be_written_is_named(tmp_path, kind):
+    config = tiny_config()
+    params = tiny_params(config)
+    source, target = tmp_path / "source", tmp_path / "out.gguf"
+    save_hf(source, config, params)
+    write = {
+        "hf": lambda: save_hf(target, config, params),
+        "gguf": lambda: save_gguf(target, config, params, None),
+        "checkpoint": lambda: save_model(target, config, params, None),
+        "streamed": lambda: save_streamed(target, lambda into: (*load_hf(source, into=into), None)),
+    }[kind]
+    with pytest.raises(OSError) as raised, files_of_at_most(20_000):
+        write()
+    assert raised.value.errno == errno.EFBIG
+    assert raised.value.filename == str(target)
+    assert list(tmp_path.iterdir()) == [source]
