@@ -88,14 +88,14 @@ def generate(
     Raises ValueError for a parameter out of range, a prompt that is empty, too long or has ids
     outside the vocabulary.
     """
-    if isinstance(params, SamplingParams | None):
-        if params is not None and sampling:
-            raise ValueError(
-                f"params and {', '.join(sorted(sampling))} are both given; give one or the other"
-            )
-        params = params or SamplingParams.from_dict(sampling)
-    elif sampling:
-        raise ValueError(f"params and {', '.join(sorted(sampling))} are both given; give one")
+    if params is not None and sampling:
+        raise ValueError(
+            f"params and {', '.join(sorted(sampling))} are both given; give one or the other"
+        )
+    if params is None:
+        params = SamplingParams.from_dict(sampling)
+    nothing = type(None)
+    require_type("adapter", adapter, (str, Path, nothing), "a PEFT adapter folder, or None")
     config, weights, tokenizer = parts_of(model)
     if adapter is not None:
         from llama_jax.formats.peft import load_adapter
@@ -152,8 +152,10 @@ class Generator:
         max_context: int | None = None,
     ):
         require_type("config", config, ModelConfig, "a ModelConfig, such as model.config")
-        kinds, allowed = (Compute, type(None)), "a Compute, such as Compute(dtype='bfloat16')"
-        require_type("compute", compute, kinds, allowed)
+        nothing = type(None)
+        allowed = "a Compute, such as Compute(dtype='bfloat16')"
+        require_type("compute", compute, (Compute, nothing), allowed)
+        require_type("mesh", mesh, (jax.sharding.Mesh, nothing), "a Mesh, as make_mesh makes")
         self.config, self.tokenizer = config, tokenizer
         self.batch_size = checked_int("batch_size", batch_size, low=1, high=65536)
         longest = config.max_position_embeddings
@@ -162,6 +164,8 @@ class Generator:
             self.max_context = checked_int("max_context", max_context, low=1, high=longest)
         ends = set(config.eos_token_id)
         ends |= set() if tokenizer is None else set(tokenizer.eos_token_ids)
+        # A config may name ids that the model has no row for, and so never emits.
+        ends = {token for token in ends if token < config.vocab_size}
         self.end_tokens = frozenset(ends)
         end_tokens: Any = np.asarray(sorted(ends), np.int32)
         rules = steps.Rules(allowed=_allowed(config, tokenizer), end_tokens=end_tokens)
@@ -182,6 +186,10 @@ class Generator:
         chat: bool = False,
         stream: Callable[[Piece], None] | None = None,
     ) -> Generations:
+        if stream is not None and not callable(stream):
+            raise ValueError(
+                f"stream is of type {type(stream).__name__}; give a function of a Piece"
+            )
         rows, stats = self.rows(prompts, params, chat=chat), Stats()
         for piece in self.run(rows, stats):
             if stream is not None:
@@ -208,7 +216,7 @@ class Generator:
     ) -> list[Row]:
         """A checked row for every choice of every prompt."""
         listed = _listed(prompts, chat=chat)
-        each = [params] * len(listed) if isinstance(params, SamplingParams) else list(params)
+        each = _each(params, len(listed))
         if len(each) != len(listed):
             raise ValueError(f"{len(each)} params are given for {len(listed)} prompts")
         rows = []
@@ -253,9 +261,11 @@ class Generator:
                     f"{where} has the token id {token!r}; ids are 0 to {vocab_size - 1}"
                 )
         if not ids:
-            if self.config.bos_token_id is None:
+            begin = self.config.bos_token_id
+            # Some files write -1 where there is no such token.
+            if begin is None or not 0 <= begin < vocab_size:
                 raise ValueError(f"{where} is empty and the model has no begin token; give a text")
-            ids = [self.config.bos_token_id]
+            ids = [begin]
         if len(ids) > self.max_context:
             raise ValueError(
                 f"{where} has {len(ids)} tokens, but the context holds {self.max_context}; "
@@ -319,6 +329,16 @@ class Generator:
             yield piece
 
 
+def _each(params: Any, count: int) -> list[SamplingParams]:
+    """Of each of `count` prompts, from one for all or a list of them."""
+    if isinstance(params, SamplingParams):
+        return [params] * count
+    each = list(params) if isinstance(params, Sequence) else [params]
+    for wishes in each:
+        require_type("params", wishes, SamplingParams, "SamplingParams, for all prompts or each")
+    return each
+
+
 def _listed(prompts: Any, *, chat: bool) -> list[Any]:
     """A list of prompts, from one or several."""
     if isinstance(prompts, str):
@@ -326,7 +346,9 @@ def _listed(prompts: Any, *, chat: bool) -> list[Any]:
     wanted = "a list of messages" if chat else "text, token ids or a list of those"
     if isinstance(prompts, Mapping):
         raise ValueError(f"prompts is a dict with {', '.join(map(str, prompts))}; give {wanted}")
-    if not isinstance(prompts, Iterable) or isinstance(prompts, bytes | bytearray):
+    # An array of no dimension says it can be gone through, and cannot.
+    is_number = isinstance(prompts, np.ndarray) and not prompts.ndim
+    if not isinstance(prompts, Iterable) or is_number or isinstance(prompts, bytes | bytearray):
         raise ValueError(f"prompts is of type {type(prompts).__name__}; give {wanted}")
     listed = list(prompts)
     single = dict | Mapping if chat else int | np.integer

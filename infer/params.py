@@ -7,7 +7,7 @@ Hugging Face's. How each parameter acts on the logits, and in which order, is in
 import dataclasses
 import numbers
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -166,7 +166,7 @@ def checked_number(name: str, value: Any, *, low: float, high: float) -> float:
 
 
 def _checked_stop(stop: Any) -> tuple[str, ...]:
-    if not isinstance(stop, Iterable) or isinstance(stop, bytes | Mapping):
+    if not isinstance(stop, str | Sequence) or isinstance(stop, bytes | bytearray):
         raise ValueError(f"stop is {stop!r}; it must be a string or a list of strings")
     stops = (stop,) if isinstance(stop, str) else tuple(stop)
     if len(stops) > MAX_STOP_STRINGS:

@@ -421,12 +421,38 @@ def test_a_dict_is_no_list_of_its_keys():
         (None, {}, "prompts is of type NoneType; give text, token ids or a list of those"),
         (b"ab", {}, "prompts is of type bytes"),
         ([b"ab"], {}, "prompt 0 is b'ab'; give text or token ids"),
+        (np.array(5), {}, "prompts is of type ndarray"),
         ([[3]], {"compute": "bfloat16"}, "compute is of type str; give a Compute"),
+        ([[3]], {"mesh": 5}, "mesh is of type int; give a Mesh"),
+        ([[3]], {"adapter": 5}, "adapter is of type int; give a PEFT adapter folder"),
+        ([[3]], {"stream": 5}, "stream is of type int; give a function"),
     ],
 )
 def test_arguments_of_another_type_are_named(tiny, prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(tiny, prompts, GREEDY, **options)
+
+
+@pytest.mark.parametrize("params", [{"max_tokens": 1}, [{"max_tokens": 1}], 5, "greedy"])
+def test_params_of_another_type_are_named(tiny, params):
+    with pytest.raises(ValueError, match=r"params is of type (dict|int|str); give SamplingParams"):
+        generate(tiny, [[3]], params)
+    with pytest.raises(ValueError, match="params and top_k are both given"):
+        generate(tiny, [[3]], params, top_k=1)
+
+
+def test_end_tokens_without_a_row_are_never_emitted(tiny):
+    config, params, _ = tiny
+    model = (config.replace(eos_token_id=(500, 2)), params, None)
+    wishes = {"temperature": 0, "max_tokens": 3, "min_tokens": 3, "logit_bias": {5: -100}}
+    assert generate(model, [[3]], **wishes) == generate(tiny, [[3]], **wishes)
+
+
+@pytest.mark.parametrize("begin", [-1, 128, 900])
+def test_a_begin_token_without_a_row_is_none(tiny, begin):
+    config, params, _ = tiny
+    with pytest.raises(ValueError, match="prompt 0 is empty and the model has no begin token"):
+        generate((config.replace(bos_token_id=begin), params, None), [[]], GREEDY)
 
 
 @pytest.mark.parametrize("model", [None, "smollm2-135m", ({}, {})])
