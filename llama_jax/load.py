@@ -12,6 +12,7 @@ from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, LogicalRules, ModelConfig, require_type
 from llama_jax.mesh.sharding import shardings
 from llama_jax.model_name import ALLOWED, SMOLLM2, is_hub_id
+from llama_jax.paths import to_path
 from llama_jax.presets import preset
 from llama_jax.weights.table import abstract_params, weight_table
 
@@ -71,7 +72,7 @@ def load(
     )
     if adapter is None:
         return loaded
-    return _adapted(loaded, Path(adapter).expanduser(), mesh=mesh, rules=rules, resize=resize)
+    return _adapted(loaded, to_path(adapter), mesh=mesh, rules=rules, resize=resize)
 
 
 def _check_options(
@@ -96,7 +97,7 @@ def find_model(model: str | Path) -> Path:
     if not isinstance(model, str | Path):
         raise ValueError(f"{model!r} is no MODEL; give {ALLOWED}")
     name = str(model)
-    path = Path(model).expanduser() if name else None
+    path = to_path(model) if name else None
     if path is not None and path.is_dir():
         return _newest_checkpoint(path) if (path / RUN_CHECKPOINTS).is_dir() else path
     if path is not None and path.is_file():
@@ -162,7 +163,7 @@ def save_hf(model: Model, path: str | Path, **options: Any) -> list[Path]:
     for name in ("merge", "overwrite"):
         require_type(name, options.get(name, False), bool, "True or False")
 
-    path = Path(path).expanduser()
+    path = to_path(path)
     return hf.save_hf(path, model.config, model.params, tokenizer=model.tokenizer, **options)
 
 

@@ -1,7 +1,8 @@
 """What may stand for a MODEL, known without JAX and without asking the Hub."""
 
 import re
-from pathlib import Path
+
+from llama_jax.paths import to_path
 
 SMOLLM2 = "smollm2-135m"
 ALLOWED = (
@@ -18,6 +19,6 @@ def is_hub_id(name: str) -> bool:
 
 def check_model_name(name: str) -> None:
     """Raises ValueError for what is neither on the disk nor a name."""
-    is_there = bool(name) and Path(name).expanduser().exists()
+    is_there = bool(name) and to_path(name).exists()
     if not (is_there or name == SMOLLM2 or is_hub_id(name)):
         raise ValueError(f"{name!r} is neither there nor a name that is known; give {ALLOWED}")

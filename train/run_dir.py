@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_jax.formats.json_fields import read_json
+from llama_jax.paths import to_path
 from train.config import RunConfig
 
 # Fields that may differ when a run goes on: they change neither what is learned nor from what,
@@ -78,7 +79,7 @@ class RunDir:
 
 
 def run_dir(run: RunConfig) -> RunDir:
-    return RunDir(Path(run.output).expanduser())
+    return RunDir(to_path(run.output))
 
 
 def open_run_dir(run: RunConfig) -> tuple[RunDir, RunConfig]:

@@ -1,7 +1,6 @@
 """What a run starts from: architecture, tokenizer and weights."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from llama_jax import tree
 from llama_jax.config import LogicalRules, ModelConfig, check_keys
 from llama_jax.load import check_architecture, load, load_abstract
 from llama_jax.mesh.sharding import shardings
+from llama_jax.paths import to_path
 from llama_jax.presets import presets
 from llama_jax.weights.cut import check_smaller, first_slices
 from llama_jax.weights.quantize import Quantization, quantize
@@ -124,7 +124,7 @@ def _named_tokenizer(name: str) -> Any:
     if name.startswith(PACKAGE_PREFIX):
         return load_tokenizer(package_path(name))
     # A folder is read for its tokenizer alone, whatever else is in it.
-    folder = Path(name).expanduser()
+    folder = to_path(name)
     return load_tokenizer(folder) if folder.is_dir() else load_abstract(name).tokenizer
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from llama_jax.paths import to_path
+
 
 def check_out(out: str, model: str) -> Path:
     """The path to write to. Raises ValueError for an empty name and for one that is the model's
@@ -10,7 +12,7 @@ def check_out(out: str, model: str) -> Path:
     model would be replaced with the rest."""
     if not out.strip() or "\0" in out:
         raise ValueError("OUT is empty; name the folder or file to write")
-    target, source = Path(out), Path(model).expanduser()
+    target, source = Path(out), to_path(model)
     if source.exists():
         place, origin = target.resolve(), source.resolve()
         if place.is_relative_to(origin):

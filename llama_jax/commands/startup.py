@@ -11,6 +11,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llama_jax.paths import to_path
+
 if TYPE_CHECKING:
     from llama_jax.mesh.processes import Processes
 
@@ -36,10 +38,10 @@ def cache_dir() -> Path | None:
             f"{CACHE_VARIABLE} is empty: unset it, set it to a folder, or to '{CACHE_OFF}'"
         )
     if chosen is not None:
-        root = Path(chosen).expanduser()
+        root = to_path(chosen)
     else:
         base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        root = Path(base).expanduser() / "llama-jax"
+        root = to_path(base) / "llama-jax"
     return root / f"jaxlib-{metadata.version('jaxlib')}-{_processor()}"
 
 

@@ -35,6 +35,7 @@ from llama_jax.formats.peft_vocabulary import (
     with_vocabulary,
 )
 from llama_jax.formats.safetensors import SafetensorsFile, write_arrays
+from llama_jax.paths import to_path
 from llama_jax.weights.adapted import SavedTensor
 from llama_jax.weights.lora import (
     adapters,
@@ -77,7 +78,7 @@ def load_adapter(
     if not on_top:
         check_unadapted(config, params)
     check_stacked(params)
-    folder = Path(folder).expanduser()
+    folder = to_path(folder)
     raw = read_adapter_config(folder)
     tensors = _read_tensors(folder)
     try:

@@ -6,12 +6,12 @@ them; anything else is an error.
 
 import difflib
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llama_jax.config import FLOAT_DTYPES, check_keys, is_finite_number
+from llama_jax.paths import to_path
 
 _COMMON = ("method", "dtype", "vocabulary", "tokenizer")
 # The first input is the one the result takes its shape and its config from.
@@ -176,7 +176,7 @@ def _required(values: dict[str, Any], name: str, owner: str = "the recipe") -> A
 def _model(name: str, value: Any) -> str:
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{name} is {value!r}; it must name a model or a PEFT adapter")
-    return os.path.expanduser(value)  # no shell has read a recipe
+    return str(to_path(value)) if value.startswith("~") else value
 
 
 def _optional_model(name: str, value: Any) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import llama_jax
 from llama_jax.formats.json_fields import read_json
+from llama_jax.paths import to_path
 from train.config import RunConfig
 from train.data.files import find_files
 from train.data.report import DataReport
@@ -38,7 +39,7 @@ class SampleCache:
                 f"data.cache is {run.data.cache}; it must be a local folder, whose files are "
                 f"mapped into memory"
             )
-        self.folder = Path(run.data.cache).expanduser() / _key(run)[:32]
+        self.folder = to_path(run.data.cache) / _key(run)[:32]
 
     def exists(self) -> bool:
         return (self.folder / _MANIFEST).is_file()
@@ -152,9 +153,9 @@ def _state(entry: Entry) -> list[Any]:
 
 def _tfds_folder(section: SourceSection) -> Path:
     """Where a prepared data set lies: all of the data folder's files under its name."""
-    root = Path(section.data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    given = section.data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     assert section.tfds is not None
-    return root.expanduser() / section.tfds.split("/")[0].split(":")[0]
+    return to_path(given) / section.tfds.split("/")[0].split(":")[0]
 
 
 def _file_state(path: Path) -> list[Any]:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import fsspec
 
+from llama_jax.paths import to_path
 from train.data.rows import OPTIONAL_KEYS, parse_json
 from train.data.unpacking import BoundedReader
 
@@ -40,7 +41,11 @@ def find_files(name: str) -> tuple[Any, list[str]]:
         raise ValueError("the name of the data file is empty; give a path")
     place = str(package_path(name)) if name.startswith(PACKAGE_PREFIX) else name
     try:
-        files, path = fsspec.url_to_fs(str(Path(place).expanduser()) if _is_local(place) else place)
+        if _is_local(place):
+            # Not by url_to_fs, to which "::" in a name says that files lie in one another.
+            files, path = fsspec.filesystem("file"), str(to_path(place).absolute())
+        else:
+            files, path = fsspec.url_to_fs(place)
     except ImportError as error:
         raise ValueError(
             f"{name}: {error}. The extra brings what gs:// needs: pip install 'llama-jax[data]'"
@@ -54,6 +59,8 @@ def find_files(name: str) -> tuple[Any, list[str]]:
             f"{name} is a folder; name its files, for example {name.rstrip('/')}/*.jsonl"
         )
     found = sorted(p for p in files.glob(path) if files.isfile(p)) if set("*?[") & set(path) else []
+    if not found and files.exists(path):
+        raise ValueError(f"{name} is no regular file; rows are read twice, so give one that stays")
     if not found:
         raise FileNotFoundError(f"the data file {name} does not exist")
     return files, found

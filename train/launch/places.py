@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llama_jax.paths import to_path
 from train.config import RunConfig
 from train.data.files import PACKAGE_PREFIX
 
@@ -112,7 +113,7 @@ def _mover(placed: Placed, may_copy: bool) -> Callable[[str, str], str]:
             return _in_bucket(placed, text, where)
         if text.startswith(PACKAGE_PREFIX) or "://" in text:
             return text
-        local = Path(text).expanduser()
+        local = to_path(text)
         is_model = where in _MODELS
         if not local.exists() or not (_is_path(text) or local.is_file() or is_model):
             _refuse_missing(text, where)

@@ -4,6 +4,7 @@ import bz2
 import codecs
 import gzip
 import json
+import os
 import sys
 
 import fsspec
@@ -45,6 +46,19 @@ def test_rows_come_in_order_with_kind_and_place(tmp_path):
     assert [row.kind for row in rows] == ["text", "instruction", "chat"]
     assert [row.where for row in rows] == [f"{path}, line {n}" for n in (1, 3, 4)]
     assert rows[0].values == {"text": "a\u2028b"}
+
+
+@pytest.mark.parametrize("name", ["a::b.jsonl", "br[1].jsonl", "star*.jsonl", "hash#%20 ü.jsonl"])
+def test_a_local_file_is_found_whatever_signs_are_in_its_name(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(lines(TEXTS))
+    monkeypatch.chdir(tmp_path)
+    assert values_of(str(tmp_path / name)) == values_of(name) == TEXTS
+
+
+def test_a_pipe_is_no_file_of_rows(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows\.jsonl is no regular file; rows are read twice"):
+        values_of(str(tmp_path / "rows.jsonl"))
 
 
 def test_files_must_exist_be_files_and_hold_rows(tmp_path):
