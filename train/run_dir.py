@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llama_jax.formats.atomic import check_parents
 from llama_jax.formats.json_fields import read_json
 from llama_jax.paths import to_path
 from train.config import RunConfig
@@ -97,6 +98,7 @@ def open_run_dir(run: RunConfig) -> tuple[RunDir, RunConfig]:
     folder = run_dir(run)
     if folder.path.exists() and not folder.path.is_dir():
         raise ValueError(f"output {folder.path} is a file; name a folder")
+    check_parents(folder.path)
     if not folder.path.is_dir() or all(path.name in _BEFORE for path in folder.path.iterdir()):
         return folder, run
     if not folder.config.is_file():

@@ -127,3 +127,9 @@ def test_the_home_folder_is_meant_by_its_sign(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder, _ = open_run_dir(config(tmp_path, output="~/runs/a"))
     assert folder.path == tmp_path / "runs" / "a"
+
+
+def test_an_output_in_a_file_is_refused_before_rows_are_read(tmp_path):
+    (tmp_path / "notes").write_text("x")
+    with pytest.raises(ValueError, match=r"notes/a lies in .*notes, which is a file"):
+        open_run_dir(config(tmp_path, output=str(tmp_path / "notes" / "a")))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import llama_jax
+from llama_jax.formats.atomic import check_parents
 from llama_jax.formats.json_fields import read_json
 from llama_jax.paths import to_path
 from train.config import RunConfig
@@ -39,7 +40,11 @@ class SampleCache:
                 f"data.cache is {run.data.cache}; it must be a local folder, whose files are "
                 f"mapped into memory"
             )
-        self.folder = to_path(run.data.cache) / _key(run)[:32]
+        root = to_path(run.data.cache)
+        if root.exists() and not root.is_dir():
+            raise ValueError(f"data.cache {root} is a file; name a folder")
+        check_parents(root)
+        self.folder = root / _key(run)[:32]
 
     def exists(self) -> bool:
         return (self.folder / _MANIFEST).is_file()

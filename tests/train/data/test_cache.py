@@ -157,6 +157,13 @@ def test_sources_that_cannot_be_watched_and_remote_folders_are_refused(tmp_path)
         SampleCache(run_config(train=source, cache=str(tmp_path)))
 
 
+@pytest.mark.parametrize(("place", "message"), [("f", "is a file"), ("f/c", "lies in .*/f, which")])
+def test_a_file_in_the_place_of_the_cache_is_named(tmp_path, place, message):
+    (tmp_path / "f").write_text("x")
+    with pytest.raises(ValueError, match=message):
+        SampleCache(run_config(train="a.jsonl", cache=str(tmp_path / place)))
+
+
 def test_stored_samples_equal_those_in_memory(tmp_path):
     rng = np.random.default_rng(0)
     samples = [
