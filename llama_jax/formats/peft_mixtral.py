@@ -50,29 +50,34 @@ def to_experts(
     given = set(tensors)
     tensors = dict(tensors)
     layers = [f"model.layers.{layer}" for layer in range(config.num_hidden_layers)]
-    ranks: dict[str, int] = {}
-    alphas: dict[str, float] = {}
+    ranks: dict[str, list[int]] = {}
+    alphas: dict[str, list[float]] = {}
     for name in [name for name in _EXPERTS if name in known]:
         # With both adapted, PEFT wraps gate_up_proj first and down_proj around it.
         inner = ".base_layer" if name == "gate_up_proj" and "down_proj" in known else ""
         pairs = [
             _per_expert(config, tensors, f"{layer}.mlp.experts{inner}", name) for layer in layers
         ]
-        full = f"{layers[0]}.mlp.experts.{name}"
-        scale = lora.scale_of(full)
         apart = name == "gate_up_proj" and all(_is_block_diagonal(*pair) for pair in pairs)
         for layer, pair in zip(layers, pairs, strict=True):
+            full = f"{layer}.mlp.experts.{name}"
+            if (rank := pair[0].shape[1]) != lora.rank_of(full):
+                raise ValueError(
+                    f"the adapter of {full} has rank {rank}, but r and rank_pattern make it "
+                    f"{lora.rank_of(full)}"
+                )
             for module, (a, b) in _modules(name, *pair, apart=apart).items():
-                ranks[module] = a.shape[1]
-                alphas[module] = scale / lora_scale(a.shape[1], 1.0, lora.use_rslora)
+                one = lora_scale(a.shape[1], 1.0, lora.use_rslora)
+                ranks.setdefault(module, []).append(a.shape[1])
+                alphas.setdefault(module, []).append(lora.scale_of(full) / one)
                 for expert in range(len(a)):
                     prefix = f"{layer}.block_sparse_moe.experts.{expert}.{module}"
                     tensors[f"{prefix}.lora_A.weight"] = a[expert]
                     tensors[f"{prefix}.lora_B.weight"] = b[expert]
     if "gate.weight" in known:
-        ranks["gate"] = lora.rank_of(f"{layers[0]}.mlp.gate.weight")
-        alphas["gate"] = lora.alpha_of(f"{layers[0]}.mlp.gate.weight")
         for layer in layers:
+            ranks.setdefault("gate", []).append(lora.rank_of(f"{layer}.mlp.gate.weight"))
+            alphas.setdefault("gate", []).append(lora.alpha_of(f"{layer}.mlp.gate.weight"))
             for factor in ("lora_A.weight", "lora_B.weight"):
                 tensor = _take(tensors, f"{layer}.mlp.gate.{factor}")
                 tensors[f"{layer}.block_sparse_moe.gate.{factor}"] = tensor
@@ -123,9 +128,13 @@ def _modules(
 
 
 def _described(
-    raw: dict[str, Any], ranks: dict[str, int], alphas: dict[str, float], added: set[str]
+    raw: dict[str, Any],
+    ranks: dict[str, list[int]],
+    alphas: dict[str, list[float]],
+    added: set[str],
 ) -> dict[str, Any]:
-    """`added` are the tensors by their names in modules."""
+    """ranks and alphas: of each layer, by module; `added` are the tensors by their names in
+    modules."""
     fused = tuple(_EXPERTS)
 
     def kept(patterns: dict[str, Any] | None) -> dict[str, Any]:
@@ -139,9 +148,21 @@ def _described(
         **raw,
         "target_parameters": None,
         "target_modules": [*(raw.get("target_modules") or []), *modules],
-        "rank_pattern": {**ranks, **kept(raw.get("rank_pattern"))},
-        "alpha_pattern": {**alphas, **kept(raw.get("alpha_pattern"))},
+        "rank_pattern": {**_patterns(ranks), **kept(raw.get("rank_pattern"))},
+        "alpha_pattern": {**_patterns(alphas), **kept(raw.get("alpha_pattern"))},
     }
+
+
+def _patterns(values: dict[str, list[Any]]) -> dict[str, Any]:
+    """By module where all layers have the same, else by layer too."""
+    patterns = {}
+    for module, of_layers in values.items():
+        if len(set(of_layers)) == 1:
+            patterns[module] = of_layers[0]
+        else:
+            for layer, value in enumerate(of_layers):
+                patterns[rf"layers\.{layer}\..*\.{module}"] = value
+    return patterns
 
 
 def fuse_without_down(

@@ -89,6 +89,19 @@ CASES = {
     "embeddings": ("llama-gqa", {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}),
     "regex": ("mistral", {"target_modules": r".*\.1\.self_attn\.(q|v)_proj"}),
     "layers": ("llama-gqa", {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}),
+    # As do a name that is in none of the layers, and one that leaves out nothing.
+    "idle": (
+        "llama-gqa",
+        {
+            "target_modules": ["q_proj", "embed_tokens"],
+            "exclude_modules": ["up_proj"],
+            "layers_to_transform": [1],
+        },
+    ),
+    "idle-regex": (
+        "llama-gqa",
+        {"target_modules": ["q_proj"], "exclude_modules": r".*\.up_proj"},
+    ),
     "tied": ("llama-tied", {"target_modules": ["q_proj", "embed_tokens"], **TIED}),
     "tied-saved": (
         "llama-tied",
@@ -396,6 +409,35 @@ def test_adapters_on_experts(tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, load_adapter(tmp_path / "b", config, params), adapted
     )
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"alpha_pattern": {r"layers\.1\.mlp\.experts\.down_proj": 3}},
+        {"rank_pattern": {r"layers\.1\.mlp\.experts\.gate_up_proj": 5}},
+        {"rank_pattern": {r".*\.0\.mlp\.gate\.weight": 2}, "alpha_pattern": {"gate.weight": 3}},
+        {"rank_pattern": {r"layers\.0\.mlp\.experts\.(gate_up|down)_proj": 2}, "use_rslora": True},
+    ],
+)
+def test_parameters_have_the_rank_and_alpha_of_their_layer(tmp_path, patterns):
+    config = FAMILIES["mixtral"]
+    params = tiny_params(config)
+    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "mlp.gate.weight"]
+    options = {"target_modules": ["q_proj"], "target_parameters": names, **patterns}
+    expected = peft_adapter(tmp_path / "a", config, params, **options)
+    got = forward(config, load_adapter(tmp_path / "a", config, params))
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+
+
+def test_parameters_of_another_rank_than_the_settings_say_are_refused(tmp_path):
+    config = FAMILIES["mixtral"]
+    params = tiny_params(config)
+    options = {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.down_proj"]}
+    peft_adapter(tmp_path / "a", config, params, **options)
+    edit(tmp_path / "a", rank_pattern={r"layers\.1\..*down_proj": 6})
+    message = "model.layers.1.mlp.experts.down_proj has rank 2, but r and rank_pattern make it 6"
+    refused(tmp_path / "a", str(tmp_path / "a"), message, config=config, params=params)
 
 
 def test_a_list_of_layers_is_not_about_parameters(tmp_path):
