@@ -314,7 +314,7 @@ class Compute:
     moe: `dense` multiplies every token by every expert (reference); `grouped` sorts tokens by
       expert and multiplies each once; `megablox` does so with the TPU kernel. None drops a token.
     moe_chunk_tokens: tokens that a device sends through its experts at one time, when `remat` is
-      `full` or `offload`.
+      `full` or `offload` and `moe` is not `dense`.
     loss_chunk_tokens: tokens whose float32 logits exist at one time in the loss.
     rules: logical axis to mesh axes.
     """
@@ -362,6 +362,11 @@ class Compute:
                 f"compute.rules says nothing about {', '.join(missing)}; give every logical axis "
                 f"its mesh axes, or null"
             )
+
+    @property
+    def cuts_experts(self) -> bool:
+        """Whether tokens go through experts in chunks of `moe_chunk_tokens`."""
+        return self.remat in ("full", "offload") and self.moe != "dense"
 
     @property
     def held_dtype(self) -> str:

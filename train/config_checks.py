@@ -4,6 +4,8 @@ import json
 import math
 from typing import TYPE_CHECKING
 
+from llama_jax.config import Compute
+
 if TYPE_CHECKING:
     from train.config import RunConfig
 
@@ -16,6 +18,7 @@ def check_run(run: "RunConfig") -> None:
     _check_best(run)
     _check_rounding(run)
     _check_gradient_dtype(run)
+    _check_chunks(run)
 
 
 def _check_schedule(run: "RunConfig") -> None:
@@ -91,4 +94,15 @@ def _check_gradient_dtype(run: "RunConfig") -> None:
         raise ValueError(
             f"compute.gradient_dtype is {compute.gradient_dtype}, but with a section {section} "
             f"no plain matrix is trained; leave it out"
+        )
+
+
+def _check_chunks(run: "RunConfig") -> None:
+    compute = run.compute
+    if compute.moe_chunk_tokens != Compute.moe_chunk_tokens and not compute.cuts_experts:
+        raise ValueError(
+            f"compute.moe_chunk_tokens is {compute.moe_chunk_tokens}, but tokens go through "
+            f"experts in chunks only when compute.remat is full or offload and compute.moe is "
+            f"grouped or megablox; here they are {compute.remat} and {compute.moe}. Change them, "
+            f"or leave it out"
         )

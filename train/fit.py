@@ -14,7 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from llama_jax import tree
-from llama_jax.config import REMAT_POLICIES, ModelConfig
+from llama_jax.config import REMAT_POLICIES, Compute, ModelConfig
 from llama_jax.kernels.platforms import check_kernels
 from llama_jax.kernels.splash import visited_share
 from llama_jax.mesh.compile import Compiled, compile_for, device_bytes
@@ -312,9 +312,12 @@ def _batch_unit(run: RunConfig, wanted: Slice) -> int:
 
 
 def _with(run: RunConfig, *, remat: Any, batch_size: int) -> RunConfig:
+    compute = dataclasses.replace(run.compute, remat=remat)
+    if not compute.cuts_experts:
+        compute = dataclasses.replace(compute, moe_chunk_tokens=Compute.moe_chunk_tokens)
     return dataclasses.replace(
         run,
-        compute=dataclasses.replace(run.compute, remat=remat),
+        compute=compute,
         train=dataclasses.replace(run.train, batch_size=batch_size),
     )
 

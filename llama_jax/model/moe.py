@@ -155,7 +155,7 @@ def _in_chunks(
     give an equal part of a chunk each."""
     count = x.shape[0]
     num_chunks = min(count, math.ceil(count * holders / compute.moe_chunk_tokens))
-    if num_chunks == 1 or compute.remat not in ("full", "offload"):
+    if num_chunks == 1 or not compute.cuts_experts:
         return run(matrices, x, weights, experts)
     size = math.ceil(count / num_chunks)
 

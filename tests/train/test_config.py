@@ -211,6 +211,15 @@ def test_the_best_checkpoints_must_be_evaluated_ones(evaluated, saved, is_kept):
         config(train=train, data__eval=["e"])
 
 
+@pytest.mark.parametrize(
+    "compute", [{"remat": "none"}, {"remat": "dots"}, {"remat": "full", "moe": "dense"}]
+)
+def test_chunks_of_experts_that_nothing_cuts_are_refused(compute):
+    with pytest.raises(ValueError, match=r"compute.moe_chunk_tokens is 64, .* compute.remat is"):
+        config(compute={**compute, "moe_chunk_tokens": 64})
+    assert config(compute=compute).compute.moe_chunk_tokens == 8192
+
+
 def test_a_file_in_another_encoding_is_named(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes("model: é".encode("latin-1"))
