@@ -68,6 +68,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "--cache-dtype is about generating, which --no-exact-match leaves out; keep one"
         )
     rows = list(read_rows(args.data))
+    if args.cache_dtype is not None and all(row.kind != "chat" for row in rows):
+        raise ValueError(
+            "--cache-dtype is about generating, but only chat rows are answered and there are "
+            "none; leave it out"
+        )
     start_jax()
     from llama_jax.commands.adapted import load_adapted
 

@@ -336,6 +336,11 @@ def test_eval_of_chat_rows_counts_exactly_right_answers(
             "--cache-dtype is about generating, which --no-exact-match leaves out",
         ),
         (
+            '{"text": "abc"}\n{"instruction": "abc", "output": "def"}\n',
+            ("--cache-dtype", "int8"),
+            "--cache-dtype is about generating, but only chat rows are answered",
+        ),
+        (
             '{"messages": [{"role": "assistant", "content": "a"}]}\n',
             (),
             "line 1: the one assistant turn comes first",
