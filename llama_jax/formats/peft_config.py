@@ -12,7 +12,12 @@ from typing import Any
 from llama_jax.config import ModelConfig
 from llama_jax.formats.json_fields import read_json
 from llama_jax.weights.lora_config import LoraConfig, used_keys
-from llama_jax.weights.lora_plan import adapted_modules, module_names, names_module
+from llama_jax.weights.lora_plan import (
+    adapted_modules,
+    idle_names,
+    module_names,
+    names_module,
+)
 from llama_jax.weights.table import weight_table
 
 CONFIG_NAME = "adapter_config.json"
@@ -124,8 +129,8 @@ def to_lora_config(config: ModelConfig, raw: dict[str, Any]) -> LoraConfig:
     """The `LoraConfig` of a checked JSON object.
 
     PEFT lets lists name modules that a model does not have (lists are shared between models);
-    such names, and patterns that decide nothing, are dropped here, and the adapter's tensors decide
-    whether anything is missing.
+    such names, and names and patterns that decide nothing, are dropped here, and the adapter's
+    tensors decide whether anything is missing.
     """
     modules = [m for row in weight_table(config).values() for m, _ in module_names(row)]
     fields = {name: raw[name] for name in _READ if raw.get(name) is not None}
@@ -145,7 +150,7 @@ def to_lora_config(config: ModelConfig, raw: dict[str, Any]) -> LoraConfig:
         )
     if isinstance(fields.get("layers_to_transform"), list):
         fields["layers_to_transform"] = tuple(fields["layers_to_transform"]) or None
-    lora = LoraConfig(**fields)
+    lora = _without_idle(config, LoraConfig(**fields), modules)
     adapted = adapted_modules(config, lora)
 
     def known(patterns: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,6 +160,21 @@ def to_lora_config(config: ModelConfig, raw: dict[str, Any]) -> LoraConfig:
     return dataclasses.replace(
         lora, rank_pattern=known(lora.rank_pattern), alpha_pattern=known(lora.alpha_pattern)
     )
+
+
+def _without_idle(config: ModelConfig, lora: LoraConfig, modules: list[str]) -> LoraConfig:
+    targets, excluded = idle_names(config, lora)
+    kept: dict[str, Any] = {}
+    if not isinstance(lora.exclude_modules, str):
+        kept["exclude_modules"] = tuple(n for n in lora.exclude_modules if n not in excluded)
+    elif excluded:
+        kept["exclude_modules"] = ()
+    if not isinstance(lora.target_modules, str):
+        # What names no module at all is left to be refused, as is a list that means nothing.
+        idle = {n for n in targets if any(names_module(n, m) for m in modules)}
+        left = tuple(n for n in lora.target_modules if n not in idle)
+        kept["target_modules"] = left or lora.target_modules
+    return dataclasses.replace(lora, **kept)
 
 
 def to_json(lora: LoraConfig, base_model_name_or_path: str | None) -> dict[str, Any]:

@@ -5,6 +5,7 @@ rules, so that a configuration means the same here and there. Source of the rule
 `tuners_utils.check_target_module_exists`, `other.get_pattern_key` and `other._set_trainable`.
 """
 
+import dataclasses
 import difflib
 import re
 from collections import Counter
@@ -72,6 +73,7 @@ def plan_adapter(config: ModelConfig, lora: LoraConfig) -> AdapterPlan:
         if rank.any():
             ranks[path], scales[path] = rank, scale
     _check_names(config, lora, rows)
+    _check_effects(config, lora)
     _check_patterns(config, lora)
     if not ranks:
         raise ValueError(
@@ -90,6 +92,22 @@ def adapted_modules(config: ModelConfig, lora: LoraConfig) -> list[str]:
         for module, _ in module_names(row)
         if _is_target(config, lora, row, module)
     ]
+
+
+def idle_names(config: ModelConfig, lora: LoraConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Those of target_modules that mean no module of layers_to_transform, and those of
+    exclude_modules that mean no module of target_modules; a regular expression is one name."""
+    bare = dataclasses.replace(lora, exclude_modules=(), modules_to_save=())
+    targets = adapted_modules(config, bare)
+    names = [name for module in targets for name in _aliases(config, lora, module)]
+
+    def idle(field_name: str) -> tuple[str, ...]:
+        given = getattr(lora, field_name)
+        if isinstance(given, str):
+            return () if any(_matches(given, name) for name in names) else (given,)
+        return tuple(one for one in given if not any(names_module(one, name) for name in names))
+
+    return () if lora.is_all_linear else idle("target_modules"), idle("exclude_modules")
 
 
 def _is_target(config: ModelConfig, lora: LoraConfig, row: Weight, module: str) -> bool:
@@ -177,6 +195,21 @@ def _check_names(config: ModelConfig, lora: LoraConfig, rows: Mapping[str, Weigh
                     f"lora.target_modules: {name!r} is a norm, which has no matrix to adapt; put "
                     f"it in modules_to_save"
                 )
+
+
+def _check_effects(config: ModelConfig, lora: LoraConfig) -> None:
+    untargeted, unexcluded = idle_names(config, lora)
+    if untargeted and lora.layers_to_transform is not None:
+        raise ValueError(
+            f"lora.target_modules: {untargeted[0]!r} is in none of the layers that "
+            f"layers_to_transform {list(lora.layers_to_transform)} names; give its whole name "
+            f"(model.…), or leave one of the two out"
+        )
+    if unexcluded:
+        raise ValueError(
+            f"lora.exclude_modules: {unexcluded[0]!r} leaves out nothing that target_modules "
+            f"{lora.target_modules!r} names; remove it"
+        )
 
 
 def _check_patterns(config: ModelConfig, lora: LoraConfig) -> None:

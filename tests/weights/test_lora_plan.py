@@ -127,6 +127,16 @@ def test_a_wrong_configuration_is_refused(options, message):
         ({"target_modules": ("input_layernorm",)}, "is a norm"),
         ({"modules_to_save": ("lm_haed",)}, "did you mean 'lm_head'?"),
         ({"exclude_modules": ("q_prj",)}, "lora.exclude_modules"),
+        (
+            {"target_modules": ("q_proj",), "exclude_modules": ("v_proj",)},
+            "lora.exclude_modules: 'v_proj' leaves out nothing that target_modules ('q_proj',)",
+        ),
+        ({"exclude_modules": ("k_proj", "lm_head")}, "'lm_head' leaves out nothing"),
+        ({"exclude_modules": r"layers\..*"}, r"'layers\\..*' leaves out nothing"),  # a fullmatch
+        (
+            {"target_modules": ("q_proj", "embed_tokens"), "layers_to_transform": (1,)},
+            "'embed_tokens' is in none of the layers that layers_to_transform [1] names",
+        ),
         ({"rank_pattern": {"q_prj": 4}}, "lora.rank_pattern: 'q_prj' is the end of no module's"),
         ({"alpha_pattern": {"proj": 4}}, "lora.alpha_pattern: 'proj' is the end of no module's"),
         (
