@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from llama_jax import tree
@@ -197,7 +198,8 @@ def _load_folder(
             path, mesh=mesh, rules=rules, quantization=quantization, into=into
         )
         if dtype is not None:
-            config, params = _cast(config, params, dtype, some=quantization is not None)
+            some = quantization is not None
+            config, params = _cast(path, config, params, dtype, some=some)
         return _checked(Model(config, params, _tokenizer(path, config)))
     # The tokenizer first: whether it fits is known before the weights are read.
     tokenizer = _tokenizer(path, read_config(path))
@@ -222,7 +224,7 @@ def _checked(model: Model) -> Model:
 
 
 def _cast(
-    config: ModelConfig, params: tree.Tree, dtype: Any, *, some: bool
+    folder: Path, config: ModelConfig, params: tree.Tree, dtype: Any, *, some: bool
 ) -> tuple[ModelConfig, tree.Tree]:
     """some: leave quantized and adapted leaves as they are, instead of refusing them."""
     from llama_jax.formats.gather import is_plain
@@ -232,10 +234,24 @@ def _cast(
     for path, leaf in tree.flatten(params).items():
         if not is_plain(leaf) and not some:
             raise own_types(name, path)
-    cast = tree.map_with_path(
-        lambda path, leaf: leaf.astype(name) if is_plain(leaf) else leaf, params
-    )
-    return config.replace(dtype=name), cast
+
+    def cast(path: str, leaf: Any) -> Any:
+        if not is_plain(leaf):
+            return leaf
+        narrow = leaf.astype(name)
+        if _overflows(leaf, narrow):
+            raise ValueError(
+                f"{folder}: {path} has values of up to {float(jnp.abs(leaf).max())}, which {name} "
+                f"cannot hold; use bfloat16 or float32"
+            )
+        return narrow
+
+    return config.replace(dtype=name), tree.map_with_path(cast, params)
+
+
+@jax.jit
+def _overflows(array: jax.Array, narrow: jax.Array) -> jax.Array:
+    return jnp.any(jnp.isfinite(array) & ~jnp.isfinite(narrow))
 
 
 def _adapted(

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import sys
 
 import huggingface_hub
@@ -103,6 +104,26 @@ def test_checkpoint_folder(tmp_path):
     narrow = lj.load(tmp_path / "model", dtype=jnp.bfloat16)
     assert narrow.config.dtype == "bfloat16"
     _same(narrow.params, jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS))
+
+
+@pytest.mark.parametrize("kind", ["hf", "gguf", "checkpoint"])
+@pytest.mark.parametrize("weight", ["norm.weight", "layers.mlp.up_proj.weight"])
+def test_what_float16_cannot_hold_is_named_with_its_file(tmp_path, kind, weight):
+    leaves = tree.flatten(PARAMS)
+    leaves[weight] = leaves[weight].at[..., -1].set(1e6)
+    params, path = tree.unflatten(leaves), tmp_path / "model"
+    if kind == "hf":
+        hf.save_hf(path, CONFIG, params)
+    elif kind == "gguf":
+        path = gguf.save_gguf(path.with_suffix(".gguf"), CONFIG, params, None, dtype="f32")
+    else:
+        checkpoint.save_model(path, CONFIG, params, None)
+    names = {"norm": "(norm|output_norm)", "mlp": "(up_proj|ffn_up)"}
+    name = next(name for part, name in names.items() if part in weight)
+    message = rf"{re.escape(str(path))}.*{name}\.weight.* values of up to 1000000.0, which float16"
+    with pytest.raises(ValueError, match=message):
+        lj.load(path, dtype="float16")
+    assert lj.load(path, dtype="bfloat16").config.dtype == "bfloat16"
 
 
 def test_the_dtype_of_adapted_weights_is_not_chosen_here(tmp_path):

@@ -76,7 +76,7 @@ def fetch(leaf: Any, at: tuple[int, ...], *, dtype: np.dtype[Any], name: str) ->
     """`leaf[at]` on the host, converted to `dtype`; `name` is for the error message."""
     tensor = take(leaf, at)
     if not is_plain(leaf):
-        return np.asarray(to_array(jax.tree.map(jnp.asarray, tensor), dtype=dtype))
+        tensor = np.asarray(to_array(jax.tree.map(jnp.asarray, tensor)))
     return convert(tensor, dtype, name=name)
 
 

@@ -47,6 +47,7 @@ from llama_jax.formats.gguf_vocabulary import vocabulary_entries
 from llama_jax.formats.gguf_writer import TensorPlan, check_file_target, write_gguf
 from llama_jax.formats.hf import float_dtype
 from llama_jax.formats.meta_layout import hf_to_meta, meta_to_hf
+from llama_jax.formats.safetensors import convert
 from llama_jax.formats.streaming import Into, Placer
 from llama_jax.formats.tokenizer import Tokenizer, from_gguf_fields
 from llama_jax.weights.quantize import Quantization
@@ -180,7 +181,7 @@ def _read_slice(
         part = out[tuple(i - s.start for i, s in zip(at, stack, strict=True))]
         name = gguf_name(row, at[0] if at else None)
         if len(inner) == 1:
-            values = _read_vector(file, name)
+            values = convert(_read_vector(file, name), part.dtype, name=name, file=file.path)
             part[...] = (meta_to_hf(values, num_heads) if num_heads else values)[inner[0]]
             continue
         rows, columns = inner

@@ -11,6 +11,7 @@ from gguf.quants import dequantize
 
 from llama_jax.formats.gguf_header import GGUFError, Header
 from llama_jax.formats.meta_layout import meta_to_hf
+from llama_jax.formats.safetensors import convert
 
 # Decoded at one time: 256 KiB of float32 stays in the cache, which is four times as fast as a whole
 # matrix at a time, and bounds what decoding allocates.
@@ -76,7 +77,9 @@ class GGUFFile:
             if head_rows is not None:
                 values = meta_to_hf(values, (high - low) // group)
             begin, end = max(low, rows.start), min(high, rows.stop)
-            out[begin - rows.start : end - rows.start] = values[begin - low : end - low]
+            out[begin - rows.start : end - rows.start] = convert(
+                values[begin - low : end - low], out.dtype, name=name, file=self.path
+            )
             del blocks, values
             self._touched((high - low) * row_bytes)
 

@@ -218,7 +218,7 @@ class SafetensorsFile:
         whole = self.view(name)
         source = (whole.view(np.uint8) if as_bytes else whole)[index]
         if source.ndim == 0:
-            out[...] = convert(source, out.dtype, name=name)
+            out[...] = convert(source, out.dtype, name=name, file=self.header.path)
             return
         info = self.header.tensors[name]
         # Bytes of the file that one step along the first dimension spans, sliced or not.
@@ -227,7 +227,7 @@ class SafetensorsFile:
         first = index[0].indices(info.shape[0])[0] if index else 0
         for low in range(0, len(source), rows):
             piece = source[low : low + rows]
-            out[low : low + rows] = convert(piece, out.dtype, name=name)
+            out[low : low + rows] = convert(piece, out.dtype, name=name, file=self.header.path)
             start = info.start + (first + low) * row_bytes
             self._release(start, start + len(piece) * row_bytes)
 
@@ -238,8 +238,11 @@ class SafetensorsFile:
         self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
-def convert(array: np.ndarray, dtype: np.dtype[Any], *, name: str) -> np.ndarray:
-    """`array` in `dtype`, rounded to nearest; the same array where that changes nothing.
+def convert(
+    array: np.ndarray, dtype: np.dtype[Any], *, name: str, file: Path | None = None
+) -> np.ndarray:
+    """`array` in `dtype`, rounded to nearest; the same array where that changes nothing. `name` and
+    the `file` that is read are for the message.
 
     Raises ValueError where a finite value is too large for `dtype`, instead of writing infinity.
     """
@@ -248,9 +251,11 @@ def convert(array: np.ndarray, dtype: np.dtype[Any], *, name: str) -> np.ndarray
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
     if not np.isfinite(result).all() and np.isfinite(array[~np.isfinite(result)]).any():
+        where = "" if file is None else f"{file}: "
         raise ValueError(
-            f"tensor {name!r} has values of up to {np.abs(array[np.isfinite(array)]).max()}, which "
-            f"{dtype} cannot hold; use bfloat16 or float32"
+            f"{where}tensor {name!r} has values of up to "
+            f"{np.abs(array[np.isfinite(array)]).max()}, which {dtype} cannot hold; use bfloat16 "
+            f"or float32"
         )
     return result
 

@@ -22,6 +22,7 @@ from llama_jax.formats.hf import load_hf, save_hf
 from llama_jax.mesh.sharding import make_mesh, shardings
 from llama_jax.model.transformer import forward
 from llama_jax.weights.adapted import LoraTensor, SavedTensor
+from llama_jax.weights.quantize import quantize
 from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import to_array
 from tests.reference import reference_logits, reference_model
@@ -280,8 +281,11 @@ def test_values_too_large_for_float16_are_an_error_not_infinity(folder, tmp_path
     with pytest.raises(ValueError, match=rf"{_Q1}.*1000000.*float16 cannot hold"):
         load_hf(folder, dtype="float16")
     config, params = load_hf(folder)
-    with pytest.raises(ValueError, match="float16 cannot hold"):
+    with pytest.raises(ValueError, match=rf"'{_Q1}' .*float16 cannot hold"):
         save_hf(tmp_path / "out", config, params, dtype="float16")
+    quantized = quantize(config, params, scheme="int8")
+    with pytest.raises(ValueError, match=rf"'{_Q1}' .*float16 cannot hold"):
+        save_hf(tmp_path / "out", config, quantized, dtype="float16", merge=True)
     _rewrite(folder, lambda a: a[_Q1].__setitem__((0, 0), np.inf))  # what is infinite stays so
     assert np.isinf(
         load_hf(folder, dtype="float16")[1]["layers"]["self_attn"]["q_proj"]["weight"][1, 0, 0]
