@@ -20,6 +20,7 @@ from infer.completion import Output, Piece, Row
 from infer.layers import Layers, with_layers
 from infer.params import SamplingParams, checked_int
 from llama_jax.config import Compute, ModelConfig, require_type
+from llama_jax.model.arguments import check_params
 
 if TYPE_CHECKING:
     from llama_jax.formats.tokenizer import Tokenizer
@@ -156,6 +157,7 @@ class Generator:
         allowed = "a Compute, such as Compute(dtype='bfloat16')"
         require_type("compute", compute, (Compute, nothing), allowed)
         require_type("mesh", mesh, (jax.sharding.Mesh, nothing), "a Mesh, as make_mesh makes")
+        check_params(config, params)
         self.config, self.tokenizer = config, tokenizer
         self.batch_size = checked_int("batch_size", batch_size, low=1, high=65536)
         longest = config.max_position_embeddings

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama_jax import tree
 from llama_jax.config import Compute, ModelConfig, require_type
+from llama_jax.weights.table import weight_table
 
 
 def check_arguments(config: Any, params: Any, compute: Any, tokens: Any, **optional: Any) -> None:
@@ -16,6 +18,18 @@ def check_arguments(config: Any, params: Any, compute: Any, tokens: Any, **optio
     not, and says what is allowed.
     """
     require_type("config", config, ModelConfig, "a ModelConfig, such as model.config")
+    check_params(config, params)
+    require_type("compute", compute, Compute, "a Compute, such as Compute(dtype='bfloat16')")
+    _check_ids("tokens", tokens, like=tokens)
+    for name, ids in optional.items():
+        if ids is not None:
+            _check_ids(name, ids, like=tokens)
+    _check_range(tokens, config.vocab_size)
+
+
+def check_params(config: ModelConfig, params: Any) -> None:
+    """Raises ValueError, naming the first weight at fault, for parameters that are not those of
+    `config`, with layers stacked or apart."""
     require_type("params", params, dict, "the tree of parameters, such as model.params")
     lacking = [name for name in ("embed_tokens", "layers", "norm") if name not in params]
     if lacking:
@@ -23,12 +37,29 @@ def check_arguments(config: Any, params: Any, compute: Any, tokens: Any, **optio
             f"params holds {', '.join(map(str, params)) or 'nothing'}, but no "
             f"{', '.join(lacking)}; give the whole tree of parameters, such as model.params"
         )
-    require_type("compute", compute, Compute, "a Compute, such as Compute(dtype='bfloat16')")
-    _check_ids("tokens", tokens, like=tokens)
-    for name, ids in optional.items():
-        if ids is not None:
-            _check_ids(name, ids, like=tokens)
-    _check_range(tokens, config.vocab_size)
+    wanted, found = _shapes(config, params["layers"]), tree.flatten(params)
+    for path in (*wanted, *found):
+        shape, leaf = wanted.get(path), found.get(path)
+        have = None if leaf is None else tuple(leaf.shape)
+        if have != shape:
+            raise ValueError(
+                f"{path} has shape {have or 'none'} in params and {shape or 'none'} by config; "
+                f"give the two of one model, such as model.config and model.params"
+            )
+
+
+def _shapes(config: ModelConfig, layers: Any) -> dict[str, tuple[int, ...]]:
+    table = weight_table(config)
+    if isinstance(layers, dict):
+        return {path: row.shape for path, row in table.items()}
+    shapes = {}
+    for path, row in table.items():
+        if not path.startswith("layers."):
+            shapes[path] = row.shape
+            continue
+        for layer in range(config.num_hidden_layers):
+            shapes[f"layers.{layer}.{path.removeprefix('layers.')}"] = row.shape[1:]
+    return shapes
 
 
 def _check_ids(name: str, ids: Any, *, like: Any) -> None:

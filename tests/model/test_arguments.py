@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from infer.generate import Generator
 from llama_jax.model import transformer
+from llama_jax.model.arguments import check_params
+from llama_jax.model.layout import for_decoding, unstack_layers
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
 
@@ -36,6 +39,38 @@ def test_arguments_of_another_type_are_named(wrong, message):
     # Users have it without the checks of shapes that tests put around it.
     with pytest.raises(ValueError, match=message):
         inspect.unwrap(transformer.forward)(**given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"intermediate_size": 112},
+            r"layers.mlp.gate_proj.weight has shape \(2, 96, 64\) in params and "
+            r"\(2, 112, 64\) by config",
+        ),
+        ({"num_hidden_layers": 3}, r"\(2, 64\) in params and \(3, 64\) by config"),
+        ({"tie_word_embeddings": True}, "lm_head.weight has shape .* in params and none by"),
+        ({"attention_bias": True}, "q_proj.bias has shape none in params and"),
+    ],
+)
+def test_parameters_of_another_model_are_named(changes, message):
+    config = FAMILIES["llama-gqa"]
+    params, other = tiny_params(config), config.replace(**changes)
+    with pytest.raises(ValueError, match=message):
+        transformer.forward(other, params, tiny_tokens(1, 4))
+    with pytest.raises(ValueError, match=message):
+        Generator(other, params)
+    with pytest.raises(ValueError, match=r"in params and .* by config"):
+        transformer.forward(other, unstack_layers(params), tiny_tokens(1, 4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_apart_are_those_of_the_model(family):
+    config = FAMILIES[family]
+    params = tiny_params(config)
+    check_params(config, params)
+    check_params(config, for_decoding(params))
 
 
 @pytest.mark.parametrize(
