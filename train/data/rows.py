@@ -106,7 +106,13 @@ def _check_chat(messages: Any, where: str) -> None:
 
 def _check_messages(messages: Any, key: str, where: str) -> None:
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: {key} must be a list with at least one message")
+        hint = ""
+        if key == "messages" and isinstance(messages, str):
+            hint = "; JSON in a cell is read only under a CSV header messages"
+        raise ValueError(
+            f"{where}: {key} must be a list with at least one message, "
+            f'{{"role": …, "content": …}}, not {_shown(messages)}{hint}'
+        )
     for number, message in enumerate(messages):
         place = f"{where}: {key}[{number}]"
         if not isinstance(message, dict) or set(message) != {"role", "content"}:

@@ -24,9 +24,14 @@ def read_source(entry: Entry) -> Iterator[Row]:
     """The checked rows of one source: a path, or a section that says more."""
     section = SourceSection(path=entry) if isinstance(entry, str) else entry
     for where, values in _values(section):
-        if section.columns is not None:
-            values = _renamed(values, section.columns, where)
-        yield check_row(values, where)
+        if section.columns is None:
+            yield check_row(values, where)
+            continue
+        try:
+            yield check_row(_renamed(values, section.columns, where), where)
+        except ValueError as error:
+            read = ", ".join(f"{field} from {col!r}" for field, col in section.columns.items())
+            raise ValueError(f"{error} (columns reads {read})") from error
 
 
 def source_name(entry: Entry) -> str:
