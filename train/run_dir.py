@@ -113,8 +113,22 @@ def open_run_dir(run: RunConfig) -> tuple[RunDir, RunConfig]:
         raise ValueError(
             f"output {folder.path} holds a run with another config, so it cannot be resumed: "
             f"{'; '.join(changes)}. Choose another output, or the config of that run"
+            f"{_refused(folder, before)}"
         )
     return folder, run
+
+
+def _refused(folder: RunDir, before: Any) -> str:
+    """What helps where the config that the folder holds would no longer be taken: it was written
+    when what was without effect was not yet refused."""
+    try:
+        RunConfig.from_dict(before)
+    except ValueError as error:
+        return (
+            f". That one is refused by now: {error}. If what it names had no effect, write into "
+            f"{folder.config} what the config says now, and the run goes on"
+        )
+    return ""
 
 
 def _begun(run: RunConfig, before: Any) -> RunConfig:

@@ -13,7 +13,7 @@ from tests.train.test_loop import config
 from train.attempts import Attempts
 from train.lock import locked
 from train.loop import train
-from train.run_dir import open_run_dir
+from train.run_dir import open_run_dir, write_config
 from train.samples_log import SamplesLog, read_samples
 
 pytestmark = pytest.mark.compiled_quickly
@@ -74,6 +74,25 @@ def test_a_folder_that_a_run_was_killed_in_before_it_began_is_a_new_one(tmp_path
     (folder / "metrics.jsonl").write_text("")
     with pytest.raises(ValueError, match="not empty and holds no run"):
         open_run_dir(run)
+
+
+def test_a_folder_whose_config_is_refused_by_now_says_what_to_change_in_which_file(tmp_path):
+    run = config(tmp_path)
+    folder = open_run_dir(run)[0]
+    write_config(folder, run)
+    written = json.loads(folder.config.read_text())
+    written["schedule"] |= {"decay_steps": 0, "final_ratio": 0.5}
+    folder.config.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=r"schedule.final_ratio was 0.5 and is 0.0") as raised:
+        open_run_dir(run)
+    assert "refused by now: schedule.final_ratio is 0.5, but decay_steps is 0" in str(raised.value)
+    assert f"write into {folder.config} what the config says now" in str(raised.value)
+    written["schedule"] = run.to_dict()["schedule"]
+    folder.config.write_text(json.dumps(written))
+    assert open_run_dir(run)[0] == folder
+    changed = run.replace(train=run.train.replace(steps=9))
+    with pytest.raises(ValueError, match="the config of that run$"):
+        open_run_dir(changed)
 
 
 @pytest.mark.parametrize(
