@@ -11,20 +11,25 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax import tree
-from llama_jax.weights.adapted import LoraTensor, is_adapted
+from llama_jax.weights.adapted import is_adapted
 from llama_jax.weights.leaf import Leaf
 from llama_jax.weights.quantized import is_quantized
 from llama_jax.weights.tensors import to_array
 
 
 def rebased(params: tree.Tree, original: tree.Tree) -> tree.Tree:
-    """`params` with the weights of `original` under adapters and in place of quantized ones.
+    """`original` with the adapters of `params` on it.
 
-    Raises ValueError when the trees differ in paths or shapes, and when `original` is itself
-    quantized or adapted.
+    Raises ValueError when there is nothing of the two, when the trees differ in paths or shapes,
+    and when `original` is itself quantized or adapted.
     """
     others = tree.flatten(original)
     leaves = tree.flatten(params)
+    if not any(is_adapted(leaf) or is_quantized(leaf) for leaf in leaves.values()):
+        raise ValueError(
+            "the model holds neither an adapter nor quantized weights, so there is nothing to "
+            "merge onto another one (--onto); leave that out"
+        )
     if set(others) != set(leaves):
         odd = sorted(set(others) ^ set(leaves))
         raise ValueError(f"the models differ in {', '.join(odd[:5])}; merge onto the same model")
@@ -39,9 +44,9 @@ def rebased(params: tree.Tree, original: tree.Tree) -> tree.Tree:
             )
 
     def moved(path: str, leaf: Leaf) -> Leaf:
-        if isinstance(leaf, LoraTensor):
+        if is_adapted(leaf):
             return dataclasses.replace(leaf, base=moved(path, leaf.base))
-        return others[path] if is_quantized(leaf) else leaf
+        return others[path]
 
     return tree.map_with_path(moved, params)
 

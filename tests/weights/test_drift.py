@@ -57,6 +57,20 @@ def test_merging_onto_the_originals_brings_back_what_quantization_took():
     assert drift(PARAMS, PARAMS, dtype="bfloat16") == 0.0
 
 
+def test_an_adapter_goes_onto_another_model_whatever_its_own_base_is():
+    lora = LoraConfig(r=4, target_modules=("up_proj",), modules_to_save=("lm_head",))
+    params = trained(CONFIG, add_lora(CONFIG, PARAMS, lora, jax.random.key(0)))
+    other = tiny_params(CONFIG, seed=1)
+    onto, base = tree.flatten(rebased(params, other)), tree.flatten(other)
+    delta = tree.flatten(params)[UP].delta()
+    np.testing.assert_allclose(to_array(onto[UP]), base[UP] + delta, atol=1e-6)
+    np.testing.assert_array_equal(onto["norm.weight"], base["norm.weight"])
+    saved = onto["lm_head.weight"].saved
+    np.testing.assert_array_equal(saved, tree.flatten(params)["lm_head.weight"].saved)
+    with pytest.raises(ValueError, match="holds neither an adapter nor quantized weights"):
+        rebased(PARAMS, other)
+
+
 def test_another_model_is_refused():
     params = adapted()
     other = tiny_config(intermediate_size=112)
