@@ -517,6 +517,10 @@ TIES = {"method": "ties", "base": "b", "models": ["m"], "density": 0.5}
         ({**CHAT, "ratio": True}, "ratio is True"),
         ({**CHAT, "chat": ""}, "chat is ''; it must name"),
         ({**CHAT, "density": 0.5}, "density is set, but method chat_vector does not read it"),
+        (
+            {**TIES, "models": [{"model": "m", "density": 0.2}]},
+            "each of models has its own",
+        ),
         ({**CHAT, "dtype": "int8"}, "dtype is 'int8'; allowed are float32"),
         ({**CHAT, "vocabulary": "shared_row"}, "did you mean 'shared_rows'"),
         ({**CHAT, "tokenizer": 3}, "tokenizer is 3"),

@@ -18,6 +18,7 @@ from train.start import Start, read_start
 
 def build(run: RunConfig) -> tuple[Start, Setup, RunData]:
     """From what costs least to what costs most, so that mistakes come out early."""
+    _check_cache(run)
     rows, held_out = read_run_rows(run)
     start = read_start(run)
     run = _dated(run, start.tokenizer)
@@ -26,6 +27,16 @@ def build(run: RunConfig) -> tuple[Start, Setup, RunData]:
     mesh = open_mesh(run.mesh)
     check_kernels(run.compute, start.config, mesh.devices.flat[0].platform)
     return start, make_setup(run, start.config, start.params, mesh, teacher=teacher), data
+
+
+def _check_cache(run: RunConfig) -> None:
+    """Raises ValueError for a cache that this training never fills; `fit` reads it in any case."""
+    generates = run.train.sample_prompts or (run.distill is not None and run.distill.on_policy)
+    if run.compute.cache_dtype is not None and not generates:
+        raise ValueError(
+            f"compute.cache_dtype is {run.compute.cache_dtype}, but this run generates no text; "
+            f"set train.sample_prompts, or leave it out"
+        )
 
 
 def _dated(run: RunConfig, tokenizer: Any) -> RunConfig:

@@ -30,6 +30,12 @@ def _check_schedule(run: "RunConfig") -> None:
             f"{schedule.decay_steps or 0} take {needed} updates, but train.steps is "
             f"{run.train.steps}; shorten them or train longer"
         )
+    if schedule.final_ratio and schedule.decay_steps is None and needed == run.train.steps:
+        raise ValueError(
+            f"schedule.final_ratio is {schedule.final_ratio}, but schedule.warmup_steps "
+            f"{schedule.warmup_steps} takes all updates, so that none is left for the fall; "
+            f"shorten it, or leave final_ratio out"
+        )
 
 
 def _check_zeros(run: "RunConfig") -> None:

@@ -214,8 +214,20 @@ class Settings:
                 f"draft_architecture is {self.draft_architecture!r} and there is no draft_model; "
                 f"give one or leave both out"
             )
+        if self.max_lora_rank != Settings.max_lora_rank and not self.max_adapters:
+            raise ValueError(
+                f"max_lora_rank is {self.max_lora_rank} and max_adapters is 0, so that no adapter "
+                f"has a rank; set max_adapters, or leave it out"
+            )
         if not self.models and self.models_dir is None:
             raise ValueError("nothing to serve: give a MODEL, or --models-dir")
+        for name in ("load_on_demand", "idle_unload_seconds", "verify_hashes"):
+            value = getattr(self, name)
+            if value != getattr(Settings, name) and self.models_dir is None:
+                raise ValueError(
+                    f"{name} is {value!r}, which is about versions of a registry, but there is no "
+                    f"models_dir; give one, or leave it out"
+                )
         if len(self.models) > self.max_loaded:
             raise ValueError(
                 f"{len(self.models)} models are given, which stay loaded, but max_loaded is "

@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     from llama_jax.commands.startup import start_jax
     from llama_jax.commands.steps import Steps
 
+    if args.dry_run and args.profile is not None:
+        raise ValueError("--profile traces steps, of which --dry-run makes none; keep one")
     config = run_config.load(args)
     emulated = config.mesh.cpu_devices
     start_jax(cpu_devices=emulated, processes=processes.read(args, cpu=emulated is not None))

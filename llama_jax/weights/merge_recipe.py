@@ -160,6 +160,9 @@ def _entries(method: str, values: dict[str, Any]) -> tuple[Entry, ...]:
                 _number(f"{name}.density", density, low=0.0, high=1.0) if sparse else None,
             )
         )
+    has_own = [isinstance(item, Mapping) and item.get("density") is not None for item in listed]
+    if values.get("density") is not None and all(has_own):
+        raise ValueError("density is set, but each of models has its own; remove it")
     if method == "slerp" and len(entries) != 2:
         raise ValueError(f"models lists {len(entries)}; slerp goes between exactly two")
     if method == "dare" and any(not entry.density for entry in entries):

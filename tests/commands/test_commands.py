@@ -687,6 +687,8 @@ def test_dry_run_writes_nothing(run: Run, tmp_path: Path) -> None:
     assert report["dry_run"] is True
     assert 0 < report["trained_parameters"] < report["parameters"]
     assert not out.exists()
+    code, _, error = run("train", "configs/tiny-lora-cpu.yaml", "--dry-run", "--profile", "2")
+    assert code == 2 and "--profile traces steps, of which --dry-run makes none" in error
 
 
 @pytest.mark.parametrize(

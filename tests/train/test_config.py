@@ -139,6 +139,11 @@ def test_bad_values_are_named(tmp_path, override, message):
         ({"schedule": {"name": "wsd"}}, "decay_steps is missing"),
         ({"schedule": {"name": "constant", "decay_steps": 3}}, "constant"),
         ({"schedule": {"name": "constant", "final_ratio": 0.1}}, "constant"),
+        (
+            {"schedule": {"decay_steps": 0, "final_ratio": 0.1}},
+            "ratio is 0.1, but decay_steps is 0",
+        ),
+        ({"schedule": {"warmup_steps": 20, "final_ratio": 0.1}}, "warmup_steps 20 takes all"),
         ({"optimizer": {"name": "sgd", "offload": True}}, "offload is true, but sgd without"),
         ({"data__prefetch": 0, "data__num_workers": 2}, "num_workers is 2, but data.prefetch is 0"),
         ({"train__sample_max_tokens": 9}, "sample_max_tokens is 9, but train.sample_prompts is"),

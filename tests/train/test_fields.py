@@ -101,6 +101,12 @@ def test_the_step_notices(tmp_path, field):
     assert lowered(after) != lowered_before(tmp_path, needs)
 
 
+def test_a_cache_that_nothing_fills_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"compute.cache_dtype is int8, but this run generates no"):
+        build(config(tmp_path, compute={"cache_dtype": "int8"}))
+    build(config(tmp_path, compute={"cache_dtype": "int8"}, train__sample_prompts=["a"]))
+
+
 def test_the_scale_of_adapters_follows_alpha_and_its_rule(tmp_path):
     def scale(**lora):
         _, setup, _ = build(config(tmp_path, lora={"r": 4, **lora}))

@@ -96,6 +96,12 @@ def read_datasets(
         ) from error
     try:
         if _is_saved(name):
+            for field, value in (("config", config), ("data_dir", data_dir)):
+                if value is not None:
+                    raise ValueError(
+                        f"{field} is {value!r}, but this folder of save_to_disk holds one data "
+                        f"set, which lies in it; leave {field} out"
+                    )
             source = _saved_split(datasets.load_from_disk(name), split)
         elif split is None:
             raise ValueError("a data set has splits; say which in split, for example train")

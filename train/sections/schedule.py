@@ -32,5 +32,10 @@ class ScheduleSection(Section):
                 "schedule.decay_steps and schedule.final_ratio mean nothing to a constant "
                 "schedule; remove them or choose cosine, linear or wsd"
             )
+        if self.decay_steps == 0 and self.final_ratio:
+            raise ValueError(
+                f"schedule.final_ratio is {self.final_ratio}, but decay_steps is 0, so that the "
+                f"rate does not fall; leave one of them out"
+            )
         if self.name == "wsd" and self.decay_steps is None:
             raise ValueError("schedule.decay_steps is missing; wsd needs the length of its decay")

@@ -5,6 +5,7 @@ import codecs
 import gzip
 import json
 import os
+import re
 import sys
 
 import fsspec
@@ -264,6 +265,18 @@ def test_columns_choose_and_rename(tmp_path):
         values_of(SourceSection(path=str(path), columns={"text": "article", "title": "author"}))
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_text_in_a_column_of_messages_is_told_with_the_column(tmp_path, ending):
+    path, said = tmp_path / f"chats.{ending}", '[{"role": "user", "content": "hi"}]'
+    quoted = said.replace('"', '""')
+    path.write_text(f'talk\n"{quoted}"\n' if ending == "csv" else json.dumps({"talk": said}) + "\n")
+    where = f"{path}, {'row' if ending == 'csv' else 'line'} 1: messages must be a list with at"
+    with pytest.raises(ValueError, match=re.escape(where)) as raised:
+        values_of(SourceSection(path=str(path), columns={"messages": "talk"}))
+    assert "only under a CSV header messages" in str(raised.value)
+    assert str(raised.value).endswith("(columns reads messages from 'talk')")
+
+
 @pytest.fixture(scope="module")
 def tfds_dir(tmp_path_factory):
     from tests.train.data.tfds_rows import TfdsRows
@@ -310,6 +323,9 @@ def test_hugging_face_datasets(tmp_path):
     assert places_of(one)[1] == f"datasets {tmp_path / 'one'}, row 2"
     with pytest.raises(ValueError, match="leave split out"):
         values_of(one.replace(split="train"))
+    for field in ("config", "data_dir"):
+        with pytest.raises(ValueError, match=f"one.*{field} is 'x', .* leave {field} out"):
+            values_of(one.replace(**{field: "x"}))
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "train.jsonl").write_bytes(lines(TEXTS))
     with pytest.raises(ValueError, match="say which in split"):
