@@ -17,7 +17,7 @@ import yaml
 
 from llama_jax.formats.hf import load_hf, save_hf
 from llama_jax.formats.safetensors import SafetensorsFile
-from llama_jax.merge import merge_models
+from llama_jax.merge.model import merge_models
 from llama_jax.presets import presets
 from llama_jax.weights.merge_recipe import read_recipe
 from llama_jax.weights.table import init_params

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     for _, model in recipe.inputs:
         out = check_out(args.out, model)
     start_jax()
-    from llama_jax.merge import merge_models
+    from llama_jax.merge.model import merge_models
 
     peak = _PeakMemory()
     merged = merge_models(
