@@ -81,7 +81,7 @@ def complete(
     `decode_seconds`, do not count the start of the engine, which compiles.
     """
     config, weights, tokenizer = parts_of(model)
-    checked = Generator(config, weights, tokenizer, compute=compute)
+    checked = Generator(config, weights, tokenizer, compute=compute, batch_size=batch_size)
     encoded = [
         checked.encode(prompt, chat=chat, where=f"prompt {number}")
         for number, prompt in enumerate(prompts)

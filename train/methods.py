@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.weights.lora_config import LoraConfig
+from train.sections.data import DataSection
 from train.sections.distill import DistillSection
 from train.sections.dpo import DpoSection
 from train.sections.qat import QatSection
@@ -78,6 +79,11 @@ def _check_dpo(run: "RunConfig", dpo: DpoSection) -> None:
     if run.data.packing:
         raise ValueError(
             "data.packing is true, but method dpo compares whole sequences; set it to false"
+        )
+    if run.data.long_texts != DataSection.long_texts:
+        raise ValueError(
+            f"data.long_texts is {run.data.long_texts}, but method dpo trains on preference rows "
+            f"alone, for which data.long_rows speaks; leave it out"
         )
 
 

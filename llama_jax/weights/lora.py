@@ -121,16 +121,22 @@ def with_dropout(
 
 
 def check_dropout(config: ModelConfig, params: tree.Tree) -> None:
-    """Raises ValueError for adapters whose input `dot` does not see whole. An embedding's
-    looks rows up, and drops nothing in PEFT either."""
+    """Raises ValueError for adapters whose input `dot` does not see whole, and where there are none
+    but an embedding's, which looks rows up, and drops nothing in PEFT either."""
     heads = {_HEAD, _EMBEDDING} if config.tie_word_embeddings else {_HEAD}
-    for path, leaf in tree.flatten(params).items():
-        if isinstance(leaf, LoraTensor) and (path in heads or ".experts." in path):
+    adapted = [p for p, leaf in tree.flatten(params).items() if isinstance(leaf, LoraTensor)]
+    for path in adapted:
+        if path in heads or ".experts." in path:
             raise ValueError(
                 f"lora.lora_dropout is above 0 and {path} has an adapter, but experts and the head "
                 f"are multiplied in pieces, whose inputs are not dropped out; leave it out "
                 f"(lora.exclude_modules), or set lora_dropout to 0"
             )
+    if adapted == [_EMBEDDING]:
+        raise ValueError(
+            f"lora.lora_dropout is above 0, but {_EMBEDDING} alone has an adapter, which looks "
+            f"rows up and drops nothing; set lora_dropout to 0"
+        )
 
 
 def remove_lora(params: tree.Tree) -> tree.Tree:

@@ -159,7 +159,8 @@ class Quantization:
         """The paths of the weights to quantize, each checked to be one that can be.
 
         Raises ValueError for weights that are quantized or adapted already, for a tile that does
-        not divide a row (8-bit schemes), and for a pattern without a match.
+        not divide a row (8-bit schemes), for a pattern without a match, and for double
+        quantization that no row is long enough for.
         """
         rows = table_rows(config, params)
         if self.skip is None:
@@ -175,6 +176,8 @@ class Quantization:
         for path, leaf in tree.flatten(params).items():
             if path in paths:
                 _check_leaf(path, leaf, self)
+        if self.double:
+            self._check_double({path: rows[path].shape[-1] for path in paths})
         experts = sorted(path for path in paths if ".experts." in path)
         if self.activations is not None and experts:
             raise ValueError(
@@ -188,6 +191,16 @@ class Quantization:
                 f"weights that are quantized"
             )
         return paths
+
+    def _check_double(self, sizes: Mapping[str, int]) -> None:
+        path = max(sizes, key=lambda path: sizes[path])
+        tile = self.tile or self.weights.tile or sizes[path]
+        if num_tiles(sizes[path], tile) < _LEAST_SCALES:
+            raise ValueError(
+                f"double quantization is of rows with at least {_LEAST_SCALES} scales, but with "
+                f"tile {tile} no weight has so many: the longest row is that of {path}, "
+                f"{sizes[path]} values; leave it out, or choose a smaller tile"
+            )
 
     def apply(self, path: str, weight: jax.Array) -> Leaf:
         """A weight [..., out, in] as a quantized leaf; `path` names it where it is not finite."""

@@ -4,12 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from infer.batch import Batch
 from infer.generate import generate
 from infer.offline import complete
 from infer.params import SamplingParams
+from llama_jax.config import RopeScaling
 from llama_jax.demo.make_tokenizer import FOLDER
 from llama_jax.formats.tokenizer import load_tokenizer
-from tests.tiny import FAMILIES, tiny_config, tiny_params
+from tests.tiny import tiny_config, tiny_params
 
 pytestmark = pytest.mark.compiled_quickly
 
@@ -65,11 +67,16 @@ def test_conversations(model):
     )
 
 
-def test_lengths_that_change_angles_go_the_other_way():
-    config = FAMILIES["dynamic-rope"].replace(max_position_embeddings=64, eos_token_id=())
+def test_lengths_that_change_angles_go_the_other_way(monkeypatch):
+    scaling = RopeScaling("dynamic", 2.0, original_max_position_embeddings=16)
+    config = tiny_config(rope_scaling=scaling, max_position_embeddings=64, eos_token_id=())
     model = config, tiny_params(config), None
     prompts, params = [[5, 6, 7], list(range(3, 40))], SamplingParams(temperature=0, max_tokens=6)
-    alike(complete(model, prompts, params, batch_size=2), generate(model, prompts, params))
+    expected, sizes = generate(model, prompts, params), []
+    run = Batch.run
+    monkeypatch.setattr(Batch, "run", lambda batch: sizes.append(len(batch.rows)) or run(batch))
+    alike(complete(model, prompts, params, batch_size=1), expected)
+    assert sizes == [1, 1]
 
 
 def test_what_is_wrong_is_said(model):

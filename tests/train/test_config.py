@@ -144,6 +144,10 @@ def test_bad_values_are_named(tmp_path, override, message):
             "ratio is 0.1, but decay_steps is 0",
         ),
         ({"schedule": {"warmup_steps": 20, "final_ratio": 0.1}}, "warmup_steps 20 takes all"),
+        (
+            {"method": "dpo", "data__long_texts": "cut"},
+            "long_texts is cut, but method dpo trains",
+        ),
         ({"optimizer": {"name": "sgd", "offload": True}}, "offload is true, but sgd without"),
         ({"data__prefetch": 0, "data__num_workers": 2}, "num_workers is 2, but data.prefetch is 0"),
         ({"train__sample_max_tokens": 9}, "sample_max_tokens is 9, but train.sample_prompts is"),

@@ -168,6 +168,13 @@ def test_a_rate_is_a_probability(rate):
         LoraConfig(lora_dropout=rate)
 
 
+def test_an_adapter_on_the_embedding_alone_drops_nothing_and_is_refused():
+    config = tiny_config(tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"embed_tokens.weight alone has an adapter.* to 0"):
+        check_dropout(config, adapted(config, target_modules=("embed_tokens",)))
+    check_dropout(config, adapted(config, target_modules=("embed_tokens", "q_proj")))
+
+
 @pytest.mark.parametrize(
     "config, targets, path",
     [

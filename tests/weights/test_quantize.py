@@ -306,3 +306,10 @@ def test_scales_of_short_rows_stay_as_they_are():
     assert isinstance(leaf.scale, jax.Array)
     with pytest.raises(ValueError, match="scheme int8 has too few for it to save anything"):
         quantize_array(gaussian(4, 640), scheme="int8", double=True)
+    config = tiny_config()
+    message = (
+        "with tile 64 no weight has so many: the longest row is that of .*down_proj.weight, 96"
+    )
+    with pytest.raises(ValueError, match=message):
+        quantize(config, tiny_params(config), scheme="nf4", double=True)
+    quantize(config, tiny_params(config), scheme="nf4", double=True, tile=24)
