@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from infer.batch import Runnable
 from infer.engine import steps
@@ -28,12 +29,12 @@ class Chooser:
         self._vocab_size = model.config.vocab_size
         self._words = -(-self._vocab_size // 32)
         self.nowhere = num_slots
+        self.memory: Any = None
 
     def reset(self) -> None:
         """Slots remember nothing."""
         memory = steps.new_memory(num_slots=self.nowhere, vocab_size=self._vocab_size)
-        place = None if self._model.mesh is None else replicated(self._model.mesh)
-        self._memory, self._rules = jax.device_put((memory, self._model.rules), place)
+        self.memory, self._rules = _everywhere((memory, self._model.rules), self._model.mesh)
 
     # Tokens
 
@@ -50,7 +51,7 @@ class Chooser:
         call = self.take_call(logits, slots, masks, columns, taken, needs)
         sampled, memory = call.run()
         if memory is not None:
-            self._memory = memory
+            self.memory = memory
         return sampled
 
     def take_call(
@@ -66,7 +67,7 @@ class Chooser:
             masks = self.no_masks(len(slots))
         arguments = (
             logits,
-            self._memory if needs.edit else None,
+            self.memory if needs.edit else None,
             np.asarray(slots, np.int32),
             masks if needs.edit else None,
             columns,
@@ -96,7 +97,7 @@ class Chooser:
         self, slot: int, tokens: Sequence[int], num_prompt: int, biases: Mapping[int, float]
     ) -> None:
         """Begins a slot's memory with a prompt's tokens and those of its answer so far."""
-        self._memory = self._remember_call(slot, tokens, num_prompt, biases).run()
+        self.memory = self._remember_call(slot, tokens, num_prompt, biases).run()
 
     def _remember_call(
         self, slot: int, tokens: Sequence[int], num_prompt: int, biases: Mapping[int, float]
@@ -107,14 +108,27 @@ class Chooser:
         for token, value in biases.items():
             bias[token] = -np.inf if value <= -100 else value
         counts = np.int32(num_prompt), np.int32(len(tokens))
-        return Call(steps.remember, (self._memory, np.int32(slot), padded, *counts, bias))
+        return Call(steps.remember, (self.memory, np.int32(slot), padded, *counts, bias))
 
     def copy(self, source: int, target: int) -> None:
-        self._memory = self._copy_call(source, target).run()
+        self.memory = self._copy_call(source, target).run()
 
     def _copy_call(self, source: int, target: int) -> Call:
-        return Call(steps.copy_memory, (self._memory, np.int32(source), np.int32(target)))
+        return Call(steps.copy_memory, (self.memory, np.int32(source), np.int32(target)))
 
     def memory_calls(self, slot: int) -> list[Call]:
         """All that `remember` and `copy` run."""
         return [self._copy_call(slot, slot), self._remember_call(slot, [0], 1, {})]
+
+
+def _everywhere(arrays: Any, mesh: Mesh | None) -> Any:
+    """Whole on every device. Several processes each put it on their own: `device_put` would compare
+    what they have, on devices that may be in the middle of something else."""
+    if mesh is None or not mesh.is_multi_process:
+        return jax.device_put(arrays, None if mesh is None else replicated(mesh))
+
+    def put(array: Any) -> jax.Array:
+        whole, place = np.asarray(array), replicated(mesh)
+        return jax.make_array_from_callback(whole.shape, place, whole.__getitem__)
+
+    return jax.tree.map(put, arrays)

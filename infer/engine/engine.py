@@ -17,11 +17,11 @@ import jax
 
 from infer.completion import Row
 from infer.engine.active import Active, ActiveRequests
+from infer.engine.agreement import Agreement
 from infer.engine.blocks import BlockManager
 from infer.engine.compilations import compilations_here, count_compilations
 from infer.engine.embedding import read_embedding
-from infer.engine.hosts import LOST_SECONDS, Followers, Leader
-from infer.engine.leading import follow
+from infer.engine.hosts import LOST_SECONDS, EngineFollowers
 from infer.engine.loaded_adapters import LoadedAdapters
 from infer.engine.options import EngineOptions
 from infer.engine.paged_runner import PagedRunner
@@ -46,7 +46,8 @@ class BatchingEngine:
     `placement.serving_mesh`, on which the parameters lie by `placement.RULES`. draft: a smaller
     model of the same vocabulary, which guesses tokens (see `draft_model`); without it and with
     `draft_tokens`, they are looked up in the text. followers: where the devices of the mesh belong
-    to several processes, the others, which made the same engine and called `follow`.
+    to several processes, in process 0 the others, which make the same engine and do in `following`
+    what it tells them. agreement: there, that with those processes.
     """
 
     def __init__(
@@ -57,7 +58,8 @@ class BatchingEngine:
         compute: Compute | None = None,
         mesh: jax.sharding.Mesh | None = None,
         draft: Any = None,
-        followers: Followers | None = None,
+        followers: EngineFollowers | None = None,
+        agreement: Agreement | None = None,
     ):
         self._followers = followers
         self.options = options or EngineOptions()
@@ -68,6 +70,7 @@ class BatchingEngine:
             mesh=mesh,
             draft=draft,
             followers=followers,
+            agreement=agreement,
         )
         self._generator, self._runner = parts.generator, parts.runner
         self._num_blocks, self._guesser = parts.num_blocks, parts.guesser
@@ -102,7 +105,6 @@ class BatchingEngine:
         self._is_over = False
         self._has_ended = False
         self._is_alive = True
-        self._adapters.reset()
 
     # What clients call, from any thread
 
@@ -121,6 +123,7 @@ class BatchingEngine:
             self._state = "starting"
         count_compilations()
         self._begin_afresh()
+        self._adapters.reset()
         with self.model.context():
             self._runner.reset()
             self._runner.warm_up()
@@ -133,27 +136,29 @@ class BatchingEngine:
 
     def stop(self, drain_seconds: float) -> None:
         with self._changed:
-            if self._thread is None or self._state in ("stopped", "broken"):
+            thread = None if self._state in ("stopped", "broken") else self._thread
+            if thread is None:
                 self._state = "stopped"
-                return
-            self._state = "draining"
-            self._changed.notify_all()
-            self._changed.wait_for(
-                lambda: not self._requests.by_id or not self._is_alive, timeout=drain_seconds
-            )
-            self._is_over = True
-            self._changed.notify_all()
-        self._thread.join()
+            else:
+                self._state = "draining"
+                self._changed.notify_all()
+                self._changed.wait_for(
+                    lambda: not self._requests.by_id or not self._is_alive, timeout=drain_seconds
+                )
+                self._is_over = True
+                self._changed.notify_all()
+        if thread is not None:
+            thread.join()
+            with self._changed:
+                if self._is_alive:
+                    self._state = "stopped"
         if self._followers is not None:
             self._followers.close()
-        with self._changed:
-            if self._is_alive:
-                self._state = "stopped"
 
-    def follow(self, leader: Leader) -> None:
-        """In place of `start`: takes part in the steps of another process until it stops."""
+    def part(self) -> PagedRunner:
+        """In place of `start`: what takes part in the steps that another process begins."""
         assert isinstance(self._runner, PagedRunner)
-        follow(self._runner, leader)
+        return self._runner
 
     def give_up(self, message: str) -> None:
         """In any thread: everyone who waits hears that no answer will come."""

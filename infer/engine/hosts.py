@@ -1,9 +1,14 @@
-"""Several hosts that run one engine: the first decides, the others begin the same steps.
+"""Several hosts that run the same engines: the first decides, the others begin the same steps.
 
 The devices of a slice belong to several processes, each of which must begin every step, in the same
-order and with the same arguments. So process 0 (the leader: it has the scheduler, and the server)
+order and with the same arguments. So process 0 (the leader: it has the schedulers, and the server)
 tells the others over TCP what it is about to run; what they compute stays on the devices. An order
-is the name of a method of the runner and its arguments, as MessagePack: nothing in it is code.
+is the number of an engine, the name of a method of its runner and the arguments, as MessagePack:
+nothing in it is code.
+
+There is one stream of orders for all engines. Process 0 begins what an order says before anyone
+tells the next (`Followers.told`), and the others do one after the other, so the steps of two
+engines, too, begin in the same order everywhere.
 """
 
 import contextlib
@@ -20,6 +25,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from infer.engine.agreement import Agreement
 from infer.engine.plan import Plan
 from infer.sampling import Needs, Rows
 from llama_jax.mesh.distributed import ProcessError, coordinator_host, exchange, leave
@@ -37,8 +43,16 @@ _ARRAY, _OBJECT = 1, 2
 _LENGTH = struct.Struct(">Q")
 _SECRET_BYTES = 32
 
-# Told at an orderly end.
+# Told at an orderly end of an engine, and of all.
+LEAVE = "leave"
 _GOODBYE = "goodbye"
+_NO_ENGINE = -1
+
+# How long the end waits for an order that is being done, such as a load.
+_LAST_ORDER_SECONDS = 5.0
+
+# Of an engine, of a method, and its arguments.
+Order = tuple[int, str, list[Any]]
 
 
 class HostLostError(RuntimeError):
@@ -60,6 +74,7 @@ class Followers:
         self._is_over = False
         self._reason: str | None = None
         self._is_lost = threading.Event()
+        self._telling = threading.Lock()
         with socket.create_server(("", 0)) as server:
             port = server.getsockname()[1]
             others = len(exchange(f"{name}/address", f"{port} {secret.hex()}")) - 1
@@ -82,9 +97,16 @@ class Followers:
                 target=self._watch, args=(number, connection), name="follower", daemon=True
             ).start()
 
-    def tell(self, order: str, arguments: Sequence[Any]) -> None:
-        """Raises HostLostError."""
-        message = encode(order, arguments)
+    @contextlib.contextmanager
+    def told(self, engine: int, order: str, arguments: Sequence[Any]) -> Iterator[None]:
+        """What the others are told is begun inside; no other order is told before the end. Takes no
+        other lock, so whoever holds one may wait here. Raises HostLostError."""
+        with self._telling:
+            self._tell(engine, order, arguments)
+            yield
+
+    def _tell(self, engine: int, order: str, arguments: Sequence[Any]) -> None:
+        message = encode(engine, order, arguments)
         for number, connection in enumerate(self._sockets):
             try:
                 connection.sendall(message)
@@ -100,8 +122,9 @@ class Followers:
         """Lets the others end, and waits for that."""
         if not self._is_over:
             self._is_over = True
-            with contextlib.suppress(HostLostError):  # who is gone need not be told
-                self.tell(_GOODBYE, ())
+            if self._telling.acquire(timeout=_LAST_ORDER_SECONDS):
+                with contextlib.suppress(HostLostError):  # who is gone need not be told
+                    self._tell(_NO_ENGINE, _GOODBYE, ())
             leave()
         for connection in self._sockets:
             connection.close()
@@ -118,6 +141,29 @@ class Followers:
 
     def _lost(self, number: int) -> str:
         return f"one of the {len(self._sockets)} other processes of this server is gone ({number})"
+
+
+class EngineFollowers:
+    """The same for one engine of the leader, whose number all that it tells carries."""
+
+    def __init__(self, followers: Followers, engine: int):
+        self._followers, self._engine = followers, engine
+        self.agreement = Agreement(f"engine {engine}")
+
+    def told(self, order: str, *arguments: Any) -> contextlib.AbstractContextManager[None]:
+        return self._followers.told(self._engine, order, arguments)
+
+    def lost(self, seconds: float) -> str | None:
+        return self._followers.lost(seconds)
+
+    def give_up(self, reason: str) -> None:
+        """All engines end: no two can be told apart on the devices."""
+        self._followers.give_up(reason)
+
+    def close(self) -> None:
+        """The others let the engine go."""
+        with contextlib.suppress(HostLostError), self.told(LEAVE):  # who is gone has none
+            pass
 
 
 class Leader:
@@ -152,7 +198,7 @@ class Leader:
             return True
         return False
 
-    def orders(self) -> Iterator[tuple[str, list[Any]]]:
+    def orders(self) -> Iterator[Order]:
         """Until the leader says goodbye. Raises HostLostError when it ends without."""
         with self._socket, self._socket.makefile("rb") as stream:
             while True:
@@ -160,7 +206,7 @@ class Leader:
                     order = read_order(stream)
                 except (OSError, EOFError) as error:
                     raise HostLostError(f"process 0 of this server is gone: {error}") from error
-                if order[0] == _GOODBYE:
+                if order[1] == _GOODBYE:
                     break
                 yield order
         leave()
@@ -191,17 +237,18 @@ def _keep_alive(connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEP_ALIVE_SECONDS)
 
 
-def encode(order: str, arguments: Sequence[Any]) -> bytes:
+def encode(engine: int, order: str, arguments: Sequence[Any]) -> bytes:
     """An order as bytes: its length and then MessagePack."""
-    body: bytes = msgpack.packb([order, list(arguments)], default=_to_plain, strict_types=True)
+    plain = [engine, order, list(arguments)]
+    body: bytes = msgpack.packb(plain, default=_to_plain, strict_types=True)
     return _LENGTH.pack(len(body)) + body
 
 
-def read_order(stream: Any) -> tuple[str, list[Any]]:
+def read_order(stream: Any) -> Order:
     """The next order of a binary stream. Raises EOFError at its end."""
     (length,) = _LENGTH.unpack(_read(stream, _LENGTH.size))
-    order, arguments = _decode(_read(stream, length))
-    return order, arguments
+    engine, order, arguments = _decode(_read(stream, length))
+    return engine, order, arguments
 
 
 def _read(stream: Any, length: int) -> bytes:

@@ -19,17 +19,19 @@ class Adapter:
 
 
 class LoadedAdapters:
-    """Of a runner, whose stack they lie in; without a stack there are none. `reset` comes first."""
+    """Of a runner, whose stack they lie in; without a stack there are none."""
 
     def __init__(self, runner: Runner):
         self._runner = runner
         self._serials = itertools.count()
+        self._by_name: dict[str, Adapter] = {}
+        self._leaving: set[int] = set()
 
     def reset(self) -> None:
         """None is loaded."""
-        self._by_name: dict[str, Adapter] = {}
-        self._leaving: set[int] = set()
-        self._runner.take_adapters()
+        if self._by_name or self._leaving:
+            self._by_name, self._leaving = {}, set()
+            self._runner.take_adapters()
 
     @property
     def stack(self) -> AdapterStack:

@@ -1,6 +1,7 @@
 """How much an engine may hold where nobody said it."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -11,7 +12,6 @@ from infer.engine.shapes import draft_slots
 from llama_jax.config import ModelConfig
 from llama_jax.kernels.paged import empty_pages
 from llama_jax.kernels.rounded import token_bytes
-from llama_jax.mesh.distributed import least
 
 # Of the memory of the device. The weights come first, and a CPU's memory belongs to others too.
 _SHARE = 1 / 8
@@ -66,10 +66,11 @@ def pages_and_context(
     dtype: str,
     mesh: jax.sharding.Mesh | None,
     draft: ModelConfig | None = None,
+    least: Callable[[int], int] | None = None,
 ) -> tuple[int, int]:
     """The same where they lie in pages: as many as all choices can hold, or there is room for. A
     draft model has slots on every device, which take up to half of the room, unless
-    `max_context` says how long they are.
+    `max_context` says how long they are. least: of the numbers that several processes give.
 
     Raises ValueError where those leave no room for pages and nobody said how many there are.
     """
@@ -78,11 +79,13 @@ def pages_and_context(
     size = page_bytes(config, options, dtype, parts=parts, kernel=kernel)
     wanted = min(longest, options.max_context or longest)
     room = room_bytes(placement.first_device(mesh))
+    if least is not None:
+        room = least(room)
     if draft is not None:
         slots = draft_slots(options)
         per_token = token_bytes(draft, dtype) * slots
         if options.max_context is None:
-            tokens = least("tokens of a slot", room // 2 // per_token)
+            tokens = room // 2 // per_token
             wanted = min(wanted, max(tokens // options.block_size, 1) * options.block_size)
         room -= per_token * wanted
         if room < 2 * size and options.num_blocks is None:
@@ -93,7 +96,7 @@ def pages_and_context(
             )
     num = options.num_blocks or min(
         options.max_slots * -(-wanted // options.block_size),
-        least("blocks of the cache", max(2, room // size)),
+        max(2, room // size),
     )
     return num, min(wanted, num * options.block_size)
 

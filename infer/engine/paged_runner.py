@@ -65,6 +65,18 @@ class PagedRunner(Runner):
             **self._shared,
         }
 
+    def reset(self) -> None:
+        """Waits: where there is no room, that shows here."""
+        super().reset()
+        jax.block_until_ready(self._cache)
+
+    def settle(self, result: Any) -> None:
+        """Behind each order of several hosts. On CPUs what is begun next may overtake what runs, if
+        it waits for none of its results, and would take its place in what processes send each
+        other; other devices do one after the other."""
+        if self.model.mesh is not None and self.model.mesh.devices.flat[0].platform == "cpu":
+            jax.block_until_ready((result, self._cache, self.chooser.memory))
+
     def _store_calls(self) -> list[Call]:
         return []
 

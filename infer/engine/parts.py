@@ -8,9 +8,10 @@ from jax.sharding import Mesh
 
 from infer.batch import Runnable
 from infer.engine import placement
+from infer.engine.agreement import Agreement
 from infer.engine.draft_model import DraftModel
 from infer.engine.guesses import Guesser, small_model
-from infer.engine.hosts import Followers
+from infer.engine.hosts import EngineFollowers
 from infer.engine.leading import LeadingRunner
 from infer.engine.memory import (
     blocks_and_context,
@@ -47,7 +48,8 @@ def make_parts(
     compute: Compute,
     mesh: Mesh | None,
     draft: Any,
-    followers: Followers | None,
+    followers: EngineFollowers | None,
+    agreement: Agreement | None,
 ) -> Parts:
     """Arguments as of `BatchingEngine`. Raises ValueError for what does not go together."""
     config, params, tokenizer = parts_of(model)
@@ -66,7 +68,13 @@ def make_parts(
             mesh=placement.draft_mesh(mesh),
         )
     num_blocks, context = _sizes(
-        config, options, dtype=compute.held_dtype, mesh=mesh, small=small, uses_pages=uses_pages
+        config,
+        options,
+        dtype=compute.held_dtype,
+        mesh=mesh,
+        small=small,
+        uses_pages=uses_pages,
+        agreement=agreement,
     )
     layers: Layers = "auto"
     if isinstance(params["layers"], dict):
@@ -99,12 +107,16 @@ def _sizes(
     mesh: Mesh | None,
     small: Runnable | None,
     uses_pages: bool,
+    agreement: Agreement | None,
 ) -> tuple[int, int]:
     """The number of blocks, and the longest context."""
     longest = longest_context(config)
     draft = None if small is None else small.config
     if uses_pages:
-        return pages_and_context(config, options, longest, dtype=dtype, mesh=mesh, draft=draft)
+        least = None if agreement is None else agreement.least
+        return pages_and_context(
+            config, options, longest, dtype=dtype, mesh=mesh, draft=draft, least=least
+        )
     return blocks_and_context(config, options, longest, dtype=dtype, draft=draft)
 
 

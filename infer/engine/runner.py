@@ -110,20 +110,14 @@ class Runner(ABC):
     def warm_up(self) -> None:
         """Compiles every step in every shape, and runs it once, on nothing that matters.
 
-        Nothing here waits for a result: steps run while others are compiled.
+        Nothing here waits for a result before the last has begun: steps run while others are
+        compiled.
         """
         slot, blocks, shapes = self.scratch_slot, self.scratch_blocks, self.shapes.steps()
-        pieces = [_piece([0] * shape, 0, shape) for shape in self.shapes.pieces]
+        pieces = self._idle_pieces()
         with Compiler(self.model.context) as compiler:
-            steps_made = compiler.begin(
-                [
-                    *(self._piece_call(slot, blocks, *piece) for piece in pieces),
-                    *(self._tokens_call(*shape, {}, [-1] * shape[0]) for shape in shapes),
-                    *self._store_calls(),
-                    *self.chooser.memory_calls(slot),
-                ]
-            )
-            calls = []
+            steps_made = compiler.begin(self._calls_of_nobody())
+            calls: list[Call] = []
             for piece, _ in zip(pieces, steps_made, strict=False):
                 self._run_piece(slot, blocks, piece)
                 calls += [self._score_call(piece[0]), self._logits_at_call(0)]
@@ -136,11 +130,29 @@ class Runner(ABC):
             chooser = self.chooser
             choosing = [chooser.idle(logits, needs) for logits in all_logits for needs in VARIANTS]
             chosen = compiler.begin([chooser.take_call(*each) for each in choosing])
-            for each, _ in zip(choosing, chosen, strict=True):
-                chooser.take(*each)
+            taken = [chooser.take(*each) for each, _ in zip(choosing, chosen, strict=True)]
             collections.deque(steps_made, maxlen=0)
         self._warm_up_store()
         self.remember_tokens(slot, [0], 1, {})
+        jax.block_until_ready(taken)
+
+    def compile_steps(self) -> None:
+        """What takes longest in `warm_up`, without a step: the programs of the model's own."""
+        with Compiler(self.model.context) as compiler:
+            collections.deque(compiler.begin(self._calls_of_nobody()), maxlen=0)
+
+    def _calls_of_nobody(self) -> list[Call]:
+        """The model's steps in every shape, and what moves keys, values and memory."""
+        slot, blocks = self.scratch_slot, self.scratch_blocks
+        return [
+            *(self._piece_call(slot, blocks, *piece) for piece in self._idle_pieces()),
+            *(self._tokens_call(*shape, {}, [-1] * shape[0]) for shape in self.shapes.steps()),
+            *self._store_calls(),
+            *self.chooser.memory_calls(slot),
+        ]
+
+    def _idle_pieces(self) -> list[Piece]:
+        return [_piece([0] * shape, 0, shape) for shape in self.shapes.pieces]
 
     @abstractmethod
     def _store_calls(self) -> list[Call]:
@@ -211,11 +223,22 @@ class Runner(ABC):
     ) -> np.ndarray:
         """Runs tokens of a slot, whose blocks are `blocks`, from position `begin` on; the sum of
         their states [D]. `score` and `first_token` are about the piece that was read last."""
-        piece = _piece(tokens, begin, shape, adapter)
-        return np.asarray(jax.device_get(self._run_piece(slot, blocks, piece)))
+        total = self.begin_read(slot, blocks, tokens, begin, shape, adapter)
+        return np.asarray(jax.device_get(total))
+
+    def begin_read(
+        self,
+        slot: int,
+        blocks: Sequence[int],
+        tokens: Sequence[int],
+        begin: int,
+        shape: int,
+        adapter: int,
+    ) -> jax.Array:
+        """`read` that does not wait."""
+        return self._run_piece(slot, blocks, _piece(tokens, begin, shape, adapter))
 
     def _run_piece(self, slot: int, blocks: Sequence[int], piece: Piece) -> jax.Array:
-        """`read` that does not wait."""
         self._cache, self.hidden, total = self._piece_call(slot, blocks, *piece).run()
         return total
 
@@ -227,8 +250,11 @@ class Runner(ABC):
 
     def score(self, following: Sequence[int]) -> list[np.ndarray]:
         """Log probability of `following[t]` after state t, and the most likely tokens' with ids."""
-        scored = self._score_call(following).run()
-        return [np.asarray(each) for each in jax.device_get(scored)]
+        return [np.asarray(each) for each in jax.device_get(self.begin_score(following))]
+
+    def begin_score(self, following: Sequence[int]) -> Any:
+        """`score` that does not wait."""
+        return self._score_call(following).run()
 
     def _score_call(self, following: Sequence[int] | np.ndarray) -> Call:
         targets = np.zeros(self.hidden.shape[0], np.int32)

@@ -11,6 +11,10 @@ import numpy as np
 from infer.engine.shapes import Shapes
 
 
+class InexactError(RuntimeError):
+    """No steps that sum alike are left. All processes of a group find the same."""
+
+
 class Trial:
     """run: the results of a step of so many rows, and tokens a row, [rows, V]. fill: as
     `Shapes.fill`, and makes the longer steps ready."""
@@ -31,7 +35,7 @@ class Trial:
         if not _all_equal(drafted, wanted):
             if self._fill(largest):
                 return self.alike()
-            raise RuntimeError(
+            raise InexactError(
                 "draft_tokens changes sums on this machine, so an answer could depend on what was "
                 "guessed; set it to 0, or exact to false"
             )

@@ -4,7 +4,6 @@ JAX is imported by the first load, in its thread, so that the server listens at 
 """
 
 import functools
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infer.engine.options import EngineOptions, cache_named, parse_mesh
+from infer.engine.request import Engine
 from infer.registry import NAME
 from infer.server.loaded import COMMAND_LINE_VERSION, Build, Built, Source
 from infer.server.settings import Settings
@@ -43,40 +43,12 @@ def engine_options(settings: Settings) -> EngineOptions:
     return replace(options, num_blocks=-(-settings.cache_tokens // options.block_size))
 
 
-# What the processes of one server must have been told alike: what their steps follow from.
-_SHARED = (
-    "models",
-    "architecture",
-    "slice",
-    "mesh",
-    "dtype",
-    "cache_dtype",
-    "quantization",
-    "cache",
-    "cache_tokens",
-    "block_size",
-    "max_slots",
-    "max_context",
-    "piece_tokens",
-    "max_adapters",
-    "max_lora_rank",
-    "draft_tokens",
-    "draft_model",
-    "exact",
-)
-
-
-def make_build(
-    settings: Settings,
-    start: Callable[[], None] = lambda: None,
-    give_up: Callable[[str], None] = lambda message: None,
-) -> Build:
+def make_build(settings: Settings, start: Callable[[], None] = lambda: None) -> Build:
     """What loads a source and makes its engine. Raises ValueError for settings that cannot be.
 
-    start: called once, before JAX is. give_up: of an engine that runs on several hosts, see
-    `hosts.Followers`; called after its requests have heard of it.
+    start: called once, before JAX is.
     """
-    maker = _EngineMaker(settings)
+    maker = EngineMaker(settings)
     lock = threading.Lock()
     start_once = functools.cache(start)
 
@@ -86,50 +58,25 @@ def make_build(
             draft = maker.draft
         from infer.engine import placement
         from infer.engine.replicas import Replicas
-        from llama_jax.weights.quantize import stored_types
-
-        engines: list[Any] = []
-
-        def lost(message: str) -> None:
-            for engine in engines:
-                engine.give_up(message)
-            give_up(message)
 
         maker.check_devices()
-        followers = maker.meet_followers(lost)
         meshes = [None] if maker.sizes is None else placement.serving_meshes(maker.sizes)
+        engines: list[Engine] = []
         for mesh in meshes:
             model = maker.load(source, mesh)
-            engines.append(maker.engine(source, model, mesh, draft=draft, followers=followers))
-        engine = engines[0] if len(engines) == 1 else Replicas(engines)
-        return Built(engine, model.tokenizer, stored_types(model.params))
+            engines.append(maker.engine(source, model, mesh, draft=draft))
+        return built(engines[0] if len(engines) == 1 else Replicas(engines), model)
 
     return build
 
 
-def follow(settings: Settings, source: Source) -> None:
-    """What a process other than 0 does in place of serving, until that one ends; JAX has started.
+def built(engine: Engine, model: Any) -> Built:
+    from llama_jax.weights.quantize import stored_types
 
-    Raises HostLostError when that one is gone, and what building an engine raises.
-    """
-    from infer.engine import placement
-    from infer.engine.hosts import Leader
-
-    maker = _EngineMaker(settings)
-    maker.check_devices()
-    assert maker.sizes is not None
-    maker.agree()
-    leader = Leader(_MEETING)
-    mesh = placement.serving_mesh(maker.sizes)
-    # A draft model guesses in process 0 alone, but the room that it takes is counted everywhere.
-    engine = maker.engine(source, maker.load(source, mesh), mesh, draft=maker.draft)
-    engine.follow(leader)
+    return Built(engine, model.tokenizer, stored_types(model.params))
 
 
-_MEETING = "serve"
-
-
-class _EngineMaker:
+class EngineMaker:
     """Loads models and makes engines as settings say. Raises ValueError for what cannot be."""
 
     def __init__(self, settings: Settings):
@@ -162,31 +109,6 @@ class _EngineMaker:
         )
         return draft.config, with_layers(draft.params, "unrolled", None), draft.tokenizer
 
-    def agree(self) -> None:
-        """Raises ValueError where other processes were told something else."""
-        from llama_jax.mesh.distributed import exchange
-
-        own = {name: getattr(self.settings, name) for name in _SHARED}
-        told = [json.loads(each) for each in exchange("settings", json.dumps(own))]
-        for name in _SHARED:
-            if any(each[name] != told[0][name] for each in told):
-                values = ", ".join(
-                    f"{each[name]!r} in process {number}" for number, each in enumerate(told)
-                )
-                raise ValueError(
-                    f"the processes of a server need the same {name}, but it is {values}"
-                )
-
-    def meet_followers(self, give_up: Callable[[str], None]) -> Any:
-        """None where there is one process. Raises ProcessError."""
-        from infer.engine.hosts import Followers
-        from llama_jax.mesh.distributed import is_alone
-
-        if is_alone():
-            return None
-        self.agree()
-        return Followers(_MEETING, give_up)
-
     def load(self, source: Source, mesh: Any) -> Any:
         from infer.engine import placement
         from llama_jax.load import check_architecture, load
@@ -209,7 +131,14 @@ class _EngineMaker:
         return model
 
     def engine(
-        self, source: Source, model: Any, mesh: Any, *, draft: Any = None, followers: Any = None
+        self,
+        source: Source,
+        model: Any,
+        mesh: Any,
+        *,
+        draft: Any,
+        followers: Any = None,
+        agreement: Any = None,
     ) -> "BatchingEngine":
         from infer.engine.engine import BatchingEngine
         from infer.engine.memory import longest_context
@@ -220,7 +149,13 @@ class _EngineMaker:
             longest = longest_context(model.config)
             options = replace(options, max_context=min(options.max_context, longest))
         return BatchingEngine(
-            model, options, compute=self.compute, mesh=mesh, draft=draft, followers=followers
+            model,
+            options,
+            compute=self.compute,
+            mesh=mesh,
+            draft=draft,
+            followers=followers,
+            agreement=agreement,
         )
 
 

@@ -6,12 +6,14 @@ an environment variable (--max-slots is LLAMA_JAX_MAX_SLOTS) or in the YAML file
 win over variables, variables over the file. Keys are better given as LLAMA_JAX_API_KEY and
 LLAMA_JAX_ADMIN_KEY.
 
-A model that needs several hosts is served by the same command on each of them: process 0 listens,
+Models that need several hosts are served by the same command on each of them: process 0 listens,
 and the others take part in its steps."""
 
 import argparse
+import logging
 import os
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 from llama_jax.commands import processes
@@ -19,6 +21,7 @@ from llama_jax.commands.errors import USUAL_ERRORS, code_of, complain
 from llama_jax.commands.run_config import find_serve_config
 
 if TYPE_CHECKING:
+    from infer.server.group import Group
     from infer.server.settings import Settings
     from llama_jax.mesh.processes import Processes
 
@@ -86,24 +89,26 @@ def _serve(settings: "Settings", several: "Processes | None") -> int:
 
     sources = given_sources(settings)
 
+    group: Group | None = None
+
     def at_end() -> None:
-        """Nobody else waits."""
+        if group is not None:
+            group.close()
+        elif several is not None:
+            leave()
 
     if several is not None:
         # Which process this is, JAX may have to find out; with one alone it starts when it loads.
         start_jax(processes=several)
         from llama_jax.mesh.distributed import is_alone, is_main, leave
 
-        at_end = leave
-
-        if not is_alone() and (settings.models_dir is not None or len(sources) != 1):
-            raise ValueError(
-                "several processes serve one model together, which is named on the command line or "
-                "in the config; leave models_dir and further models out"
-            )
         if not is_main():
-            return _follow(settings, sources[0])
-    build = make_build(settings, start_jax, give_up)
+            return _follow(settings, sources)
+        if not is_alone():
+            from infer.server import group as several_hosts
+
+            group = several_hosts.Group(settings, give_up)
+    build = make_build(settings, start_jax) if group is None else group.build
 
     def on_listening(address: Address) -> None:
         host = f"[{address.host}]" if ":" in address.host else address.host
@@ -116,13 +121,13 @@ def _serve(settings: "Settings", several: "Processes | None") -> int:
     return run_server(settings, build, sources, on_listening=on_listening, at_end=at_end)
 
 
-def _follow(settings: "Settings", source: Any) -> int:
+def _follow(settings: "Settings", sources: list[Any]) -> int:
     """Ends with the process that listens, which drains its requests after SIGTERM: so a signal that
     comes to all is left to that one. A second one ends this."""
     import signal
 
     from infer.engine.hosts import HostLostError
-    from infer.server.build import follow
+    from infer.server.group import follow
     from infer.server.run import give_up
     from llama_jax.mesh.distributed import leave
 
@@ -133,7 +138,7 @@ def _follow(settings: "Settings", source: Any) -> int:
         signal.signal(number, on_signal)
     sys.stderr.write("taking part in the steps of process 0, which listens\n")
     try:
-        follow(settings, source)
+        follow(settings, sources)
     except HostLostError as error:
         give_up(str(error))
     except USUAL_ERRORS as error:
@@ -142,6 +147,10 @@ def _follow(settings: "Settings", source: Any) -> int:
         # At an ordinary end JAX might wait for what its devices never get.
         sys.stderr.flush()
         os._exit(code_of(error))
+    # What loads in a thread cannot be stopped, and would keep the process until it is done.
+    if threading.active_count() > 1:
+        logging.shutdown()
+        os._exit(0)
     return 0
 
 

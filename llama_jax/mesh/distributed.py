@@ -126,11 +126,6 @@ def coordinator_host() -> str:
     return str(address.rpartition(":")[0].strip("[]"))
 
 
-def least(name: str, value: int) -> int:
-    """The smallest value that a process gave. `name` as in `exchange`."""
-    return min(int(each) for each in exchange(name, str(value)))
-
-
 def leave() -> None:
     """The end of all processes together: each waits here for the others, for a while. Without it, a
     process whose coordinator has ended is aborted, whatever it was about to say."""

@@ -3,50 +3,39 @@
 import contextlib
 import io
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
-import time
 import types
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 import infer.engine.hosts
+from infer.engine.agreement import Agreement
 from infer.engine.columns import most_demanding_columns
 from infer.engine.engine import BatchingEngine
+from infer.engine.following import Following
 from infer.engine.hosts import Followers, HostLostError, Leader, encode, read_order
-from infer.engine.leading import follow
 from infer.engine.options import EngineOptions
 from infer.engine.paged_runner import PagedRunner
 from infer.engine.placement import check_processes
 from infer.engine.plan import Plan
 from infer.engine.request import Request
+from infer.engine.trial import InexactError
 from infer.generate import generate
 from infer.params import SamplingParams
 from infer.sampling import Needs
 from llama_jax.formats import hf
 from llama_jax.load import load
 from tests.infer.engine.client import ask
+from tests.infer.engine.host_group import ROOM, SERVE, starting
 from tests.infer.engine.test_adapters import write_adapter
 from tests.infer.server.running import byte_tokenizer
 from tests.tiny import FAMILIES, tiny_params
-from tests.train.command import free_port
 
 pytestmark = pytest.mark.compiled_quickly
-
-ROOT = Path(__file__).parents[3]
-SECONDS = 240
-# Small enough that two long answers do not fit together.
-SERVE = ("--mesh", "tensor=2,fsdp=2", "--max-slots", "2", "--block-size", "16")
-ROOM = ("--piece-tokens", "32", "--max-context", "128", "--cache-tokens", "128")
 
 
 @pytest.fixture(scope="module")
@@ -64,72 +53,10 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-class Group:
-    """Processes of one server; process 0 listens."""
-
-    def __init__(self, *flags, cache, others=None):
-        environment = {
-            **os.environ,
-            "JAX_NUM_CPU_DEVICES": "2",
-            "LLAMA_JAX_CACHE_DIR": str(cache),
-            "LLAMA_JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}",
-            "LLAMA_JAX_PROCESS_COUNT": "2",
-            "PYTHONPATH": str(ROOT),
-        }
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-        self.port = free_port()
-        command = [sys.executable, "-m", "llama_jax.cli", "serve"]
-        self.processes = [
-            subprocess.Popen(
-                [*command, *each, "--port", str(self.port), "--process-id", str(number)],
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for number, each in enumerate([flags, flags if others is None else others])
-        ]
-
-    def wait_ready(self):
-        end = time.monotonic() + SECONDS
-        while True:
-            assert all(each.poll() is None for each in self.processes), self.ended()
-            assert time.monotonic() < end, "not ready"
-            with contextlib.suppress(OSError), self.open("/readyz"):
-                return
-            time.sleep(0.1)
-
-    def open(self, path, body=None, **headers):
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", headers=headers)
-        if body is not None:
-            request.data = json.dumps(body).encode()
-            request.add_header("content-type", "application/json")
-        return urllib.request.urlopen(request, timeout=SECONDS)
-
-    def complete(self, prompt, **fields):
-        with self.open("/v1/completions", {"model": "m", "prompt": prompt, **fields}) as response:
-            return json.load(response)["choices"]
-
-    def ended(self):
-        """(exit code, standard error) of each."""
-        errors = [each.communicate(timeout=SECONDS)[1] for each in self.processes]
-        return [(each.returncode, e) for each, e in zip(self.processes, errors, strict=True)]
-
-
 @pytest.fixture
 def start():
-    """Makes groups; whatever still runs at the end of a test is ended."""
-    groups = []
-
-    def started(*flags, **others):
-        groups.append(Group(*flags, **others))
-        return groups[-1]
-
-    yield started
-    for process in (each for group in groups for each in group.processes):
-        process.kill()
-        process.wait()
-        process.stderr.close()
+    with starting() as started:
+        yield started
 
 
 WISHES = [
@@ -261,13 +188,12 @@ def test_others_end_when_process_0_is_gone(start, folder, cache):
     "more, message",
     [
         (("--max-slots", "3"), "need the same max_slots, but it is 2 in process 0, 3 in process 1"),
-        (("--models-dir", "models"), "leave models_dir and further models out"),
+        (("--models-dir", "models"), "need the same models_dir, but it is None in process 0"),
     ],
 )
 def test_what_several_processes_cannot_serve(start, folder, cache, more, message):
     flags = (f"m={folder}", *SERVE)
-    own = (*flags, *more) if "--models-dir" in more else flags
-    for code, errors in start(*own, cache=cache, others=(*flags, *more)).ended():
+    for code, errors in start(*flags, cache=cache, others=(*flags, *more)).ended():
         assert code == 2 and message in errors
 
 
@@ -298,8 +224,12 @@ class Lost:
 
     def __init__(self):
         self.reasons = []
+        self.agreement = Agreement("test")
 
-    def tell(self, order, arguments):
+    def told(self, order, *arguments):
+        return contextlib.nullcontext()
+
+    def close(self):
         pass
 
     def lost(self, seconds):
@@ -327,6 +257,22 @@ def test_a_step_that_fails_because_another_is_gone_says_that(monkeypatch):
     assert lost.reasons == ["one of the others is gone"]
 
 
+@pytest.mark.parametrize("error, ends", [(RuntimeError, True), (InexactError, False)])
+def test_first_steps_that_fail_here_alone_end_the_group(monkeypatch, error, ends):
+    """The others may wait in them; but all find alike that no steps sum alike."""
+
+    def fail(_):
+        raise error("no")
+
+    config, lost = FAMILIES["llama-gqa"], Lost()
+    options = EngineOptions(max_slots=2, max_context=64, cache="pages", block_size=16)
+    engine = BatchingEngine((config, tiny_params(config), None), options, followers=lost)
+    monkeypatch.setattr(PagedRunner, "drop_inexact_shapes", fail)
+    with pytest.raises(error, match="no"):
+        engine.start()
+    assert lost.reasons == ["one of the others is gone"] * ends
+
+
 class Failing(PagedRunner):
     def drop(self, number):
         self.fail()
@@ -346,10 +292,12 @@ def test_an_order_that_fails_because_process_0_is_gone_says_that(is_gone):
     runner = object.__new__(Failing)
     runner.model = types.SimpleNamespace(context=contextlib.nullcontext)
     runner.fail = fail
-    theirs.sendall(encode("drop", [1]) + encode("drop", [2]))
+    following = Following(lambda *_: runner)
+    following._runners[0] = runner
+    theirs.sendall(encode(0, "drop", [1]) + encode(0, "drop", [2]))
     wanted = (HostLostError, "is gone: conn") if is_gone else (RuntimeError, "^connection reset")
     with theirs, pytest.raises(wanted[0], match=wanted[1]):
-        follow(runner, leader)
+        following.run(leader)
 
 
 def test_orders_arrive_as_they_were():
@@ -366,10 +314,10 @@ def test_orders_arrive_as_they_were():
         taken=[1, 0, 5],
         needs=needs,
     )
-    orders = [("run", [plan]), ("read", [1, [2, 3], (4,), 0, 32, -1]), ("drop", [2**40])]
-    stream = io.BytesIO(b"".join(encode(name, arguments) for name, arguments in orders))
-    name, (found,) = read_order(stream)
-    assert name == "run" and isinstance(found.needs, Needs) and found.needs == needs
+    orders = [(3, "run", [plan]), (0, "read", [1, [2, 3], (4,), 0, 32, -1]), (1, "drop", [2**40])]
+    stream = io.BytesIO(b"".join(encode(*order) for order in orders))
+    engine, name, (found,) = read_order(stream)
+    assert (engine, name) == (3, "run") and isinstance(found.needs, Needs) and found.needs == needs
     assert found.placed == {0: [4, [7], [1, 2]], 2: [0, [9], [0, 1, 2]]}
     assert (found.adapters, found.memory, found.taken) == (plan.adapters, plan.memory, plan.taken)
     np.testing.assert_array_equal(found.masks[2], mask)
@@ -379,15 +327,15 @@ def test_orders_arrive_as_they_were():
         np.testing.assert_array_equal(one, other)
         assert one.dtype == other.dtype
     assert found.columns.bias is None
-    assert read_order(stream) == ("read", [1, [2, 3], [4], 0, 32, -1])
-    assert read_order(stream) == ("drop", [2**40])
+    assert read_order(stream) == (0, "read", [1, [2, 3], [4], 0, 32, -1])
+    assert read_order(stream) == (1, "drop", [2**40])
     with pytest.raises(EOFError):
         read_order(stream)
 
 
 def test_what_an_order_cannot_carry_is_refused():
     with pytest.raises(TypeError, match="cannot carry a set"):
-        encode("read", [{1, 2}])
+        encode(0, "read", [{1, 2}])
 
 
 def test_who_does_not_know_the_secret_is_no_follower(monkeypatch):
@@ -422,14 +370,16 @@ def test_who_does_not_know_the_secret_is_no_follower(monkeypatch):
         assert stranger.recv(1) == b""  # shown the door
     leader = Leader("x")
     meeting.join(10)
-    made[0].tell("score", [[1, 2]])
+    with made[0].told(2, "score", [[1, 2]]):
+        """The others may begin."""
     orders = leader.orders()
-    assert next(orders) == ("score", [[1, 2]])
+    assert next(orders) == (2, "score", [[1, 2]])
     assert not leader.is_gone(0.01) and made[0].lost(0.01) is None
     orders.close()
     assert given_up.wait(10) and "is gone" in reasons[0]
     assert made[0].lost(10) == reasons[0]
     with pytest.raises(HostLostError, match="is gone"):
         for _ in range(100):  # the first may still go into the kernel's buffer
-            made[0].tell("score", [[0] * 10000])
+            with made[0].told(2, "score", [[0] * 10000]):
+                """Nobody is left."""
     made[0].close()
