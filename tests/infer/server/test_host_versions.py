@@ -1,5 +1,6 @@
 """Versions of a registry in two real processes that serve them together."""
 
+import contextlib
 import functools
 import json
 import shutil
@@ -203,6 +204,33 @@ def test_a_version_that_one_process_cannot_load_leaves_the_old_one(
         # The group goes on, with whatever is whole.
         assert admin.post("models/activate", model="m", version="2")[1]["active"] == "2"
         assert admin.ask("then") == ("2", wanted("2", "then"))
+
+
+def test_two_models_that_are_given_at_the_start(folders, wanted, cache):
+    with starting() as start:
+        group = start(f"m={folders['1']}", f"k={folders['2']}", *SERVE, *ROOM, cache=cache)
+        group.wait_ready()
+        admin = Admin(group)
+        assert admin.ask("now")[1] == wanted("1", "now")
+        assert admin.ask("now", "k")[1] == wanted("2", "now")
+
+
+def test_a_lost_host_ends_all_versions_and_their_clients_hear_of_it(registry, cache):
+    flags = ("--models-dir", str(registry), *SERVE, *ROOM)
+    with starting() as start, contextlib.ExitStack() as streams:
+        group = start(*flags, cache=cache)
+        group.wait_ready()
+        opened = []
+        for model in ("m@1", "m@2"):
+            wish = {"model": model, "prompt": "tell", "max_tokens": 120, "ignore_eos": True}
+            opened.append(group.open("/v1/completions", {**wish, "stream": True}))
+            streams.enter_context(opened[-1])
+            assert opened[-1].readline().startswith(b"data: ")
+        group.processes[1].kill()
+        for stream in opened:
+            rest = stream.read().decode()
+            assert "is gone" in rest and "[DONE]" not in rest
+        assert [code for code, _ in group.ended()] == [1, -signal.SIGKILL]
 
 
 @pytest.mark.slow
