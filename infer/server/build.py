@@ -18,6 +18,7 @@ from infer.server.loaded import COMMAND_LINE_VERSION, Build, Built, Source
 from infer.server.settings import Settings
 from llama_jax.config import Compute
 from llama_jax.model_name import check_model_name
+from llama_jax.paths import to_path
 
 if TYPE_CHECKING:
     from infer.engine.engine import BatchingEngine
@@ -199,7 +200,7 @@ def given_sources(settings: Settings) -> list[Source]:
 
 def _name_of(model: str) -> str:
     """The last part of a path or Hub id, without .gguf."""
-    return Path(model).expanduser().name.removesuffix(".gguf")
+    return to_path(model).name.removesuffix(".gguf")
 
 
 def _adapter_of(text: str, models: list[str]) -> tuple[str, str, Path]:
@@ -214,7 +215,7 @@ def _adapter_of(text: str, models: list[str]) -> tuple[str, str, Path]:
         model = models[0]
     if model not in models:
         raise ValueError(f"adapters has {text!r}, but no model given is called {model!r}")
-    path = Path(folder).expanduser()
+    path = to_path(folder)
     if not path.is_dir():
         raise ValueError(f"the adapter {adapter} is no folder: {path}")
     return model, adapter, path

@@ -12,7 +12,6 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from infer.engine.agreement import STUCK_SECONDS, Agreement
@@ -24,6 +23,7 @@ from infer.server.loaded import Built, Source
 from infer.server.settings import Settings
 from infer.server.versions import Versions
 from llama_jax.mesh.distributed import EXCHANGE_SECONDS, ProcessError, exchange
+from llama_jax.paths import to_path
 
 if TYPE_CHECKING:
     from infer.engine.engine import BatchingEngine
@@ -140,7 +140,7 @@ class _Parts:
         from llama_jax.formats.checkpoint import is_checkpoint
         from llama_jax.load import find_model
 
-        path = Path(source.model).expanduser()
+        path = to_path(source.model)
         is_read_by_orbax = path.is_dir() and is_checkpoint(find_model(path))
         return is_read_by_orbax or bool(source.adapter or self._maker.quantization)
 
