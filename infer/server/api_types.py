@@ -451,13 +451,36 @@ class EmbeddingRequest(_Body):
 
 
 class TokenizeRequest(_Body):
-    """prompt: a text, or messages: a conversation as the model would read it. add_special_tokens:
-    left out is true."""
+    """prompt: a text, or messages: a conversation as the model would read it, with what a chat says
+    of tools and the template. add_special_tokens, of a prompt: left out is true."""
 
     model: str = Field(max_length=256)
     prompt: str | None = None
     messages: Many[Message] | None = None
     add_special_tokens: bool | None = None
+    tools: Many[Tool] | None = None
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def chat(self) -> ChatRequest | None:
+        """The conversation; None for a prompt. Raises ApiError for what goes with the other."""
+        fields = ("messages", "tools", "chat_template", "chat_template_kwargs")
+        given = {name: getattr(self, name) for name in fields}
+        if (self.prompt is None) == (self.messages is None):
+            raise ApiError(400, "give either prompt or messages", param="prompt")
+        if self.messages is not None:
+            if self.add_special_tokens is False:
+                raise ApiError(
+                    400,
+                    "add_special_tokens is about prompt; a conversation has what its template "
+                    "writes",
+                    param="add_special_tokens",
+                )
+            return ChatRequest(model=self.model, **given)
+        for name in fields:
+            if given[name] is not None:
+                raise ApiError(400, f"{name} is about messages; leave it out", param=name)
+        return None
 
 
 class DetokenizeRequest(_Body):

@@ -29,7 +29,7 @@ def start_chat(
     """A generation to enter and what its answer is. Raises ApiError for what the body asks."""
     settings = context.settings
     params = body.sampling()
-    _check_counts(context, body)
+    check_chat(context, body)
     params = within_ceilings(context, params)
     structure = None
     if body.response_format is not None:
@@ -57,7 +57,8 @@ def start_chat(
     return generation, ChatAnswer
 
 
-def _check_counts(context: Context, body: ChatRequest) -> None:
+def check_chat(context: Context, body: ChatRequest) -> None:
+    """Raises ApiError for an empty or too long conversation, and for tools of one name."""
     settings = context.settings
     for name, items, limit in (
         ("messages", body.messages, settings.max_messages),
@@ -67,6 +68,9 @@ def _check_counts(context: Context, body: ChatRequest) -> None:
             raise ApiError(400, f"{name} has {len(items)} entries, over {limit}", param=name)
     if not body.messages:
         raise ApiError(400, "messages is empty", param="messages")
+    names = [tool.function.name for tool in body.tools or []]
+    if len(set(names)) != len(names):
+        raise ApiError(400, "tools has a name twice", param="tools")
 
 
 def _tool_structure(body: ChatRequest, asked: Structure | None, max_bytes: int) -> Structure | None:
@@ -84,9 +88,7 @@ def _tool_structure(body: ChatRequest, asked: Structure | None, max_bytes: int) 
             "response_format and tools exclude each other; tool_choice 'none' keeps the first",
             param="response_format",
         )
-    names = [tool.function.name for tool in body.tools]
-    if len(set(names)) != len(names):
-        raise ApiError(400, "tools has a name twice", param="tools")
+    names = {tool.function.name for tool in body.tools}
     for name in body.tools_named or []:
         if name not in names:
             raise ApiError(

@@ -106,8 +106,7 @@ def completion_body(message: Message) -> dict[str, Any]:
 def chat_body(message: Message) -> dict[str, Any]:
     values = _as_dict(message)
     values["messages"] = _messages(values)
-    if "tools" in values:
-        values["tools"] = [_tool(each) for each in values["tools"]]
+    _read_template(values)
     choice, allowed = values.pop("tool_choice", ""), values.pop("allowed_tools", None)
     if allowed is not None:
         values["tool_choice"] = _allowed(allowed, choice)
@@ -115,10 +114,6 @@ def chat_body(message: Message) -> dict[str, Any]:
         values["tool_choice"] = choice
     elif choice:
         values["tool_choice"] = {"type": "function", "function": {"name": choice}}
-    if "chat_template_kwargs" in values:
-        values["chat_template_kwargs"] = _json(
-            "chat_template_kwargs", values["chat_template_kwargs"]
-        )
     if "top_logprobs" in values:
         values["logprobs"] = True
     return _body(values)
@@ -133,6 +128,16 @@ def _messages(values: dict[str, Any]) -> list[dict[str, Any]]:
             call["type"] = "function"
             call.get("function", {}).setdefault("arguments", "{}")
     return messages
+
+
+def _read_template(values: dict[str, Any]) -> None:
+    """What a template is given beside messages, from text. Raises ApiError."""
+    if "tools" in values:
+        values["tools"] = [_tool(each) for each in values["tools"]]
+    if "chat_template_kwargs" in values:
+        values["chat_template_kwargs"] = _json(
+            "chat_template_kwargs", values["chat_template_kwargs"]
+        )
 
 
 def _allowed(allowed: dict[str, Any], choice: str) -> dict[str, Any]:
@@ -164,6 +169,7 @@ def tokenize_body(message: Any) -> dict[str, Any]:
         values["messages"] = _messages(values)
     else:
         values.setdefault("prompt", "")
+    _read_template(values)
     return {"model": "", **values}
 
 

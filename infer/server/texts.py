@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from infer.engine.request import NotReadyError
 from infer.server.api_types import (
-    ChatRequest,
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
     refused,
 )
-from infer.server.chat import chat_ids
+from infer.server.chat import chat_ids, check_chat
 from infer.server.completions import place_of, prompt_ids
 from infer.server.errors import ApiError, not_ready
 from infer.server.generation import Arrival, Context
@@ -95,26 +94,16 @@ def _base64(row: list[float]) -> str:
 
 
 async def tokenize(context: Context, body: TokenizeRequest, arrival: Arrival) -> Result:
-    if (body.prompt is None) == (body.messages is None):
-        raise ApiError(400, "give either prompt or messages", param="prompt")
-    has_special = body.add_special_tokens is not False
-    if body.messages is not None and not has_special:
-        raise ApiError(
-            400,
-            "add_special_tokens is about prompt; a conversation has what its template writes",
-            param="add_special_tokens",
-        )
-    limit = context.settings.max_messages
-    if body.messages is not None and len(body.messages) > limit:
-        problem = f"messages has {len(body.messages)} entries, over {limit}"
-        raise ApiError(400, problem, param="messages")
+    chat = body.chat()
+    if chat is not None:
+        check_chat(context, chat)
 
     def ids(lease: Lease) -> list[int]:
-        tokenizer = _tokenizer(lease)
-        if body.messages is None:
-            assert body.prompt is not None
-            return tokenizer.encode(body.prompt, add_special_tokens=has_special)
-        return chat_ids(lease, ChatRequest(model=body.model, messages=body.messages))
+        if chat is not None:
+            return chat_ids(lease, chat)
+        assert body.prompt is not None
+        has_special = body.add_special_tokens is not False
+        return _tokenizer(lease).encode(body.prompt, add_special_tokens=has_special)
 
     async with _lease(context, body.model, arrival) as lease:
         tokens = await context.in_texts(ids, lease)

@@ -13,9 +13,12 @@ from infer.server.run import serve
 from infer.server.settings import Settings
 from llama_jax.demo.make_tokenizer import FOLDER
 from llama_jax.formats.tokenizer import load_tokenizer
+from tests.infer.scripted import word_tokenizer
 from tests.infer.server.scripted_engine import ScriptedEngine, saying
 
 END = 258
+CHATS = "/v1/chat/completions"
+MESSAGES = [{"role": "user", "content": "hi"}]
 _TOKENIZER = None
 
 
@@ -158,3 +161,36 @@ def until(condition, seconds=10.0):
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.01)
+
+
+def events_of(server, path, body):
+    """The events of a stream, parsed, [DONE] as a text."""
+    request = urllib.request.Request(
+        server.url + path,
+        data=json.dumps({"model": "m", "stream": True, **body}).encode(),
+        headers={"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=20) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        raw = response.read()
+    events = []
+    for line in raw.split(b"\n\n")[:-1]:
+        assert line.startswith(b"data: ") and b"\n" not in line
+        data = line.removeprefix(b"data: ").decode()  # each event is whole UTF-8 by itself
+        events.append(data if data == "[DONE]" else json.loads(data))
+    return events
+
+
+def word_server(words, said, **options):
+    """A server whose model says these words, one a token, and whose end token is </s>."""
+    tokenizer = word_tokenizer(
+        words, template="{% for m in messages %}{{ m.content }}{% endfor %}", **options
+    )
+    ids = [tokenizer.token_to_id(word) for word in said]
+    assert None not in ids
+
+    def build(source):
+        engine = ScriptedEngine(tokenizer, lambda request, index: ids, end_tokens=frozenset({1}))
+        return Built(engine, tokenizer)
+
+    return running(build)

@@ -222,6 +222,14 @@ def test_a_conversation_is_tokenized_as_over_rest(client, server):
     turns = [*CHAT["messages"], {"role": "assistant", "content": "é"}]
     wanted = server.call("/tokenize", {"model": "m", "messages": turns})[1]["tokens"]
     assert list(client("Tokenize", model="m", messages=turns).tokens) == wanted
+    template = "{{ tools | tojson }}{{ mood }}{{ messages[0].content }}"
+    tool = {"name": "add", "description": "adds", "parameters": '{"type": "object"}'}
+    listed = {"messages": turns, "chat_template": template}
+    over_rest = {"type": "function", "function": {**tool, "parameters": {"type": "object"}}}
+    body = {"model": "m", **listed, "tools": [over_rest], "chat_template_kwargs": {"mood": "calm"}}
+    fields = {"model": "m", **listed, "tools": [tool], "chat_template_kwargs": '{"mood": "calm"}'}
+    wanted = server.call("/tokenize", body)[1]["tokens"]
+    assert list(client("Tokenize", **fields).tokens) == wanted
     error = refused(lambda: client("Tokenize", model="m", messages=turns, prompt="x"))
     assert "give either prompt or messages" in error.details()
     assert not client("Tokenize", model="m").tokens

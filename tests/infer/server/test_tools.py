@@ -10,9 +10,8 @@ from infer.engine.structure import Grammars
 from infer.server.api_types import Tool
 from infer.server.loaded import Built
 from infer.server.tools import ToolParser, parse_calls
-from tests.infer.server.running import byte_tokenizer, running
+from tests.infer.server.running import MESSAGES, byte_tokenizer, events_of, running
 from tests.infer.server.scripted_engine import ScriptedEngine
-from tests.infer.server.test_generation_routes import events_of
 
 WEATHER = {
     "type": "function",
@@ -30,7 +29,6 @@ TEMPLATE = (
     "{{ call.function.name }}({{ call.function.arguments | tojson }}){% endfor %}{% endfor %}"
 )
 CALL = '{"name": "weather", "arguments": {"place": "Bern"}}'
-MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 class Says:
