@@ -9,9 +9,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from infer.server.api_types import parse
 from infer.server.body import read_body
 from infer.server.generation import Context
+from infer.server.validation import parse
 
 Name = Annotated[str, Field(max_length=256)]
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 from infer.completion import Alternative, Piece, TokenLogprob
 from infer.engine.request import Request, Started, Structure
 from infer.server.answers import Answer, Choice
-from infer.server.api_types import AllowedToolChoice, ChatRequest, NamedTool
+from infer.server.api_types import ChatRequest
 from infer.server.completions import check_length, check_text, within_ceilings
+from infer.server.conversation import AllowedToolChoice, NamedTool
 from infer.server.errors import ApiError
 from infer.server.generation import Arrival, Context, Generation
 from infer.server.loaded import Lease

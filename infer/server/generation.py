@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from infer.completion import Piece
 from infer.engine.request import Failed, Finished, NotReadyError, QueueFullError, Request, Started
 from infer.engine.structure import StructureError
-from infer.server.api_types import refused
 from infer.server.auth import Caller, Gate
 from infer.server.errors import ApiError
 from infer.server.loaded import Lease, Loaded
@@ -27,6 +26,7 @@ from infer.server.models import Models
 from infer.server.pool import Pool
 from infer.server.settings import Settings
 from infer.server.tracing import Times, Traced, Tracing
+from infer.server.validation import refused
 
 logger = logging.getLogger(__name__)
 

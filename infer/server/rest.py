@@ -8,13 +8,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from infer.server.api_types import (
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    parse,
 )
 from infer.server.body import read_body
 from infer.server.chat import start_chat
@@ -23,6 +21,7 @@ from infer.server.errors import unknown_model
 from infer.server.generation import Arrival, Context
 from infer.server.sse import ClientLeftError, EventStream, run_while_connected
 from infer.server.texts import detokenize, embed, tokenize
+from infer.server.validation import Body, parse
 
 _NOT_READY_SECONDS = 2
 VERSION_HEADER = "x-llama-jax-version"

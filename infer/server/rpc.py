@@ -20,13 +20,11 @@ from grpc_reflection.v1alpha import reflection
 from infer.server import rpc_messages as messages
 from infer.server.answers import Answer
 from infer.server.api_types import (
-    Body,
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     EmbeddingRequest,
     TokenizeRequest,
-    validated,
 )
 from infer.server.auth import Caller
 from infer.server.chat import start_chat
@@ -35,6 +33,7 @@ from infer.server.errors import ApiError
 from infer.server.generation import Arrival, Context, Generation
 from infer.server.texts import detokenize, embed, tokenize
 from infer.server.tracing import HEADERS
+from infer.server.validation import Body, validated
 
 logger = logging.getLogger(__name__)
 

@@ -9,17 +9,13 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from infer.engine.request import NotReadyError
-from infer.server.api_types import (
-    DetokenizeRequest,
-    EmbeddingRequest,
-    TokenizeRequest,
-    refused,
-)
+from infer.server.api_types import DetokenizeRequest, EmbeddingRequest, TokenizeRequest
 from infer.server.chat import chat_ids, check_chat
 from infer.server.completions import place_of, prompt_ids
 from infer.server.errors import ApiError, not_ready
 from infer.server.generation import Arrival, Context
 from infer.server.loaded import Lease
+from infer.server.validation import refused
 
 if TYPE_CHECKING:
     from llama_jax.formats.tokenizer import Tokenizer

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Any
 
-from infer.server.api_types import Tool
+from infer.server.conversation import Tool
 
 # These may stand anywhere in an answer.
 _OPENERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")

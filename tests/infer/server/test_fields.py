@@ -10,6 +10,7 @@ from pydantic import BaseModel
 
 from infer.server import api_types
 from infer.server.api_types import IGNORED
+from infer.server.strict import StrictBody
 from tests.infer.server.running import MESSAGES
 
 
@@ -147,7 +148,7 @@ def test_every_field_is_read_or_listed_as_one_that_changes_nothing(server, monke
         read.add((type(body).__name__, name))
         return object.__getattribute__(body, name)
 
-    monkeypatch.setattr(api_types._Body, "__getattribute__", noting, raising=False)
+    monkeypatch.setattr(StrictBody, "__getattribute__", noting, raising=False)
     for path, bodies in BODIES.items():
         for body in bodies:
             assert server.call(path, {"model": "m", **body})[0] == 200, (path, body)

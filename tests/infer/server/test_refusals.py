@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from infer.server import api_types, rest
+from infer.server import rest, validation
 from llama_jax.formats.chat import Rendered
 from llama_jax.formats.tokenizer import Tokenizer
 from tests.infer.server.running import (
@@ -157,13 +157,13 @@ def numbered(value):
 )
 def test_of_very_many_wrong_entries_few_are_read(server, monkeypatch, field, raw):
     told = []
-    invalid = api_types.invalid
+    invalid = validation.invalid
 
     def counting(error):
         told.append(error.error_count())
         return invalid(error)
 
-    monkeypatch.setattr(api_types, "invalid", counting)
+    monkeypatch.setattr(validation, "invalid", counting)
     path = "/v1/completions" if field in ("prompt", "stop", "logit_bias") else CHATS
     rest = f'{{"model": "m", "{"prompt" if path == CHATS else "messages"}": "x"'
     status, body, _ = server.call(path, raw=f'{rest}, "{field or "user"}": {raw}}}'.encode())
@@ -177,7 +177,7 @@ def test_a_body_of_very_many_containers_is_refused_before_any_is_made(server, mo
 
     many_lists = ",".join(["[]"] * 2**17)
     with monkeypatch.context() as patch:
-        patch.setattr(api_types, "from_json", refuse)
+        patch.setattr(validation, "from_json", refuse)
         for field in ("chat_template_kwargs", "prompt", "metadata"):
             raw = f'{{"model": "m", "{field}": {{"a": [{many_lists}]}}}}'.encode()
             status, body, _ = server.call(CHATS, raw=raw)
@@ -197,7 +197,7 @@ def test_long_bodies_and_texts_are_read_in_threads_of_their_own(server, monkeypa
 
     def parse(kind, raw):
         threads.append(threading.current_thread().name)
-        return api_types.parse(kind, raw)
+        return validation.parse(kind, raw)
 
     encode = Tokenizer.encode
 

@@ -12,7 +12,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import infer.server
-from infer.server import api_types, rpc
+from infer.server import rpc, validation
 from infer.server.loaded import Built
 from infer.server.rpc_messages import SERVICE, message_class, service
 from infer.server.settings import Secret, Tenant
@@ -429,7 +429,7 @@ def test_long_messages_are_read_in_threads_of_their_own(client, monkeypatch):
 
     def validated(kind, values):
         threads.append(threading.current_thread().name)
-        return api_types.validated(kind, values)
+        return validation.validated(kind, values)
 
     monkeypatch.setattr(rpc, "validated", validated)
     client("Complete", model="m", prompt="x")

@@ -7,7 +7,7 @@ import openai
 import pytest
 
 from infer.engine.structure import Grammars
-from infer.server.api_types import Tool
+from infer.server.conversation import Tool
 from infer.server.loaded import Built
 from infer.server.tools import ToolParser, parse_calls
 from tests.infer.server.running import MESSAGES, byte_tokenizer, events_of, running
