@@ -8,6 +8,7 @@ import contextlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,8 +40,17 @@ def atomic_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Pa
             _flush(temporary)
             _publish(temporary, final, overwrite=overwrite)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         raise
+
+
+def _remove(folder: Path) -> None:
+    """With what threads of an array store that has failed still put there."""
+    for _ in range(20):
+        shutil.rmtree(folder, ignore_errors=True)
+        if not folder.exists():
+            break
+        time.sleep(0.05)
 
 
 @contextlib.contextmanager

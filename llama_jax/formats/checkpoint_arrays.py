@@ -57,9 +57,10 @@ class ArrayWriter:
             self._writing = pool.submit(copy).result() or []
 
     def wait(self) -> None:
-        with _errors_of_the_system():
+        # For all of them, also where one fails: they write into what is then removed.
+        with _errors_of_the_system(), contextlib.ExitStack() as waiting:
             for part in self._writing:
-                part.result()
+                waiting.callback(part.result)
 
     def finish(self) -> None:
         with _errors_of_the_system():
