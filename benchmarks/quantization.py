@@ -32,6 +32,7 @@ SCHEMES: list[tuple[str, tuple[str, ...]]] = [
     ("none", ()),
     ("int8", ()),
     ("fp8", ()),
+    ("fp8-dynamic", ()),
     ("int8-dynamic", ()),
     ("int8-dynamic, tile 64", ()),
     ("int8-dynamic", ("smoothquant",)),

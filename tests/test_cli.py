@@ -197,7 +197,7 @@ def test_the_offered_schemes_are_those_of_the_library() -> None:
     from llama_jax.weights import quantize
 
     # Stated twice so that --help needs no JAX.
-    assert set(SCHEMES) == {*quantize.SCHEMES, *quantize.INTEGER_SCHEMES, "qat"}
+    assert set(SCHEMES) == {*quantize.SCHEMES, *quantize.ROUNDING_SCHEMES, "qat"}
 
 
 def test_overrides_may_stand_behind_flags(capsys):

@@ -156,7 +156,7 @@ class Settings:
     cache: str | None = _setting(None, "slots or pages; None is pages on TPUs and on a mesh")
     mesh: str | None = _setting(None, "devices that share the model, such as tensor=4")
     quantization: str | None = _setting(
-        None, "int8, int4, nf4, fp8, int8-dynamic or int4-dynamic, made while loading"
+        None, "int8, int4, nf4, fp8, int8-dynamic, int4-dynamic or fp8-dynamic, made while loading"
     )
     exact: bool = _setting(True, "no answer depends on who else asks; without, one alone is faster")
     dtype: str | None = _setting(None, "of computation; None is the rule of generate")

@@ -1,9 +1,10 @@
 """Quantizes the matrices of a model; OUT is a checkpoint folder of about that size.
 
 int8 and fp8 have one scale for each output channel, int4 and nf4 one for every 64 values. With
--dynamic or -static behind them, int8 and int4 round activations to int8 too and multiply integers:
-with a scale for each token at run time (with --tile: for each tile of a token), or fixed ones
-measured on the rows of --calibration, whose labels are not read. --method loses less than rounding
+-dynamic or -static behind them, int8 and int4 round activations to int8 too and multiply integers,
+and fp8 rounds them to fp8: with a scale for each token at run time (of int8 and int4 with --tile:
+for each tile of a token), or fixed ones measured on the rows of --calibration, whose labels are not
+read. --method loses less than rounding
 to nearest does: smoothquant and awq scale channels before it, gptq chooses codes by the inputs they
 meet. qat makes integers of a model trained with method qat, as it was trained to have them.
 Embedding, head and router stay as they are unless --all is given. But for -static and --method,
@@ -21,7 +22,7 @@ EXAMPLE = "llama-jax quantize smollm2-135m models/smollm2-int8 --scheme int8"
 
 SCHEMES = (
     *("int8", "int4", "nf4", "fp8"),
-    *("int8-dynamic", "int8-static", "int4-dynamic", "int4-static"),
+    *("int8-dynamic", "int8-static", "int4-dynamic", "int4-static", "fp8-dynamic", "fp8-static"),
     "qat",
 )
 METHODS = ("smoothquant", "awq", "gptq")

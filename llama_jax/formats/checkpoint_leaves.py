@@ -10,12 +10,13 @@ from qwix import QArray
 
 from llama_jax import tree
 from llama_jax.weights.adapted import LoraTensor, SavedTensor
-from llama_jax.weights.quantized import IntegerTensor, PackedScale, PackedTensor
+from llama_jax.weights.quantized import Float8Tensor, IntegerTensor, PackedScale, PackedTensor
 from llama_jax.weights.tensors import QatTensor
 
 _LEAF_TYPES: dict[str, Any] = {
     cls.__name__: cls
     for cls in (
+        Float8Tensor,
         IntegerTensor,
         LoraTensor,
         SavedTensor,

@@ -40,15 +40,11 @@ _GROUP_FIELDS = {"targets", "weights", "input_activations", "output_activations"
 
 @dataclass(frozen=True)
 class Stored:
-    """How the files hold a matrix. is_packed: as `weight_packed`; per_tensor: it has one scale;
-    has_input_scale: `input_scale` lies beside it; float_inputs: other readers round its inputs to
-    float8."""
+    """How the files hold a matrix. is_packed: as `weight_packed`; per_tensor: it has one scale."""
 
     kind: Kind
     is_packed: bool
     per_tensor: bool
-    has_input_scale: bool
-    float_inputs: bool
 
 
 @dataclass(frozen=True)
@@ -155,8 +151,8 @@ def _stored(described: CompressedConfig, row: Weight) -> Stored | None:
         )
     if stored.kind.activations is not None and ".experts." in row.path:
         raise ValueError(
-            f"input_activations of {row.path} are rounded to int8, but experts are multiplied in "
-            f"groups of tokens, which takes full numbers; quantize their weights alone"
+            f"input_activations of {row.path} are rounded, but experts are multiplied in groups of "
+            f"tokens, which takes full numbers; quantize their weights alone"
         )
     return stored
 
@@ -218,11 +214,9 @@ def _how(where: str, group: dict[str, Any], given: str) -> Stored:
             f"{SUPPORTED}"
         )
     return Stored(
-        Kind(weights.num_bits, weights.is_float, tile, None if weights.is_float else activations),
+        Kind(weights.num_bits, weights.is_float, tile, activations),
         is_packed=is_packed,
         per_tensor=weights.strategy == "tensor",
-        has_input_scale=activations == "static",
-        float_inputs=weights.is_float and activations is not None,
     )
 
 

@@ -14,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 METHOD = "compressed-tensors"
@@ -43,6 +44,11 @@ class Kind:
             return FLOAT_FORMAT
         return INT_FORMAT if self.bits == 8 and self.activations else PACKED_FORMAT
 
+    @property
+    def code_dtype(self) -> np.dtype[Any]:
+        """Of codes that are not packed."""
+        return np.dtype(ml_dtypes.float8_e4m3fn if self.is_float else np.int8)
+
     def to_config(self) -> dict[str, Any]:
         """A group of `quantization_config`, for all linear layers that are not ignored."""
         weights = {
@@ -58,7 +64,7 @@ class Kind:
             is_dynamic = self.activations == "dynamic"
             inputs = {
                 "num_bits": 8,
-                "type": "int",
+                "type": weights["type"],
                 "symmetric": True,
                 "dynamic": is_dynamic,
                 "strategy": "token" if is_dynamic else "tensor",

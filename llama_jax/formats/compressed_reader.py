@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from qwix import QArray
 
@@ -20,7 +19,7 @@ from llama_jax.formats.compressed_config import Stored, modules
 from llama_jax.formats.compressed_kind import HIGH_BITS
 from llama_jax.formats.safetensors import SafetensorsFile
 from llama_jax.weights.leaf import Leaf
-from llama_jax.weights.quantized import IntegerTensor, PackedTensor
+from llama_jax.weights.quantized import Float8Tensor, IntegerTensor, PackedTensor
 from llama_jax.weights.table import Weight
 
 # Shapes and dtypes that a tensor of a file may have.
@@ -49,15 +48,14 @@ def allowed_tensors(row: Weight, stored: Stored) -> Iterator[tuple[str, Allowed]
             "weight_shape": (((2,),), ("int64", "int32")),
         }
     else:
-        dtype = _code_dtype(stored).name
-        parts = {"weight": (((out, size),), (dtype,))}
+        parts = {"weight": (((out, size),), (kind.code_dtype.name,))}
     scales: tuple[tuple[int, ...], ...] = ((out, kind.num_tiles(size)),)
     if stored.per_tensor:
         scales = (*_ONE, (1, 1))
     elif kind.tile is None:
         scales = (*scales, (out,))
     parts["weight_scale"] = (scales, FLOAT_DTYPES)
-    if stored.has_input_scale:
+    if kind.activations == "static":
         parts["input_scale"] = (_ONE, FLOAT_DTYPES)
     for module in modules(row):
         for part, allowed in parts.items():
@@ -77,10 +75,6 @@ def check_shapes(
             yield f"{name} says {found}, expected {list(row.shape[-2:])}"
 
 
-def _code_dtype(stored: Stored) -> np.dtype[Any]:
-    return np.dtype(ml_dtypes.float8_e4m3fn if stored.kind.is_float else np.int8)
-
-
 def abstract_leaf(row: Weight, stored: Stored) -> Leaf:
     """The quantized leaf of a row of the weight table, with shape structs for arrays."""
     *lead, size = row.shape
@@ -91,12 +85,12 @@ def abstract_leaf(row: Weight, stored: Stored) -> Leaf:
         packed = jax.ShapeDtypeStruct((*lead, math.ceil(size / 2)), jnp.uint8)
         base = PackedTensor(packed, scale, "int4", size, kind.tile or size)
     else:
-        base = QArray(jax.ShapeDtypeStruct(row.shape, _code_dtype(stored)), scale)
+        base = QArray(jax.ShapeDtypeStruct(row.shape, kind.code_dtype), scale)
     if kind.activations is None:
         return base
     static = kind.activations == "static"
     inputs = jax.ShapeDtypeStruct(row.shape[:-2], jnp.float32) if static else None
-    return IntegerTensor(base, inputs)
+    return (Float8Tensor if kind.is_float else IntegerTensor)(base, inputs)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 config.json says in `quantization_config` what the matrices hold; `compressed_kind.py` says how:
 
     int8-dynamic, int8-static                   int-quantized
-    fp8                                         float-quantized
+    fp8, fp8-dynamic, fp8-static                float-quantized
     int8, int4, int4-dynamic, int4-static       pack-quantized
 
 `weight_scale` is float32. Readers make scales of tokens themselves, and may divide by 127.5 where
@@ -29,7 +29,7 @@ from llama_jax.formats.hf import in_file_order, write_descriptions
 from llama_jax.formats.safetensors import TensorSpec, parse_bytes, write_sharded
 from llama_jax.weights.adapted import is_adapted
 from llama_jax.weights.leaf import Leaf
-from llama_jax.weights.quantized import IntegerTensor, PackedTensor
+from llama_jax.weights.quantized import IntegerTensor, PackedTensor, RoundedInputs
 from llama_jax.weights.table import Weight
 
 _TARGET = "a compressed-tensors folder"
@@ -129,8 +129,8 @@ def _kind(path: str, leaf: Leaf) -> Kind:
             f"or export with --format hf --merge"
         )
     activations = None
-    if isinstance(leaf, IntegerTensor):
-        if leaf.base.scale.shape[-1] > 1:
+    if isinstance(leaf, RoundedInputs):
+        if isinstance(leaf, IntegerTensor) and leaf.is_tiled:
             raise ValueError(
                 f"{path} is multiplied tile by tile, with scales of activations that "
                 f"compressed-tensors does not have; quantize without --tile"
@@ -185,7 +185,7 @@ def _parts(leaf: Leaf, kind: Kind, shape: tuple[int, ...]) -> list[tuple[str, An
             ("weight_shape", np.int64, (2,)),
         ]
     else:
-        parts = [("weight", leaf.qvalue.dtype if kind.is_float else np.int8, shape)]
+        parts = [("weight", kind.code_dtype, shape)]
     parts.append(("weight_scale", np.float32, (out, kind.num_tiles(size))))
     if kind.activations == "static":
         parts.append(("input_scale", np.float32, (1,)))
@@ -196,7 +196,7 @@ def _values(leaf: Leaf, part: str, kind: Kind) -> np.ndarray:
     """A part of one matrix, whose arrays lie on the host."""
     if part == "input_scale":
         return np.asarray(leaf.activation_scale, np.float32)
-    base: Leaf = leaf.base if isinstance(leaf, IntegerTensor) else leaf
+    base: Leaf = leaf.base if isinstance(leaf, RoundedInputs) else leaf
     if part == "weight_scale":
         return np.asarray(base.scale.astype(np.float32))
     if part == "weight_shape":

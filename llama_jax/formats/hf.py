@@ -75,7 +75,6 @@ def load_hf(
     else:
         dtypes = dict.fromkeys(table, np.dtype(jnp.dtype(wanted)))
         _report_rounding(source, wanted)
-    _report_inputs(source)
     config = source.config.replace(dtype=wanted or source.config.dtype)
     abstract = tree.unflatten(
         {
@@ -139,19 +138,6 @@ def _report_rounding(source: HFFolder, wanted: str) -> None:
             len(stored),
             "/".join(sorted({d.name for d in wide})),
             wanted,
-        )
-
-
-def _report_inputs(source: HFFolder) -> None:
-    """One line in the log where other readers round what goes into float8 weights."""
-    rounded = [path for path, how in source.stored.items() if how.float_inputs]
-    if rounded:
-        logger.warning(
-            "%s: config.json has the inputs of %d weights (%s, ...) rounded to float8; here they "
-            "keep the bits they have, as readers do without products of float8",
-            source.path,
-            len(rounded),
-            rounded[0],
         )
 
 

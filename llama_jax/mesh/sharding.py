@@ -19,7 +19,7 @@ from qwix import QArray
 from llama_jax import tree
 from llama_jax.config import DEFAULT_RULES, MESH_AXES, LogicalRules, ModelConfig
 from llama_jax.weights.adapted import LoraTensor, SavedTensor
-from llama_jax.weights.quantized import IntegerTensor, PackedTensor
+from llama_jax.weights.quantized import PackedTensor, RoundedInputs
 from llama_jax.weights.table import axis_sizes, weight_table
 from llama_jax.weights.tensors import QatTensor, narrowed
 
@@ -203,9 +203,10 @@ def _leaf(leaf: Any, axes: tuple[str | None, ...], mesh: Mesh, rules: LogicalRul
         )
     if isinstance(leaf, QatTensor):
         return dataclasses.replace(leaf, weight=named(axes))
-    if isinstance(leaf, IntegerTensor):
+    if isinstance(leaf, RoundedInputs):
         scale = None if leaf.activation_scale is None else named(axes[:-2])
-        return IntegerTensor(_leaf(leaf.base, axes, mesh, rules), scale)
+        base = _leaf(leaf.base, axes, mesh, rules)
+        return dataclasses.replace(leaf, base=base, activation_scale=scale)
     if isinstance(leaf, PackedTensor):
         return jax.tree.map(divided, leaf)
     if isinstance(leaf, QArray):
@@ -231,7 +232,7 @@ def gathered(
     if isinstance(leaf, QatTensor):
         # In its own dtype: rounding before the rounding would make other codes than conversion.
         return dataclasses.replace(leaf, weight=gathered(leaf.weight, axes, leaf.dtype, rules))
-    if isinstance(leaf, IntegerTensor):
+    if isinstance(leaf, RoundedInputs):
         return dataclasses.replace(leaf, base=_gathered_parts(leaf.base, axes, rules))
     if isinstance(leaf, PackedTensor | QArray):
         return _gathered_parts(leaf, axes, rules)

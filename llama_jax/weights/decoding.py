@@ -15,9 +15,10 @@ import numpy as np
 from qwix import QArray
 
 from llama_jax.config import Compute
+from llama_jax.weights.float8 import as_float8
 from llama_jax.weights.integers import in_tiles, integer_sums, rescaled, rounded
 from llama_jax.weights.leaf import Leaf
-from llama_jax.weights.quantized import IntegerTensor, PackedTensor, is_quantized
+from llama_jax.weights.quantized import Float8Tensor, IntegerTensor, PackedTensor, is_quantized
 from llama_jax.weights.tensors import DecodingTensor, to_array
 
 _FEW_ROWS = 48
@@ -33,6 +34,9 @@ def decoding_product(x: jax.Array, weight: DecodingTensor, compute: Compute) -> 
     leaf = weight.array
     if not is_quantized(leaf):
         return _rows(x, leaf.astype(x.dtype), weight, compute)
+    if isinstance(leaf, Float8Tensor):
+        inputs = as_float8(x, leaf.activation_scale).astype(x.dtype)
+        return _dequantized_product(inputs, leaf.base, weight, compute)
     if not isinstance(leaf, IntegerTensor):
         return _dequantized_product(x, leaf, weight, compute)
     wide = x.astype(jnp.float32)

@@ -14,9 +14,16 @@ from llama_jax.config import Compute
 from llama_jax.weights import qat
 from llama_jax.weights.adapted import DroppedLora, LoraTensor, SavedTensor, StackedLora
 from llama_jax.weights.decoding import decoding_product, plain_product
+from llama_jax.weights.float8 import as_float8
 from llama_jax.weights.integers import integer_product
 from llama_jax.weights.leaf import Leaf
-from llama_jax.weights.quantized import IntegerTensor, PackedTensor, is_quantized
+from llama_jax.weights.quantized import (
+    Float8Tensor,
+    IntegerTensor,
+    PackedTensor,
+    RoundedInputs,
+    is_quantized,
+)
 from llama_jax.weights.tensors import DecodingTensor, QatTensor, to_array
 
 
@@ -56,6 +63,9 @@ def _product(x: jax.Array, weight: Leaf, compute: Compute) -> jax.Array:
         return base + plain_product(low, weight.lora_b.astype(x.dtype), compute, contracted=0)
     if isinstance(weight, IntegerTensor):
         return integer_product(x, weight).astype(compute.accumulation_dtype)
+    if isinstance(weight, Float8Tensor):
+        x = as_float8(x, weight.activation_scale).astype(x.dtype)
+        return _product(x, weight.base, compute)
     if isinstance(weight, QatTensor):
         wide = x.astype(jnp.float32), weight.weight.astype(jnp.float32)
         rounded = qat.product(*wide, bits=weight.bits, backward=weight.backward)
@@ -80,7 +90,7 @@ def embed(weight: Leaf, ids: jax.Array, *, compute: Compute) -> jax.Array:
         return (rows + update * weight.scale.astype(jnp.float32)).astype(dtype)
     if isinstance(weight, QatTensor):
         return embed(weight.dequantize(), ids, compute=compute)
-    if isinstance(weight, IntegerTensor):
+    if isinstance(weight, RoundedInputs):
         return embed(weight.base, ids, compute=compute)
     if isinstance(weight, DecodingTensor):
         return embed(weight.array, ids, compute=compute)

@@ -28,8 +28,8 @@ from llama_jax.weights.leaf import Leaf
 from llama_jax.weights.quantize import Quantization, Scheme, to_codes
 from llama_jax.weights.quantized import (
     NF4_VALUES,
-    IntegerTensor,
     PackedTensor,
+    RoundedInputs,
     is_quantized,
     pack_nibbles,
 )
@@ -180,14 +180,14 @@ def _values(codes: jax.Array, scheme: Scheme) -> jax.Array:
 
 def _column_scales(leaf: Leaf) -> jax.Array:
     """The scale of each value, float32 [..., out, in]."""
-    base = leaf.base if isinstance(leaf, IntegerTensor) else leaf
+    base = leaf.base if isinstance(leaf, RoundedInputs) else leaf
     scale = base.scale.astype(jnp.float32)
     tile = base.tile if isinstance(base, PackedTensor) else base.shape[-1] // scale.shape[-1]
     return jnp.repeat(scale, tile, axis=-1)[..., : base.shape[-1]]
 
 
 def _with_codes(leaf: Leaf, codes: jax.Array) -> Leaf:
-    if isinstance(leaf, IntegerTensor):
+    if isinstance(leaf, RoundedInputs):
         return dataclasses.replace(leaf, base=_with_codes(leaf.base, codes))
     if isinstance(leaf, PackedTensor):
         return dataclasses.replace(leaf, packed=pack_nibbles(codes))

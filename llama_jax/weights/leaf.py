@@ -7,8 +7,8 @@ the shape of the matrix it stands for. What multiplies them is in `dot.py`.
 
 from typing import Any
 
-# jax.Array | QArray | PackedTensor | IntegerTensor | QatTensor | DecodingTensor | TappedTensor |
-# LoraTensor | StackedLora | SavedTensor
+# jax.Array | QArray | PackedTensor | IntegerTensor | Float8Tensor | QatTensor | DecodingTensor |
+# TappedTensor | LoraTensor | StackedLora | SavedTensor
 Leaf = Any
 # An array, or what stands for one in a tree of shardings, shapes or booleans.
 Array = Any

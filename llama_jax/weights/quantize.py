@@ -8,10 +8,11 @@ where short rows or tiles would pass it with float32 scales, scales are bfloat16
 quantization scales of long rows take eight bits, which makes 4.14 bits a weight.
 
 A scheme is a row of `SCHEMES`; a new one is a new row, and a branch in `to_array` if its leaf is
-new. With `-dynamic` or `-static` behind them, `int8` and `int4` round activations to int8 as well,
-and products are those of integers: with a scale for each token at run time, or with one for each
-weight from `calibrate`. Weights then have one float32 scale for each output, or, with a tile, both
-have one for each tile of a row, and sums are made tile by tile.
+new. With `-dynamic` or `-static` behind them, activations are rounded as well: with a scale for
+each token at run time, or with one for each weight from `calibrate`. Those of `int8` and `int4` are
+rounded to int8, and products are those of integers. Weights then have one float32 scale for each
+output, or, with a tile, both have one for each tile of a row, and sums are made tile by tile. Those
+of `fp8` are rounded to float8, and multiplied as the numbers they then stand for.
 """
 
 import functools
@@ -27,13 +28,16 @@ from qwix import QArray
 from llama_jax import tree
 from llama_jax.config import ModelConfig
 from llama_jax.weights.adapted import LoraTensor, is_adapted
+from llama_jax.weights.float8 import LARGEST
 from llama_jax.weights.leaf import Leaf
 from llama_jax.weights.quantized import (
     NF4_VALUES,
     Codebook,
+    Float8Tensor,
     IntegerTensor,
     PackedScale,
     PackedTensor,
+    RoundedInputs,
     is_quantized,
     num_tiles,
     pack_nibbles,
@@ -75,12 +79,14 @@ SCHEMES: dict[str, Scheme] = {
     "int8": Scheme(127.0, None, _integers),
     "int4": Scheme(7.0, 64, _integers, "int4"),
     "nf4": Scheme(1.0, 64, _nearest_nf4, "nf4"),
-    "fp8": Scheme(float(jnp.finfo(jnp.float8_e4m3fn).max), None, _float8),
+    "fp8": Scheme(LARGEST, None, _float8),
 }
 
-# Schemes whose products are those of integers, with where the scales of activations are from.
+# Schemes that round activations too, with where their scales are from; the first are those whose
+# products are of integers.
 _ACTIVATIONS = ("dynamic", "static")
 INTEGER_SCHEMES = tuple(f"{name}-{how}" for name in ("int8", "int4") for how in _ACTIVATIONS)
+ROUNDING_SCHEMES = (*INTEGER_SCHEMES, *(f"fp8-{how}" for how in _ACTIVATIONS))
 
 # Bytes of a four-bit weight, its share of the scale included.
 _BUDGET_BYTES = 0.6
@@ -116,14 +122,14 @@ class Quantization:
     peaks: Mapping[str, jax.Array] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        if self.scheme not in (*SCHEMES, *INTEGER_SCHEMES):
+        if self.scheme not in (*SCHEMES, *ROUNDING_SCHEMES):
             raise ValueError(
-                f"scheme is {self.scheme!r}; allowed are {', '.join((*SCHEMES, *INTEGER_SCHEMES))}"
+                f"scheme is {self.scheme!r}; allowed are {', '.join((*SCHEMES, *ROUNDING_SCHEMES))}"
             )
         if self.activations is not None and self.double:
             raise ValueError(
-                f"scheme {self.scheme} has few scales, which sums of integers are multiplied with; "
-                f"leave double quantization out"
+                f"scheme {self.scheme} has few scales, which sums are multiplied with; leave "
+                f"double quantization out"
             )
         if self.activations == "static" and self.tile is not None:
             raise ValueError(
@@ -183,7 +189,8 @@ class Quantization:
             raise ValueError(
                 f"scheme {self.scheme} would round the inputs of {experts[0]}, but experts are "
                 f"multiplied in groups of tokens, which takes full numbers; skip them (experts, "
-                f"role:embedding, role:head, role:router), or choose {self.scheme[:4]}"
+                f"role:embedding, role:head, role:router), or choose "
+                f"{self.scheme.partition('-')[0]}"
             )
         if self.peaks is not None and (lacking := sorted(paths - set(self.peaks))):
             raise ValueError(
@@ -207,7 +214,9 @@ class Quantization:
         quantized, finite = _quantize(weight, self)
         if self.activations is not None:
             peak = None if self.peaks is None else self.peaks[path]
-            quantized = IntegerTensor(quantized, None if peak is None else _input_scale(peak))
+            kind = IntegerTensor if self.scheme in INTEGER_SCHEMES else Float8Tensor
+            scale = None if peak is None else input_scale(peak, largest=kind.largest_input)
+            quantized = kind(quantized, scale)
         # Under `jax.eval_shape` there are shapes and no values to look at.
         if not isinstance(finite, jax.core.Tracer) and not finite:
             raise ValueError(f"{path} holds values that are not finite and cannot be quantized")
@@ -253,19 +262,21 @@ def stored_types(params: tree.Tree) -> str | None:
     kinds: set[str] = set()
     for leaf in tree.flatten(params).values():
         base = leaf.base if isinstance(leaf, LoraTensor) else leaf
-        if isinstance(base, IntegerTensor):
-            how = "dynamic" if base.activation_scale is None else "static"
-            kinds.add(f"int{4 if isinstance(base.base, PackedTensor) else 8}-{how}")
-        elif isinstance(base, PackedTensor):
-            kinds.add(base.codebook)
+        how = ""
+        if isinstance(base, RoundedInputs):
+            how = "-dynamic" if base.activation_scale is None else "-static"
+            base = base.base
+        if isinstance(base, PackedTensor):
+            kinds.add(base.codebook + how)
         elif isinstance(base, QArray):
-            kinds.add(str(jnp.dtype(base.qtype)))
+            kinds.add(f"{jnp.dtype(base.qtype)}{how}")
     return ", ".join(sorted(kinds)) or None
 
 
-def _input_scale(peak: jax.Array) -> jax.Array:
-    """Of inputs that are zero throughout, one."""
-    return jnp.where(peak > 0, peak / 127, 1.0).astype(jnp.float32)
+def input_scale(peak: jax.Array, *, largest: float) -> jax.Array:
+    """What the largest magnitude of inputs is divided by to become `largest`; of inputs that are
+    zero throughout, one."""
+    return jnp.where(peak > 0, peak / largest, 1.0).astype(jnp.float32)
 
 
 def _check_leaf(path: str, leaf: Leaf, how: Quantization) -> None:

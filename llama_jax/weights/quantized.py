@@ -2,18 +2,19 @@
 
 Eight-bit tensors are Qwix's `QArray` (int8 and fp8 values, scales per channel or tile), four-bit
 ones are `PackedTensor`: a CPU stores an int4 array in one byte a value. Their scales may be packed
-too, in eight bits (`PackedScale`). Where activations are rounded as well and the product is one of
-integers, either lies in an `IntegerTensor`. What makes them is in `quantize.py`.
+too, in eight bits (`PackedScale`). Where inputs are rounded as well (`RoundedInputs`), integers lie
+in an `IntegerTensor` and fp8 values in a `Float8Tensor`. What makes them is in `quantize.py`.
 """
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from qwix import QArray
 
+from llama_jax.weights.float8 import LARGEST
 from llama_jax.weights.leaf import Array, Leaf, OfBase
 
 Codebook = Literal["int4", "nf4"]
@@ -142,19 +143,29 @@ class PackedTensor:
         return values * scale[..., : self.size]
 
 
-@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class IntegerTensor(OfBase):
-    """A matrix of int8 or int4 values that activations are multiplied with as integers.
-
-    base: int8 values in a QArray or int4 ones in a PackedTensor, a float32 scale for each output
-    or for each tile of a row. Activations are rounded to int8 first: with a scale of their own for
-    each token (and tile) where activation_scale is None, else with that, [...], one number for each
-    matrix of the stack.
-    """
+class RoundedInputs(OfBase):
+    """A quantized matrix whose inputs are rounded as well, before they are multiplied: with a scale
+    of their own for each token where activation_scale is None, else with that, [...], one number
+    for each matrix of the stack."""
 
     base: QArray | PackedTensor
     activation_scale: Array | None
+
+    # What the largest magnitude of a token becomes.
+    largest_input: ClassVar[float]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class IntegerTensor(RoundedInputs):
+    """A matrix of int8 or int4 values that inputs are multiplied with as integers.
+
+    base: int8 values in a QArray or int4 ones in a PackedTensor, a float32 scale for each output
+    or for each tile of a row; inputs, rounded to int8, then have one for each tile of a token.
+    """
+
+    largest_input = 127.0
 
     @property
     def is_tiled(self) -> bool:
@@ -174,8 +185,16 @@ class IntegerTensor(OfBase):
         return self.base.qvalue
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Float8Tensor(RoundedInputs):
+    """A matrix of float8 values whose inputs are rounded to float8. base: a QArray of any tile."""
+
+    largest_input = LARGEST
+
+
 def is_quantized(leaf: Leaf) -> bool:
-    return isinstance(leaf, QArray | PackedTensor | IntegerTensor)
+    return isinstance(leaf, QArray | PackedTensor | RoundedInputs)
 
 
 def num_tiles(size: int, tile: int) -> int:

@@ -21,8 +21,9 @@ import numpy as np
 from llama_jax import tree
 from llama_jax.config import Compute, ModelConfig
 from llama_jax.weights.cut import check_plain
+from llama_jax.weights.float8 import LARGEST, as_float8
 from llama_jax.weights.inputs import first_inputs, layers_of, run_layer
-from llama_jax.weights.quantize import Quantization
+from llama_jax.weights.quantize import INTEGER_SCHEMES, Quantization, input_scale
 from llama_jax.weights.tensors import to_array
 
 # Which exponents are tried, as in AWQ's own search; nothing at all is tried too.
@@ -163,7 +164,7 @@ def _search(
     def error(scale: jax.Array) -> jax.Array:
         x = inputs / scale
         if how.activations is not None:
-            x = _rounded(x, (peak / scale).max() if is_static else None, how.tile)
+            x = _rounded(x, (peak / scale).max() if is_static else None, how)
         total = jnp.float32(0)
         for weight, right in zip(wide, exact, strict=True):
             rounded = to_array(how.apply("the weight", weight * scale))
@@ -197,10 +198,13 @@ def _awq(mean: jax.Array) -> jax.Array:
     return ratio / jnp.sqrt(ratio.max(axis=1) * ratio.min(axis=1))[:, None]
 
 
-def _rounded(x: jax.Array, peak: jax.Array | None, tile: int | None) -> jax.Array:
-    """Activations as int8 stands for them, by token (and tile) or with one largest value."""
+def _rounded(x: jax.Array, peak: jax.Array | None, how: Quantization) -> jax.Array:
+    """Activations as what they are rounded to stands for them, by token (and tile of int8) or with
+    one largest value."""
+    if how.scheme not in INTEGER_SCHEMES:
+        return as_float8(x, None if peak is None else input_scale(peak, largest=LARGEST))
     size = x.shape[-1]
-    tile = min(tile or size, size)
+    tile = min(how.tile or size, size)
     padded = jnp.pad(x, ((0, 0), (0, -size % tile))).reshape(len(x), -1, tile)
     largest = jnp.abs(padded).max(axis=-1, keepdims=True) if peak is None else peak
     scale = jnp.where(largest > 0, largest / 127, 1.0)

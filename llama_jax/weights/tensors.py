@@ -12,7 +12,7 @@ from qwix import QArray
 from llama_jax.weights.adapted import LoraTensor, SavedTensor
 from llama_jax.weights.leaf import Array, Leaf
 from llama_jax.weights.qat import Backward, codes
-from llama_jax.weights.quantized import IntegerTensor, PackedTensor
+from llama_jax.weights.quantized import PackedTensor, RoundedInputs
 
 
 @jax.tree_util.register_dataclass
@@ -141,7 +141,7 @@ def _to_float32(leaf: Leaf) -> jax.Array:
         return _to_float32(leaf.base) + leaf.delta()
     if isinstance(leaf, SavedTensor):
         return _to_float32(leaf.saved)
-    if isinstance(leaf, IntegerTensor):
+    if isinstance(leaf, RoundedInputs):
         return _to_float32(leaf.base)
     if isinstance(leaf, PackedTensor | QatTensor):
         return leaf.dequantize()

@@ -23,7 +23,7 @@ from llama_jax.mesh.sharding import make_mesh
 from llama_jax.model.transformer import forward
 from llama_jax.weights.calibrate import calibrate
 from llama_jax.weights.quantize import Quantization, quantize
-from llama_jax.weights.quantized import IntegerTensor, PackedTensor, is_quantized
+from llama_jax.weights.quantized import Float8Tensor, IntegerTensor, PackedTensor, is_quantized
 from llama_jax.weights.table import weight_table
 from llama_jax.weights.tensors import to_array
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
@@ -133,6 +133,9 @@ def scale_of(weight, arguments):
         ("int4", {"tile": 32}),
         ("fp8", {}),
         ("fp8", {"tile": 16}),
+        ("fp8-dynamic", {}),
+        ("fp8-dynamic", {"tile": 16}),
+        ("fp8-static", {}),
         ("int8-dynamic", {}),
         ("int8-static", {}),
         ("int4-dynamic", {}),
@@ -217,26 +220,16 @@ def test_weights_are_those_that_the_package_makes(tmp_path, case, dtype):
         ours = torch.from_numpy(np.array(found[name])).to(dtype).float().numpy()
         np.testing.assert_array_equal(ours, value, err_msg=name)
     leaf = leaves["layers.mlp.up_proj.weight"]
-    if case in ("W8A8", "W4A8"):
-        assert isinstance(leaf, IntegerTensor) and leaf.activation_scale is None
-    elif case == "W8A8-static":
+    if case in ("W8A8", "W4A8", "FP8-dynamic"):
+        kind = Float8Tensor if case.startswith("FP8") else IntegerTensor
+        assert isinstance(leaf, kind) and leaf.activation_scale is None
+    elif case in ("W8A8-static", "FP8"):
         scale = np.float32(torch.tensor(0.05, dtype=dtype).float())
         np.testing.assert_array_equal(leaf.activation_scale, [scale] * 2)
     else:
         assert isinstance(leaf, PackedTensor) == case.startswith("W4")
     plain = {str(leaf.dtype) for leaf in leaves.values() if not is_quantized(leaf)}
     assert plain == {str(dtype).removeprefix("torch.")}
-
-
-def test_inputs_of_float8_weights_are_not_rounded_and_that_is_said(tmp_path, caplog):
-    foreign(tmp_path / "a", *CASES["FP8-dynamic"][1:], format="float-quantized")
-    with caplog.at_level("WARNING"):
-        load_hf(tmp_path / "a")
-    assert "inputs of 7 weights" in caplog.text
-    caplog.clear()
-    _, folder = written(tmp_path / "b", "fp8")
-    load_hf(folder)
-    assert not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -544,5 +537,5 @@ def test_experts_keep_their_inputs(tmp_path):
             weights={"num_bits": 4, "strategy": "channel"}, input_activations=TOKEN
         ),
     )
-    with pytest.raises(ValueError, match="input_activations of .*experts.* are rounded to int8"):
+    with pytest.raises(ValueError, match="input_activations of .*experts.* are rounded"):
         load_hf(tmp_path / "a")

@@ -14,7 +14,7 @@ from llama_jax.weights.adapted import LoraTensor
 from llama_jax.weights.dot import dot
 from llama_jax.weights.lora import add_lora
 from llama_jax.weights.lora_config import LoraConfig
-from llama_jax.weights.quantize import INTEGER_SCHEMES, SCHEMES, Quantization
+from llama_jax.weights.quantize import ROUNDING_SCHEMES, SCHEMES, Quantization
 from llama_jax.weights.tensors import DecodingTensor, to_array
 from tests.adapters import trained
 from tests.tiny import quantize_array, tiny_config, tiny_tokens
@@ -84,7 +84,7 @@ def test_static_scales_stay():
         )
 
 
-@pytest.mark.parametrize("scheme", [*SCHEMES, *INTEGER_SCHEMES])
+@pytest.mark.parametrize("scheme", [*SCHEMES, *ROUNDING_SCHEMES])
 def test_a_quantized_model_made_for_decoding_is_the_same_model(scheme):
     config, tokens = tiny_config(), tiny_tokens(2, 12)
     params = quantized(scheme)
