@@ -1,7 +1,9 @@
 """Files of rows, local or remote: JSON lines, JSON arrays, CSV, Parquet, also compressed."""
 
+import bz2
 import codecs
 import csv
+import gzip
 import io
 import lzma
 import sys
@@ -15,14 +17,18 @@ import fsspec
 
 from llama_jax.paths import to_path
 from train.data.rows import OPTIONAL_KEYS, parse_json
-from train.data.unpacking import BoundedReader
+from train.data.unpacking import BoundedReader, Members
 
 PACKAGE_PREFIX = "package:"
 # Values of one row as the file has them, and where they stand.
 Values = tuple[str, Any]
 Reader = Callable[[BinaryIO, str], Iterator[Values]]
 
-_COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz"}
+_UNPACKERS: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": lambda file: gzip.GzipFile(fileobj=file),
+    ".bz2": lambda file: Members(file, bz2.BZ2Decompressor),
+    ".xz": lambda file: Members(file, lzma.LZMADecompressor),
+}
 
 
 def package_path(name: str) -> Path:
@@ -88,14 +94,13 @@ def read_files(name: str) -> Iterator[Values]:
 
 
 def _read_file(files: Any, path: str, shown: str) -> Iterator[Values]:
-    read, compression = _reader(path, shown)
+    read, unpack = _reader(path, shown)
     try:
-        with files.open(path, "rb", compression=compression) as file:
-            packed_bytes = files.size(path) if compression else None
-            if packed_bytes is None:
+        with files.open(path, "rb") as file:
+            if unpack is None:
                 yield from read(file, shown)
                 return
-            bounded = BoundedReader(file, packed_bytes=packed_bytes, shown=shown)
+            bounded = BoundedReader(unpack(file), packed_bytes=files.size(path), shown=shown)
             yield from read(io.BufferedReader(bounded), shown)
     except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
         # What is wrong with the packed bytes comes without a number of the operating system.
@@ -106,17 +111,17 @@ def _read_file(files: Any, path: str, shown: str) -> Iterator[Values]:
 
 def _reader(
     path: str, shown: str
-) -> tuple[Callable[[BinaryIO, str], Iterator[Values]], str | None]:
-    """What reads a file, told by its ending, and how it is compressed."""
+) -> tuple[Callable[[BinaryIO, str], Iterator[Values]], Callable[[BinaryIO], Any] | None]:
+    """What reads a file, told by its ending, and what unpacks a compressed one."""
     name = PurePosixPath(path)
-    compression = _COMPRESSIONS.get(name.suffix.lower())
-    ending = (name.with_suffix("") if compression else name).suffix.lower()
+    unpack = _UNPACKERS.get(name.suffix.lower())
+    ending = (name.with_suffix("") if unpack else name).suffix.lower()
     if ending not in _READERS:
         raise ValueError(
             f"the data file {shown} ends in {ending or 'nothing'!r}; files of rows end in "
-            f"{', '.join(_READERS)}, and may be compressed as {', '.join(_COMPRESSIONS)}"
+            f"{', '.join(_READERS)}, and may be compressed as {', '.join(_UNPACKERS)}"
         )
-    return _READERS[ending], compression
+    return _READERS[ending], unpack
 
 
 def _read_lines(file: BinaryIO, shown: str) -> Iterator[Values]:
@@ -169,7 +174,8 @@ def _read_parquet(file: BinaryIO, shown: str) -> Iterator[Values]:
         ) from error
     number = 0
     try:
-        source = parquet.ParquetFile(file)
+        # It is read from its end.
+        source = parquet.ParquetFile(file if file.seekable() else io.BytesIO(file.read()))
         _check_names(source.schema_arrow.names, shown)
         for batch in source.iter_batches(batch_size=1024):
             try:

@@ -5,11 +5,50 @@ text pack to a tenth or a fiftieth; what unpacks to far more is no file of rows.
 """
 
 import io
+from bz2 import BZ2Decompressor
+from collections.abc import Callable
+from lzma import LZMADecompressor
 from typing import Any, BinaryIO
 
 MAX_RATIO = 200
 # Small files may be as repetitive as they like.
 FREE_BYTES = 64 << 20
+
+_PACKED_BYTES = 64 << 10
+
+
+class Members(io.RawIOBase):
+    """What the streams of a .bz2 or .xz file hold, one behind the other.
+
+    Python's own files of these kinds take a damaged stream behind the first for the end of the file
+    and say nothing; this raises what the decompressor does. Zeros between streams are padding.
+    """
+
+    def __init__(self, file: BinaryIO, make: Callable[[], BZ2Decompressor | LZMADecompressor]):
+        self._file, self._make = file, make
+        self._unpacker = make()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        packed, data = b"", b""
+        while not data:
+            if self._unpacker.eof:
+                packed = self._unpacker.unused_data or self._file.read(_PACKED_BYTES)
+                while packed and not (packed := packed.lstrip(b"\0")):
+                    packed = self._file.read(_PACKED_BYTES)
+                if not packed:
+                    return 0
+                self._unpacker = self._make()
+            elif self._unpacker.needs_input:
+                packed = self._file.read(_PACKED_BYTES)
+                if not packed:
+                    raise EOFError("it ends in the middle of what was compressed")
+            data = self._unpacker.decompress(packed, len(buffer))
+            packed = b""
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class BoundedReader(io.RawIOBase):

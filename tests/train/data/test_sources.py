@@ -3,7 +3,9 @@
 import bz2
 import codecs
 import gzip
+import io
 import json
+import lzma
 import os
 import re
 import sys
@@ -126,16 +128,36 @@ def test_what_unpacks_without_end_is_refused(tmp_path, monkeypatch, kind, compre
         values_of(str(path))
 
 
-@pytest.mark.parametrize(("ending", "compress"), [(".gz", gzip.compress), (".bz2", bz2.compress)])
+COMPRESSIONS = [(".gz", gzip.compress), (".bz2", bz2.compress), (".xz", lzma.compress)]
+
+
+@pytest.mark.parametrize(("ending", "compress"), COMPRESSIONS)
 def test_compressed_files(tmp_path, ending, compress):
     path = tmp_path / f"rows.jsonl{ending}"
     packed = compress(lines(TEXTS))
-    path.write_bytes(packed)
-    assert values_of(str(path)) == TEXTS
-    for damaged in (packed[:-12], packed[:20] + b"damage" + packed[26:]):
+    several = [compress(lines([row])) for row in TEXTS]
+    for whole in (packed, b"".join(several), compress(b"") + packed, packed + bytes(8)):
+        path.write_bytes(whole)
+        assert values_of(str(path)) == TEXTS
+    for damaged in (
+        packed[:-12],
+        packed[:20] + b"damage" + packed[26:],
+        several[0] + b"damage" + several[1][6:],
+        several[0] + several[1][:-12],
+        packed + b"more",
+    ):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=f"rows.jsonl{ending} is damaged"):
             values_of(str(path))
+
+
+@pytest.mark.parametrize(("ending", "compress"), COMPRESSIONS)
+def test_compressed_parquet(tmp_path, ending, compress):
+    path = tmp_path / f"rows.parquet{ending}"
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.Table.from_pylist(CHATS), file)
+    path.write_bytes(compress(file.getvalue()))
+    assert values_of(str(path)) == CHATS
 
 
 def test_columns_of_one_name_are_refused(tmp_path):
