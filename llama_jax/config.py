@@ -32,7 +32,7 @@ _CEILINGS = {
 }
 
 # Rotary numbers between these keep every angle finite in float32.
-_ROPE_THETAS = (1e-6, 1e18)
+ROPE_THETAS = (1e-6, 1e18)
 _ROPE_NUMBERS = (1e-6, 1e6)
 
 LogicalRules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
@@ -236,7 +236,7 @@ class ModelConfig:
             )
         for name in ("rms_norm_eps", "initializer_range"):
             _require_number("config", name, getattr(self, name), above=0.0)
-        _require_within("config", "rope_theta", self.rope_theta, _ROPE_THETAS)
+        _require_within("config", "rope_theta", self.rope_theta, ROPE_THETAS)
         rope_type = None if self.rope_scaling is None else self.rope_scaling.rope_type
         if rope_type == "yarn" and self.rope_theta == 1:
             raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGUFValueType, TokenType
 
-from llama_jax.config import ModelConfig, MoeConfig
+from llama_jax.config import ROPE_THETAS, ModelConfig, MoeConfig
 from llama_jax.formats.gguf_fields import (
     Entry,
     Fields,
@@ -101,8 +101,9 @@ def read_config(
     moe = _read_moe(fields, ffn)
     vocab = _vocab_size(fields, shapes)
     _check_layers(fields, layers, shapes)
-    # Rotary frequencies need sane sizes, so the problems so far come first.
-    factors = read_factors() if FACTORS_TENSOR in shapes and head_dim and theta > 0 else None
+    # Rotary frequencies need sane numbers; `fields` and the config name the others.
+    is_sane = head_dim and ROPE_THETAS[0] <= theta <= ROPE_THETAS[1]
+    factors = read_factors() if FACTORS_TENSOR in shapes and is_sane else None
     scaling = read_scaling(fields, theta=theta, head_dim=head_dim, factors=factors)
     fields.finish()
     config = ModelConfig(
@@ -133,17 +134,22 @@ def read_config(
 
 def _check_kind(metadata: Mapping[str, Any]) -> None:
     architecture = metadata.get("general.architecture")
-    if architecture != ARCHITECTURE:
+    if not _is_one_of(architecture, ARCHITECTURE):
         raise ValueError(f"general.architecture is {architecture!r}; only 'llama' is supported")
-    if metadata.get("general.type", "model") != "model":
+    if not _is_one_of(metadata.get("general.type", "model"), "model"):
         raise ValueError(
             f"general.type is {metadata['general.type']!r}; only a whole model can be loaded"
         )
-    if metadata.get("split.count", 1) not in (0, 1):
+    if not _is_one_of(metadata.get("split.count", 1), 0, 1):
         raise ValueError(
-            f"split.count is {metadata['split.count']}: this is one file of several; join them "
+            f"split.count is {metadata['split.count']!r}: this is one file of several; join them "
             f"with llama.cpp's `llama-gguf-split --merge`"
         )
+
+
+def _is_one_of(value: Any, *allowed: Any) -> bool:
+    """False for an array, which NumPy would compare item by item."""
+    return not isinstance(value, np.ndarray) and value in allowed
 
 
 def _head_dim(fields: Fields, hidden: int, heads: int) -> int:

@@ -113,7 +113,7 @@ def _candidates(
     for i in blended:
         turns = _LOW_FREQ_FACTOR + weights[i] * (_HIGH_FREQ_FACTOR - _LOW_FREQ_FACTOR)
         yield from _length(2 * math.pi * turns / frequencies[i], _HIGH_FREQ_FACTOR)
-    if len(blended) >= 2:
+    if len(set(frequencies[blended])) >= 2:
         slope, offset = np.polyfit(frequencies[blended], weights[blended], 1)
         if slope > 0 and offset < 0:
             band = -_LOW_FREQ_FACTOR / offset

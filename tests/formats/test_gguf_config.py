@@ -1,6 +1,7 @@
 """GGUF metadata to ModelConfig: defaults, refusals by name, rotary scaling."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -140,6 +141,12 @@ def test_what_would_change_the_mathematics_is_refused_by_name(key):
         read({key: REFUSED[key]})
 
 
+@pytest.mark.parametrize("key", ["general.architecture", "general.type", "split.count"])
+def test_an_array_in_place_of_one_value_is_named(key):
+    with pytest.raises(ValueError, match=rf"{key} is array\(\[1, 1\]"):
+        read({key: np.array([1, 1])})
+
+
 def test_all_problems_are_said_at_once():
     with pytest.raises(ValueError) as error:
         read({"llama.new": 1, "llama.logit_scale": 3.0}, drop=["llama.context_length"])
@@ -245,6 +252,12 @@ def test_llama3_scaling_is_recovered_from_its_divisors(case):
 def test_other_divisors_are_refused(factors):
     with pytest.raises(ValueError, match=r"rope_freqs\.weight"):
         read(factors=np.array(factors, np.float32))
+
+
+@pytest.mark.parametrize("theta", [0.0, -1.0, 1e-300, 1e300, np.inf, np.nan])
+def test_a_base_that_gives_no_frequencies_is_named_beside_divisors(theta):
+    with pytest.raises(ValueError, match=re.escape(f"rope_theta is {theta}")):
+        read({"llama.rope.freq_base": theta}, factors=np.array([1, 1, 1, 2, 4, 8, 8, 8]))
 
 
 def test_divisors_of_one_are_no_scaling_and_do_not_mix_with_one():
