@@ -7,6 +7,7 @@ everything else goes to standard error.
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import sys
@@ -83,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for ours in ("llama_jax", "train", "infer"):
         logging.getLogger(ours).setLevel(logging.INFO)
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        # A path may hold bytes that are no text; they go out as they came in.
+        sys.stdout.reconfigure(errors="surrogateescape")
     try:
         return _run(args)
     except KeyboardInterrupt:

@@ -14,9 +14,20 @@ def to_json(report: Any) -> str:
     """One line of standard JSON.
 
     JSON has no NaN and no infinity (a perplexity can overflow, a loss can diverge): they
-    become null, as in JavaScript's own encoder.
+    become null, as in JavaScript's own encoder. Bytes of a path that are no text are escaped, as
+    Python reads them back.
     """
-    return json.dumps(_finite(report), allow_nan=False, ensure_ascii=False)
+    finite = _finite(report)
+    text = json.dumps(finite, allow_nan=False, ensure_ascii=False)
+    return text if _is_unicode(text) else json.dumps(finite, allow_nan=False)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _finite(value: Any) -> Any:

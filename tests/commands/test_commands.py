@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -413,124 +414,23 @@ def test_export_to_gguf_is_a_model_again(run: Run, tmp_path: Path) -> None:
     assert small.stat().st_size < out.stat().st_size / 2
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (("--format", "hf", "--dtype", "q8_0"), "--dtype q8_0 is for --format gguf"),
-        (("--format", "gguf", "--max-shard-size", "1GB"), "does not read --max-shard-size"),
-        (("--format", "peft", "--merge"), "does not read --merge"),
-        (("--format", "hf", "--max-shard-size", "much"), "'much' is not a size"),
-        (
-            (
-                "--format",
-                "peft",
-            ),
-            "adapter",
-        ),
-    ],
-)
-def test_export_refuses(
-    flags: tuple[str, ...], message: str, model: str, run: Run, tmp_path: Path
+def test_a_path_of_bytes_that_are_no_text_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    code, report, error = run("export", model, tmp_path / "out", *flags)
-    assert (code, report) == (2, None)
-    assert message in error
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("command", ["export", "convert", "quantize"])
-def test_what_is_there_is_not_written_over(
-    command: str, model: str, run: Run, tmp_path: Path
-) -> None:
-    rest = {"export": ("--format", "hf"), "convert": (), "quantize": ("--scheme", "int8")}[command]
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full/letter.txt").write_text("dear")
-    for out, message in (
-        ("", "OUT is empty"),
-        (model, "or lies in it"),
-        (f"{model}/sub", "or lies in it"),
-        (tmp_path / "full", "not empty"),
-    ):
-        code, _, error = run(command, model, out, *rest)
-        assert code == 2 and message in error
-    code, _, error = run(command, model, tmp_path / "full", *rest, "--overwrite")
-    assert code == 2 and "not a model and is not overwritten" in error
-    assert (tmp_path / "full/letter.txt").read_text() == "dear"
-
-
-@pytest.mark.parametrize(("scheme", "bits"), [("int8", 8), ("int4", 4), ("nf4", 4), ("fp8", 8)])
-def test_quantize_makes_a_smaller_model(
-    scheme: str, bits: int, model: str, run: Run, tmp_path: Path
-) -> None:
-    out = tmp_path / "q"
-    code, report, _ = run("quantize", model, out, "--scheme", scheme, "--tile", 32)
-    assert code == 0
-    assert report["scheme"] == scheme
-    loaded = lj.load(model)
-    assert report["bytes_before"] == tree.num_bytes(loaded.params)
-    matrices = sum(
-        leaf.size for path, leaf in tree.flatten(loaded.params).items() if "proj" in path
-    )
-    # Instead of 4 bytes each value takes `bits`, and 32 of them a scale: float32, or bfloat16
-    # where four-bit weights would otherwise take more than 4.5 bits.
-    scale_bytes = 4 if bits == 8 else 2
-    saved = matrices * 4 - matrices * bits // 8 - matrices // 32 * scale_bytes
-    assert report["bytes"] == report["bytes_before"] - saved
-    generated = lj.generate(lj.load(out), ["ab"], temperature=0.0, max_tokens=3)
-    assert len(generated[0].token_ids) == 3
-    # Back to full matrices only on request.
-    code, _, error = run("export", out, tmp_path / "hf", "--format", "hf")
-    assert code == 2 and "merge" in error
-    code, _, _ = run("export", out, tmp_path / "hf", "--format", "hf", "--merge")
-    assert code == 0
-
-
-@pytest.mark.parametrize("scheme", ["int8-dynamic", "int8-static", "int4-dynamic"])
-def test_quantize_for_products_of_integers(
-    scheme: str, model: str, run: Run, tmp_path: Path
-) -> None:
-    out, rows = tmp_path / "q", tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "the quick brown fox"}\n{"text": "jumps over"}\n')
-    flags = ("--calibration", rows) if scheme.endswith("static") else ()
-    code, report, error = run("quantize", model, out, "--scheme", scheme, *flags)
-    assert code == 0, error
-    loaded = lj.load(out)
-    leaf = loaded.params["layers"]["mlp"]["up_proj"]["weight"]
-    assert (leaf.activation_scale is None) == scheme.endswith("dynamic")
-    assert report["bytes"] == tree.num_bytes(loaded.params) < report["bytes_before"]
-    code, scored, _ = run("eval", out, "--data", rows)
-    _, before, _ = run("eval", model, "--data", rows)
-    assert code == 0 and scored["loss"] == pytest.approx(before["loss"], rel=0.1)
-    assert scored["loss"] != before["loss"]
-
-
-def test_static_scales_need_rows_and_only_they_do(model: str, run: Run, tmp_path: Path) -> None:
-    code, _, error = run("quantize", model, tmp_path / "q", "--scheme", "int8-static")
-    assert code == 2 and "give --calibration FILE" in error
-    flags = ("--scheme", "int8", "--calibration", tmp_path / "rows.jsonl")
-    code, _, error = run("quantize", model, tmp_path / "q", *flags)
-    assert code == 2 and "int8 alone measures nothing" in error
-    flags = ("--scheme", "int8", "--calibration-tokens", 9)
-    code, _, error = run("quantize", model, tmp_path / "q", *flags)
-    assert code == 2 and "--calibration-tokens says how many tokens of --calibration" in error
-
-
-def test_quantize_measured_on_rows(model: str, run: Run, tmp_path: Path) -> None:
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"text": "the quick brown fox jumps"}\n{"text": "over the lazy dog"}\n')
-    _, before, _ = run("eval", model, "--data", rows)
-    losses = {}
-    for methods in ((), ("awq",), ("gptq",), ("awq", "gptq")):
-        out = tmp_path / "-".join(("q", *methods))
-        flags = [flag for method in methods for flag in ("--method", method)]
-        flags += ["--calibration", rows] if methods else []
-        code, report, error = run("quantize", model, out, "--scheme", "int4", *flags)
-        assert code == 0, error
-        assert report["method"] == list(methods)
-        losses[methods] = run("eval", out, "--data", rows)[1]["loss"]
-    assert len(set(losses.values())) == 4
-    off = {methods: abs(loss - before["loss"]) for methods, loss in losses.items()}
-    assert off["gptq",] < off[()]
+    config = tiny_config()
+    save_hf(tmp_path / "tiny", config, tiny_params(config))
+    out = tmp_path / os.fsdecode(b"m\xff.gguf")
+    for flags in ((), ("--json",)):
+        written = io.BytesIO()
+        output = io.TextIOWrapper(written, "utf-8", errors="strict")
+        monkeypatch.setattr("sys.stdout", output)
+        argv = ["export", str(tmp_path / "tiny"), str(out), "--format", "gguf", "--overwrite"]
+        assert cli.main([*argv, *flags]) == 0
+        output.flush()
+        if flags:
+            assert json.loads(written.getvalue().decode())["files"] == [str(out)]
+        else:
+            assert written.getvalue().startswith(os.fsencode(out) + b"\n")
 
 
 @pytest.mark.parametrize(
