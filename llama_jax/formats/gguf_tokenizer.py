@@ -79,7 +79,12 @@ class GgufVocabulary:
         self._fields = fields
         self.kind = self._required("model", self.text("model"))
         self.tokens = self._required("tokens", strings(fields, _PREFIX + "tokens"))
-        self.types = self._required("token_type", self._per_token("token_type", "integers", "iu"))
+        types = self._required("token_type", self._per_token("token_type", "integers", "iu"))
+        # Converters and our own export fill ids that have no token in this way.
+        self.types = [
+            PieceType.ABSENT if (kind, token) == (PieceType.UNUSED, f"[PAD{index}]") else kind
+            for index, (kind, token) in enumerate(zip(types, self.tokens, strict=True))
+        ]
         # Each kind needs some of these; all are checked.
         self.pre = self.text("pre")
         self._scores = self._per_token("scores", "numbers", "iuf")
@@ -103,6 +108,8 @@ class GgufVocabulary:
                 f"GGUF: {_PREFIX}{name}_token_id is {index}, but the vocabulary has "
                 f"{len(self.tokens)} tokens"
             )
+        if index is not None and self.types[index] == PieceType.ABSENT:
+            raise ValueError(f"GGUF: {_PREFIX}{name}_token_id is {index}, an id without a token")
         return index
 
     def _required(self, name: str, value: Any) -> Any:
@@ -148,7 +155,11 @@ class GgufVocabulary:
                 f"GGUF: {_PREFIX}pre is {pre!r}; supported are {sorted(_BYTE_LEVEL_RULES)}"
             )
         split, is_whole_first, adds_bos = _BYTE_LEVEL_RULES[pre]
-        vocab = {token: index for index, token in enumerate(self.tokens)}
+        vocab = {
+            token: index
+            for index, (token, kind) in enumerate(zip(self.tokens, self.types, strict=True))
+            if kind != PieceType.ABSENT
+        }
         merges = []
         for number, merge in enumerate(self._required("merges", self._merges)):
             left, _, right = merge.partition(" ")

@@ -4,8 +4,10 @@ GGUF describes a tokenizer by its vocabulary and the name of a known way to cut 
 that no such name fits is refused, because a reader would give other ids without a word.
 """
 
+import contextlib
 import json
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +17,7 @@ from llama_jax.formats.byte_level import LLAMA3_SPLIT, TEKKEN_SPLIT
 from llama_jax.formats.gguf_fields import Entry
 from llama_jax.formats.gguf_tokenizer import NAMED_IDS
 from llama_jax.formats.tokenizer import Tokenizer, from_gguf_fields
+from llama_jax.formats.tokenizer_class import ANY_TEXT
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +37,7 @@ _PROBES = (
     "Hello world, it's 12345 o'clock.\n\n  Indented\ttext  ",
     " don't STOP Naïve café — 漢字 한국어 🤖🎉 x=3.14; if(a<b){return 0;}",
     "ПРИВЕТ мир\r\nمرحبا 1 22 333 4444 [INST] <tag>",
+    ANY_TEXT,
 )
 
 
@@ -130,6 +134,11 @@ def _tables(
             "GGUF cannot say that %s take in neighbouring spaces or whole words", flagged
         )
     unknown = description["model"]["unk_token"]
+    merges = [
+        tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
+        for merge in description["model"]["merges"]
+    ]
+    isolated = set() if is_byte_level else _isolated(description, merges)
     types = []
     for index, token in enumerate(tokens):
         if token is None:
@@ -138,6 +147,8 @@ def _tables(
             types.append(TokenType.UNKNOWN)
         elif index in added:
             types.append(TokenType.CONTROL if added[index]["special"] else TokenType.USER_DEFINED)
+        elif token in isolated:
+            types.append(TokenType.USER_DEFINED)
         elif not is_byte_level and _is_byte(token):
             types.append(TokenType.BYTE)
         else:
@@ -147,16 +158,28 @@ def _tables(
         _array("tokens", GGUFValueType.STRING, names),
         _array("token_type", GGUFValueType.INT32, [int(kind) for kind in types]),
     ]
-    merges = [
-        tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge)
-        for merge in description["model"]["merges"]
-    ]
     if is_byte_level:
         tables.append(_array("merges", GGUFValueType.STRING, [" ".join(pair) for pair in merges]))
     else:
         scores = _scores(names, types, merges)
         tables.append(_array("scores", GGUFValueType.FLOAT32, scores))
     return tables
+
+
+def _isolated(description: dict[str, Any], merges: list[tuple[str, ...]]) -> set[str]:
+    """SentencePiece's user-defined pieces, which `build_sentencepiece` cuts out before merging."""
+    before = description["pre_tokenizer"] or {}
+    patterns = []
+    for step in before.get("pretokenizers", [before]):
+        if step.get("type") == "Split" and "Regex" in step["pattern"]:
+            with contextlib.suppress(re.error):  # others' patterns may be none of Python's
+                patterns.append(re.compile(step["pattern"]["Regex"]))
+    merged = {part for pair in merges for part in (*pair, "".join(pair))}
+    return {
+        token
+        for token in description["model"]["vocab"]
+        if token not in merged and any(pattern.fullmatch(token) for pattern in patterns)
+    }
 
 
 def _is_byte(token: str) -> bool:
@@ -225,6 +248,13 @@ def _verify(tokenizer: Tokenizer, entries: list[Entry]) -> None:
                 f"keep; named tokens there are {', '.join(NAMED_IDS)}. Remove {name}, or export to "
                 f"Hugging Face's format instead"
             )
+    wanted, got = tokenizer.encode(""), again.encode("")
+    if wanted != got:
+        raise ValueError(
+            f"the tokenizer ({tokenizer.source}) puts the ids {wanted} around every text, but GGUF "
+            f"keeps only a bos_token before and an eos_token behind it, here {got}; name these two "
+            f"in tokenizer_config.json, or export to Hugging Face's format instead"
+        )
     for text in _PROBES:
         wanted = tokenizer.encode(text, add_special_tokens=False)
         got = again.encode(text, add_special_tokens=False)
@@ -233,6 +263,12 @@ def _verify(tokenizer: Tokenizer, entries: list[Entry]) -> None:
                 f"the tokenizer ({tokenizer.source}) does not survive GGUF: {text[:60]!r}… gives "
                 f"{len(wanted)} ids, but {len(got)} others when read back from the metadata; "
                 f"export to Hugging Face's format instead"
+            )
+        if tokenizer.decode(wanted) != again.decode(wanted):
+            raise ValueError(
+                f"the tokenizer ({tokenizer.source}) does not survive GGUF: read back from the "
+                f"metadata, the ids of {text[:60]!r}… become another text; export to Hugging "
+                f"Face's format instead"
             )
     if tokenizer.prefix_rule == "first chunk":
         logger.warning(

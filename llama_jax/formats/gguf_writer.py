@@ -22,6 +22,7 @@ from llama_jax.formats.atomic import check_parents, naming
 from llama_jax.formats.gguf_fields import Entry
 from llama_jax.formats.gguf_header import DEFAULT_ALIGNMENT, MAGIC, SCALARS
 from llama_jax.formats.gguf_reader import CHUNK_ELEMENTS
+from llama_jax.formats.json_fields import check_characters
 from llama_jax.formats.safetensors import convert
 
 _VERSION = 3
@@ -68,6 +69,7 @@ def write_gguf(
     with _atomic_file(Path(path), overwrite=overwrite) as file:
         file.write(MAGIC + struct.pack("<IQQ", _VERSION, len(plans), len(entries)))
         for entry in entries:
+            check_characters(entry.key, f"the metadata key {entry.key!r}")
             file.write(_text(entry.key) + struct.pack("<I", entry.kind) + _value(entry))
         offset = 0
         for plan in plans:
@@ -92,6 +94,7 @@ def _text(value: str) -> bytes:
 
 def _value(entry: Entry) -> bytes:
     if entry.kind == GGUFValueType.STRING:
+        check_characters(entry.value, entry.key)
         return _text(entry.value)
     if entry.kind != GGUFValueType.ARRAY:
         return np.asarray(entry.value).astype(SCALARS[entry.kind]).tobytes()

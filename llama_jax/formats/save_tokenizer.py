@@ -79,11 +79,13 @@ def _generated(tokenizer: "Tokenizer") -> dict[str, str]:
 
 def _post_processor(tokenizer: "Tokenizer") -> dict[str, Any]:
     """Begin and end token around the text, as `Tokenizer.encode` writes them."""
+    bos = tokenizer.bos_token_id if tokenizer.adds_bos else None
+    eos = tokenizer.eos_token_ids[0] if tokenizer.adds_eos else None
     ids = {
-        **({"bos_token": tokenizer.bos_token_id} if tokenizer.adds_bos else {}),
-        **({"eos_token": tokenizer.eos_token_ids[0]} if tokenizer.adds_eos else {}),
+        **({} if bos is None else {"bos_token": bos}),
+        **({} if eos is None else {"eos_token": eos}),
     }
-    names = {kind: tokenizer.special_tokens[kind] for kind in ids}
+    names = {kind: tokenizer.id_to_token(index) for kind, index in ids.items()}
 
     def around(sequence: str, type_id: int) -> list[dict[str, Any]]:
         parts: list[dict[str, Any]] = [{"Sequence": {"id": sequence, "type_id": type_id}}]

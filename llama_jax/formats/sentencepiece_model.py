@@ -11,6 +11,7 @@ says so. A control token such as </s> cuts the text into chunks, and two rules a
 A model without a dummy prefix, or "add_prefix_space": false, has rule "none".
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,13 +22,17 @@ from typing import Any, Literal
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from llama_jax.formats.library_errors import as_value_error
+
 SPACE = "▁"
 PrefixRule = Literal["every chunk", "first chunk", "none"]
 
 
 class PieceType(IntEnum):
-    """Numbers of SentencePiece's protocol, which GGUF took over as token_type."""
+    """Numbers of SentencePiece's protocol, which GGUF took over as token_type. ABSENT is our own:
+    an id without a piece, among ids that have one."""
 
+    ABSENT = -1
     NORMAL = 1
     UNKNOWN = 2
     CONTROL = 3
@@ -117,14 +122,15 @@ def build_sentencepiece(
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{where}: piece {twice!r} occurs twice in the vocabulary")
+    for piece in model.pieces:
+        if math.isnan(piece.score):
+            raise ValueError(f"{where}: the score of piece {piece.text!r} is not a number")
     user_defined = [piece.text for piece in _of_type(model, PieceType.USER_DEFINED)]
     tokenizer = tokenizers.Tokenizer(
         _bpe(model, is_whole_first=bool(user_defined)) if model.kind == "bpe" else _unigram(model)
     )
-    try:
+    with as_value_error(f"{where}: its precompiled character map is damaged"):
         tokenizer.normalizer = _normalizer(model, prefix_rule)
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{where}: its precompiled character map is damaged: {error}") from error
     splits: list[pre_tokenizers.PreTokenizer] = []
     if prefix_rule == "first chunk":
         splits.append(pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False))
@@ -184,7 +190,11 @@ def _bpe(model: SentencePieceModel, *, is_whole_first: bool) -> models.BPE:
     ]
     ranked.sort()
     return models.BPE(
-        vocab={piece.text: index for index, piece in enumerate(model.pieces)},
+        vocab={
+            piece.text: index
+            for index, piece in enumerate(model.pieces)
+            if piece.type != PieceType.ABSENT
+        },
         merges=[(text[:-cut], text[-cut:]) for _, cut, text in ranked],
         unk_token=model.pieces[model.unk_id].text,
         fuse_unk=True,

@@ -12,6 +12,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from llama_jax.formats.gguf_tokenizer import NAMED_IDS, GgufVocabulary, strings, typed
+from llama_jax.formats.library_errors import as_value_error
 from llama_jax.formats.sentencepiece_model import (
     PrefixRule,
     SentencePieceModel,
@@ -92,10 +93,8 @@ def from_gguf_fields(fields: Mapping[str, Any], *, vocab_size: int | None = None
 
 
 def _from_json(path: Path, settings: TokenizerSettings) -> Tokenizer:
-    try:
+    with as_value_error(f"{path}: the tokenizers library cannot read it"):
         backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(f"{path}: the tokenizers library cannot read it: {error}") from (error)
     return Tokenizer(
         backend,
         source="tokenizer.json",

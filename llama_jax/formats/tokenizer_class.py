@@ -24,11 +24,12 @@ from llama_jax.formats import save_tokenizer
 from llama_jax.formats.control_tokens import AliasedEncoder, find_control_tokens
 from llama_jax.formats.detokenize import make_detokenizer
 from llama_jax.formats.json_fields import check_characters
+from llama_jax.formats.library_errors import as_value_error
 from llama_jax.formats.long_texts import text_ids
 from llama_jax.formats.tokenizer_files import TokenizerSettings
 
 # Every byte of UTF-8, and characters that few vocabularies have.
-_ANY_TEXT = "".join(
+ANY_TEXT = "".join(
     map(chr, (*range(0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)))
 )
 
@@ -257,7 +258,8 @@ class Tokenizer:
     def _around(self) -> tuple[list[int], list[int]]:
         """What the post-processor puts around a text."""
         text = self._backend.encode("a", add_special_tokens=False).ids
-        whole = self._backend.encode("a").ids
+        with as_value_error(f"{self.source}: its post-processor is damaged"):
+            whole = self._backend.encode("a").ids
         for start in range(len(whole) - len(text) + 1):
             if whole[start : start + len(text)] == text:
                 return list(whole[:start]), list(whole[start + len(text) :])
@@ -282,13 +284,11 @@ class StreamDecoder:
 
 def _check_any_text(backend: tokenizers.Tokenizer, source: str) -> None:
     """Raises ValueError where some texts have no ids, before one of them comes."""
-    try:
-        backend.encode(_ANY_TEXT, add_special_tokens=False)
-    except Exception as error:  # the library raises nothing narrower
-        raise ValueError(
-            f"{source}: the vocabulary cannot spell every text ({error}); give the model an "
-            f"unknown token that its vocabulary has"
-        ) from error
+    with as_value_error(
+        f"{source}: the vocabulary cannot spell every text, or a step before it is wrong; give the "
+        f"model an unknown token that its vocabulary has, or mend the step"
+    ):
+        backend.encode(ANY_TEXT, add_special_tokens=False)
 
 
 def _add_tokens(backend: tokenizers.Tokenizer, settings: TokenizerSettings) -> None:

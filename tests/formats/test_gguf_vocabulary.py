@@ -129,10 +129,12 @@ def test_a_sentencepiece_tokenizer_keeps_its_ids(sentencepiece_tokenizer, tmp_pa
     types = metadata["tokenizer.ggml.token_type"]
     assert types[:3].tolist() == [2, 3, 3]
     assert np.count_nonzero(types == 6) == 256
+    assert types[tokenizer.token_to_id("<tool>")] == 4
+    assert np.count_nonzero(types == 4) == 1
     again_config, _, again = load_gguf(path)
     assert again_config == config
     theirs = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    for text in TEXT:
+    for text in [*TEXT, "the<tool>the <tool>"]:
         ids = tokenizer.encode(text)
         assert again.encode(text) == ids
         assert theirs(text).input_ids == ids
@@ -195,6 +197,89 @@ def test_a_tokenizer_that_gguf_cannot_describe_is_refused(tmp_path):
     unigram.save(str(tmp_path / "unigram" / "tokenizer.json"))
     with pytest.raises(ValueError, match="Unigram"):
         save(tmp_path, load_tokenizer(tmp_path / "unigram"))
+    assert not (tmp_path / "model.gguf").exists()
+
+
+def changed(folder, change, **config):
+    """A byte-level tokenizer after `change` of its tokenizer.json."""
+    byte_level_folder(folder, None, is_whole_first=False)
+    description = json.loads((folder / "tokenizer.json").read_text())
+    change(description)
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, **config}))
+    return load_tokenizer(folder)
+
+
+def around(*names):
+    """A post-processor that puts tokens before every text."""
+
+    def change(description):
+        ids = {token["content"]: token["id"] for token in description["added_tokens"]}
+        before = [{"SpecialToken": {"id": name, "type_id": 0}} for name in names]
+        text = {"Sequence": {"id": "A", "type_id": 0}}
+        description["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [*before, text],
+            "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {
+                name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in names
+            },
+        }
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("names", "bos", "ids"),
+    [
+        (["<|bos|>", "<|user|>"], "<|bos|>", [0, 2]),
+        (["<|bos|>", "<|bos|>"], "<|bos|>", [0, 0]),
+        (["<|user|>"], "<|bos|>", [2]),
+        (["<|bos|>"], None, [0]),
+    ],
+)
+def test_what_else_stands_around_every_text_is_refused(names, bos, ids, tmp_path):
+    tokenizer = changed(tmp_path / "s", around(*names), bos_token=bos, add_bos_token=None)
+    assert tokenizer.encode("") == ids
+    with pytest.raises(ValueError, match="around every text, but GGUF keeps only a bos_token"):
+        save(tmp_path, tokenizer)
+    tokenizer = changed(tmp_path / "t", around("<|bos|>"), add_bos_token=None)
+    _, path = save(tmp_path / "out", tokenizer)
+    assert load_gguf(path)[2].encode("") == [0]
+
+
+def test_ids_between_others_that_have_no_token_stay_without_one_r21(tmp_path):
+    def change(description):
+        vocab = description["model"]["vocab"]
+        last = max(vocab, key=vocab.get)
+        vocab[last] += 20
+
+    tokenizer = changed(tmp_path / "s", change)
+    _, path = save(tmp_path / "out", tokenizer)
+    again = load_gguf(path)[2]
+    assert again.unused_ids(512) == tokenizer.unused_ids(512)
+    assert len(again.unused_ids(tokenizer.vocab_size)) == 19
+    assert again.encode(TEXT[0]) == tokenizer.encode(TEXT[0])
+
+
+def test_rare_bytes_and_decoding_are_looked_at_too(tmp_path):
+    def without_a_byte(description):
+        vocab = description["model"]["vocab"]
+        vocab["no byte"] = vocab.pop("Ā")
+        description["model"]["unk_token"] = "<|user|>"
+
+    with pytest.raises(ValueError, match="does not survive GGUF"):
+        save(tmp_path, changed(tmp_path / "byte", without_a_byte))
+    tokenizer = changed(tmp_path / "text", lambda description: description.update(decoder=None))
+    with pytest.raises(ValueError, match="become another text"):
+        save(tmp_path, tokenizer)
+
+
+def test_half_a_character_is_named(tmp_path):
+    tokenizer = changed(tmp_path / "s", lambda description: None, chat_template="a\ud800")
+    with pytest.raises(ValueError, match=r"tokenizer\.chat_template holds half a surrogate pair"):
+        save(tmp_path, tokenizer)
     assert not (tmp_path / "model.gguf").exists()
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import pickle
 import time
@@ -21,6 +22,7 @@ from transformers import AutoTokenizer
 from llama_jax.formats.byte_level import LLAMA3_SPLIT
 from llama_jax.formats.chat import Rendered
 from llama_jax.formats.detokenize import make_detokenizer
+from llama_jax.formats.library_errors import as_value_error
 from llama_jax.formats.tokenizer import Tokenizer, from_gguf_fields, load_tokenizer
 from tests.formats import text_fixtures as tiny
 
@@ -151,6 +153,39 @@ def test_a_vocabulary_that_cannot_spell_every_text_is_refused(
     tiny.write_folder(tmp_path, tokenizers.Tokenizer(model), {})
     with pytest.raises(ValueError, match=r"tokenizer.json: the vocabulary cannot spell every"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "message"),
+    [
+        ("model", {"continuing_subword_prefix": "##"}, "the tokenizers library cannot read it"),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "cannot spell every text"),
+        (
+            "post_processor",
+            {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}],
+                "pair": [],
+                "special_tokens": {},
+            },
+            "its post-processor is damaged",
+        ),
+    ],
+)
+def test_where_the_library_panics_the_file_is_refused(
+    tmp_path: Path, section: str, value: dict, message: str
+) -> None:
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    description = json.loads(backend.to_str())
+    description[section] = {**(description[section] or {}), **value}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(tmp_path)
+
+
+def test_an_interrupt_is_no_error_of_the_library() -> None:
+    with pytest.raises(KeyboardInterrupt), as_value_error("the file"):
+        raise KeyboardInterrupt
 
 
 # tokenizer.model
@@ -702,6 +737,57 @@ def test_gguf_fields_of_another_kind_are_refused(
     for value in values:
         with pytest.raises(ValueError, match=rf"GGUF: tokenizer\.{key} is .*; it {message}"):
             from_gguf_fields({**fields, f"tokenizer.{key}": value})
+
+
+def test_a_score_that_orders_nothing_is_refused(llama2: Tokenizer) -> None:
+    assert llama2.folder is not None
+    fields = gguf_fields(llama2, llama2.folder)
+    scores = [*fields["tokenizer.ggml.scores"][:-1], math.nan]
+    with pytest.raises(ValueError, match="GGUF: the score of piece .* is not a number"):
+        from_gguf_fields({**fields, "tokenizer.ggml.scores": scores})
+
+
+BYTE_LEVEL_FIELDS = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "gpt-2",
+    "tokenizer.ggml.tokens": ["a", "b", "ab", "[PAD3]", "<e>"],
+    "tokenizer.ggml.token_type": [1, 1, 1, 5, 3],
+    "tokenizer.ggml.merges": ["a b"],
+}
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_an_id_that_a_gguf_file_only_fills_has_no_token(kind: str) -> None:  # R21
+    tokens = ["<unk>", "b", "ab", "[PAD3]", "<e>"]
+    types = [2, 1, 1, 5, 3]
+    fields = {
+        **BYTE_LEVEL_FIELDS,
+        "tokenizer.ggml.model": kind,
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.scores": [0.0, -1.0, -2.0, 0.0, 0.0],
+        "tokenizer.ggml.merges": [],
+        "tokenizer.ggml.eos_token_id": 4,
+    }
+    tokenizer = from_gguf_fields(fields)
+    assert tokenizer.unused_ids(6) == [3, 5]
+    assert tokenizer.decode([3]) == ""
+    assert tokenizer.eos_token_ids == (4,)
+    with pytest.raises(ValueError, match="bos_token_id is 3, an id without a token"):
+        from_gguf_fields({**fields, "tokenizer.ggml.bos_token_id": 3})
+    # A token of that name is one, and so is any other that is out of use.
+    for changes in ({"token_type": [2, 1, 1, 1, 3]}, {"tokens": [*tokens[:3], "c", "<e>"]}):
+        changes = {f"tokenizer.ggml.{name}": value for name, value in changes.items()}
+        assert from_gguf_fields({**fields, **changes}).unused_ids(6) == [5]
+
+
+def test_an_end_token_without_its_name_survives_a_folder(tmp_path: Path) -> None:
+    ends = {"tokenizer.ggml.eot_token_id": 4, "tokenizer.ggml.add_eos_token": True}
+    tokenizer = from_gguf_fields({**BYTE_LEVEL_FIELDS, **ends})
+    assert tokenizer.encode("ab") == [2, 4]
+    tokenizer.save(tmp_path)
+    assert load_tokenizer(tmp_path).encode("ab") == [2, 4]
+    assert AutoTokenizer.from_pretrained(tmp_path)("ab").input_ids == [2, 4]
 
 
 def test_a_missing_gguf_cut_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
