@@ -297,7 +297,9 @@ def own_entry(config: ModelConfig, read_back: ModelConfig) -> Entry | None:
     different = {name: value for name, value in wanted.items() if value != got[name]}
     if not different:
         return None
-    return Entry(CONFIG_KEY, GGUFValueType.STRING, json.dumps(different, sort_keys=True))
+    text = json.dumps(different, sort_keys=True)
+    _with_own_fields(read_back, text)  # what could not be read is not written
+    return Entry(CONFIG_KEY, GGUFValueType.STRING, text)
 
 
 def _with_own_fields(config: ModelConfig, text: Any) -> ModelConfig:
@@ -332,7 +334,8 @@ def _agree(name: str, full: ModelConfig, config: ModelConfig) -> bool:
 
 def _same_rotation(full: ModelConfig, config: ModelConfig) -> bool:
     kinds = [c.rope_scaling.rope_type if c.rope_scaling else None for c in (full, config)]
-    if kinds[0] != kinds[1]:
+    # A factor of 1 is no scaling, as the file says; dynamic scaling comes with the length.
+    if kinds[0] != kinds[1] and "dynamic" in kinds:
         return False
     return attention_factor(full) == attention_factor(config) and np.allclose(
         inverse_frequencies(full), inverse_frequencies(config), rtol=1e-5, atol=0

@@ -1,5 +1,7 @@
 """GGUF models in and out: round trips, transformers' own reader, sharded loading, refusals."""
 
+import dataclasses
+
 import gguf
 import jax
 import numpy as np
@@ -23,6 +25,10 @@ from tests.reference import reference_config, reference_logits
 from tests.tiny import FAMILIES, tiny_config, tiny_params, tiny_tokens
 
 SAVABLE = {name: config for name, config in FAMILIES.items() if name != "dynamic-rope"}
+# Scalings that scale nothing, which GGUF has as none.
+for family in ("linear-rope", "llama3-rope", "yarn-rope"):
+    neutral = dataclasses.replace(FAMILIES[family].rope_scaling, factor=1.0)
+    SAVABLE[f"{family}-1"] = FAMILIES[family].replace(rope_scaling=neutral)
 
 
 def same_tree(a, b) -> bool:

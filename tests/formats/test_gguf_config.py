@@ -291,6 +291,7 @@ def test_only_what_gguf_cannot_say_is_stored_beside_it():
         {"rms_norm_eps": 2e-5},
         {"tie_word_embeddings": True},
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
         {"moe": {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.0}},
         {"no_such_field": 1},
         {"rope_scaling": {"rope_type": "linear", "factor": 2.0, "no_such": 1}},
