@@ -46,7 +46,7 @@ def open_mesh(section: MeshSection) -> Mesh:
     devices = jax.devices()
     if section.slice is not None and devices[0].platform == "tpu":
         wanted = slice_named(section.slice)
-        if len(devices) not in wanted.device_counts:
+        if len(devices) != wanted.num_devices:
             raise ValueError(
                 f"mesh.slice is {section.slice}, which has {wanted.num_devices} devices, but there "
                 f"are {len(devices)}; run on that slice, or change mesh.slice and prove it with "

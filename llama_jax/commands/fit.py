@@ -109,6 +109,8 @@ def start_compiler(folder: str | None) -> None:
     if folder is not None:
         if not folder.strip():
             raise ValueError("--save-cache is empty; name a folder")
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"--save-cache {folder} is a file; name a folder")
         Path(folder).mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

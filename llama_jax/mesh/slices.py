@@ -47,12 +47,12 @@ class Generation:
     """A TPU generation. Rates are the published peaks of a chip (cloud.google.com/tpu/docs, 2026);
     `hbm_bytes` is what the compiler of libtpu 0.0.42 grants a device, read off its refusals.
 
-    device_kind: what JAX calls its devices. devices_per_chip: how many the compiler sees; when it
-    runs, the two cores of a v4 chip are one device (joins_cores). peak_flops: bfloat16 operations a
-    second. hbm_bandwidth and ici_bandwidth: bytes a second; the latter over all links in one
-    direction. dcn_bandwidth: bytes a second that leave a chip over the data-centre network.
-    cloud_prefix and counts_cores: how Cloud names accelerator types. gke_accelerator: the node
-    selector's value.
+    device_kind: what JAX calls its devices. devices_per_chip: how many it shows of one.
+    peak_flops: bfloat16 operations a second. hbm_bandwidth and ici_bandwidth: bytes a second; the
+    latter over all links in one direction. dcn_bandwidth: bytes a second that leave a chip over the
+    data-centre network. cloud_prefix and counts_cores: how Cloud names accelerator types.
+    gke_accelerator: the node selector's value. chip_config: what tells the compiler that the two
+    cores of a v4 chip are one device, as they are when they run.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Generation:
     cloud_prefix: str
     counts_cores: bool
     gke_accelerator: str
-    joins_cores: bool = False
+    chip_config: str | None = None
 
 
 def _gib(value: float) -> int:
@@ -78,8 +78,8 @@ GENERATIONS: dict[str, Generation] = {
     generation.name: generation
     for generation in (
         Generation(
-            "v4", "TPU v4", 2, _gib(15.25), 275e12, 1228e9, 300e9, 6.25e9,
-            _GRIDS_3D, "v4", True, "tpu-v4-podslice", True,
+            "v4", "TPU v4", 1, _gib(30.75), 275e12, 1228e9, 300e9, 6.25e9,
+            _GRIDS_3D, "v4", True, "tpu-v4-podslice", "megacore",
         ),
         Generation(
             "v5e", "TPU v5 lite", 1, _gib(15.75), 197e12, 819e9, 200e9, 3.125e9,
@@ -124,13 +124,13 @@ class Slice:
 
     @property
     def num_devices(self) -> int:
-        """What the compiler counts: a v4 or tpu7x chip is two devices."""
+        """What JAX counts: a tpu7x chip is two devices."""
         return self.total_chips * self.generation.devices_per_chip
 
     @property
     def device_counts(self) -> set[int]:
-        """How many devices JAX may show on the machines."""
-        return {self.num_devices, *([self.total_chips] if self.generation.joins_cores else [])}
+        """How many devices JAX may show on the machines, for those that compare."""
+        return {self.num_devices}
 
     @property
     def chips_per_host(self) -> int:
@@ -206,8 +206,7 @@ def peak_flops(device_kind: str) -> float | None:
     """Published peak of bfloat16 operations a second of one device, None where it is not known."""
     for generation in GENERATIONS.values():
         if device_kind in (generation.device_kind, f"TPU {generation.name}"):
-            devices = 1 if generation.joins_cores else generation.devices_per_chip
-            return generation.peak_flops / devices
+            return generation.peak_flops / generation.devices_per_chip
     # Dense bfloat16, from the makers' data sheets.
     gpus = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
     return next((peak for name, peak in gpus.items() if name in device_kind), None)
@@ -230,6 +229,8 @@ def slice_devices(wanted: str | Slice) -> list[Any]:
     options: dict[str, Any] = {}
     if wanted.count > 1:
         options["num_slices"] = wanted.count
+    if wanted.generation.chip_config is not None:
+        options["chip_config_name"] = wanted.generation.chip_config
     if math.prod(wanted.topology) == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
     topology = topologies.get_topology_desc(

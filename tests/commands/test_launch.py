@@ -49,7 +49,9 @@ def test_a_dry_run_prints_what_can_be_pasted_and_calls_nothing(
         "queued-resources scp",
         "queued-resources delete",
     ]
-    assert ["cp", "-r", str(rows), "launch/tiny-lora-cpu/copied/0-my rows.jsonl"] in words
+    folder = "launch/tiny-lora-cpu"
+    made = words.index(["mkdir", "-p", f"{folder}/copied"])
+    assert made < words.index(["cp", "-rL", "--", str(rows), f"{folder}/copied/0-my rows.jsonl"])
     create = next(each for each in words if "create" in each)
     assert "--accelerator-type=v5p-128" in create and "--node-count=2" in create
     copied = next(each for each in words if "scp" in each)
@@ -85,7 +87,7 @@ def test_status_logs_stop_delete(capsys, tmp_path, monkeypatch) -> None:
     cloud.training('trap "echo saved; exit 0" TERM; echo step 1; while :; do sleep 0.1; done')
     name = ["tiny-lora-cpu.yaml", *WHERE]
     assert launch(capsys, *name, "--status").out == "tiny-lora-cpu: absent\n"
-    wheel = tmp_path / "a-1-py3-none-any.whl"
+    wheel = tmp_path / "llama_jax-1-py3-none-any.whl"
     wheel.write_bytes(b"")
     started = [*CONFIG, *WHERE, "--slice", "v5e-4", "--package", str(wheel), "--detach"]
     assert "started after 1 starts; machines kept" in launch(capsys, *started).out
@@ -105,7 +107,7 @@ def test_status_logs_stop_delete(capsys, tmp_path, monkeypatch) -> None:
 def test_a_failed_training_and_a_failed_launch_exit_with_1(capsys, tmp_path, monkeypatch) -> None:
     cloud = Cloud(tmp_path / "cloud", monkeypatch, hosts=1)
     cloud.training("echo oh; exit 1")
-    wheel = tmp_path / "a-1-py3-none-any.whl"
+    wheel = tmp_path / "llama_jax-1-py3-none-any.whl"
     wheel.write_bytes(b"")
     words = [*CONFIG, *WHERE, "--slice", "v5e-4", "--package", str(wheel)]
     assert "failed after 1 starts" in launch(capsys, *words, code=1).out
@@ -116,7 +118,7 @@ def test_a_failed_training_and_a_failed_launch_exit_with_1(capsys, tmp_path, mon
 
 def test_ctrl_c_ends_the_watching_and_says_what_stays(capsys, tmp_path, monkeypatch) -> None:
     cloud = Cloud(tmp_path / "cloud", monkeypatch, hosts=1)
-    wheel = tmp_path / "a-1-py3-none-any.whl"
+    wheel = tmp_path / "llama_jax-1-py3-none-any.whl"
     wheel.write_bytes(b"")
 
     def interrupted(*args: object) -> int:

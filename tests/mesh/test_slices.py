@@ -69,6 +69,8 @@ def test_the_compilers_devices_are_those_of_the_slice(name):
     devices = slice_devices(wanted)
     assert len(devices) == wanted.num_devices
     assert {device.device_kind for device in devices} == {wanted.generation.device_kind}
+    mesh = make_mesh({"data": wanted.count, "fsdp": -1}, devices=devices)
+    assert mesh.size == wanted.num_devices
     if wanted.count > 1:
         assert {device.slice_index for device in devices} == set(range(wanted.count))
 

@@ -227,9 +227,10 @@ def test_compiled_programs_are_kept(tmp_path, capsys):
     try:
         assert main(["fit", str(path), "--save-cache", str(cache)]) == 0
         assert main(["fit", str(path), "--save-cache", str(cache)]) == 0  # written over, no warning
+        assert main(["fit", str(path), "--save-cache", str(path)]) == 2
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-    capsys.readouterr()
+    assert "is a file; name a folder" in capsys.readouterr().err
     assert any(file.name.startswith("jit_step") for file in cache.iterdir())

@@ -31,7 +31,10 @@ CONFIG_FOLDER = "/etc/llama-jax"
 # libtpu's, JAX's coordinator's, and that between slices.
 _PORTS = {"tpu": 8471, "jax": 8482, "slices": 8080}
 
-_OBJECT = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
+# kubernetes.io/docs/concepts/overview/working-with-objects/names: labels, and subdomains of them.
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_MAX_LABEL, _MAX_SUBDOMAIN = 63, 253
+_REPLICATED = "slice"
 _IMAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/:@-]*")
 
 
@@ -55,17 +58,17 @@ class ClusterJob:
 
     def __post_init__(self) -> None:
         check_name(self.name)
+        _check_pod_names(self.name, self.slice)
         if not self.image.strip():
             raise ValueError("--image is empty; name the container image that holds llama-jax")
-        for flag, value in (
-            ("--namespace", self.namespace),
-            ("--queue", self.queue),
-            ("--service-account", self.service_account),
-        ):
-            if value is not None and not _OBJECT.fullmatch(value):
-                raise ValueError(
-                    f"{flag} {value!r} must be lower-case letters, digits, hyphens and dots"
-                )
+        if not _LABEL.fullmatch(self.namespace):
+            raise ValueError(
+                f"--namespace {self.namespace!r} must be lower-case letters, digits and hyphens, "
+                f"begin and end without a hyphen and have at most {_MAX_LABEL} characters"
+            )
+        # The queue is named in a label of the JobSet, whose values are shorter than names.
+        _check_object("--queue", self.queue, _MAX_LABEL)
+        _check_object("--service-account", self.service_account, _MAX_SUBDOMAIN)
         if not _IMAGE.fullmatch(self.image):
             raise ValueError(f"--image {self.image!r} is no name of an image")
         variables = [*self.environment, *(each.variable for each in self.secrets)]
@@ -76,6 +79,28 @@ class ClusterJob:
             raise ValueError(f"--retries must be 0 or more, not {self.max_restarts}")
         if self.placed.copies:
             raise ValueError(f"{next(iter(self.placed.copies))} is a local file")
+
+
+def _check_pod_names(name: str, wanted: Slice) -> None:
+    """JobSet refuses names whose pods' names, made of them, would be longer than a label
+    (its webhook; five characters at the end are drawn)."""
+    longest = f"{name}-{_REPLICATED}-{wanted.count - 1}-{wanted.hosts - 1}-abcde"
+    if len(longest) > _MAX_LABEL:
+        room = _MAX_LABEL - (len(longest) - len(name))
+        raise ValueError(
+            f"--name {name!r} has {len(name)} characters, and pods are named after it; for "
+            f"{wanted.name} give one of at most {room}"
+        )
+
+
+def _check_object(flag: str, value: str | None, length: int) -> None:
+    if value is None:
+        return
+    if len(value) > length or not all(map(_LABEL.fullmatch, value.split("."))):
+        raise ValueError(
+            f"{flag} {value!r} must be lower-case letters, digits, hyphens and dots, each part "
+            f"between dots beginning and ending without a hyphen, {length} characters at most"
+        )
 
 
 def read_cluster_secret(text: str) -> StoredSecret:
@@ -151,7 +176,7 @@ def job_set(job: ClusterJob) -> dict[str, Any]:
             "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
             "replicatedJobs": [
                 {
-                    "name": "slice",
+                    "name": _REPLICATED,
                     "replicas": job.slice.count,
                     "template": {"spec": _child_job(job)},
                 }
@@ -213,7 +238,9 @@ def _pod(job: ClusterJob) -> dict[str, Any]:
 def _container(job: ClusterJob) -> dict[str, Any]:
     chips = job.slice.chips_per_host
     environment: list[dict[str, Any]] = [
-        {"name": name, "value": value} for name, value in job.environment.items()
+        # Kubernetes replaces $(NAME) in values, and reads $$ as one sign.
+        {"name": name, "value": value.replace("$", "$$")}
+        for name, value in job.environment.items()
     ]
     for each in job.secrets:
         name, _, key = each.secret.partition("/")

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from llama_jax import __version__
 from train.launch.gcloud import CommandError, Runner, check
 from train.launch.secrets import Redactor
 
 CHECKOUT = "checkout"
+_NAME = "llama-jax"
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ def checkout_folder() -> Path | None:
 def read_package(text: str) -> Package | None:
     """The package that --package names; None for the checkout, which has yet to be built.
 
-    Raises ValueError for what is neither a wheel nor a requirement.
+    Raises ValueError for what is neither a wheel nor a requirement of this program.
     """
     if text == CHECKOUT:
         if checkout_folder() is None:
@@ -44,15 +46,30 @@ def read_package(text: str) -> Package | None:
     if text.endswith(".whl"):
         if not Path(text).is_file():
             raise ValueError(f"--package {text} does not exist")
+        try:
+            _check_name(text, parse_wheel_filename(Path(text).name)[0])
+        except InvalidWheelFilename as error:
+            raise ValueError(
+                f"--package {text}: pip refuses a wheel of that name: {error}"
+            ) from error
         return Package(Path(text).name, Path(text))
     try:
-        Requirement(text)
+        requirement = Requirement(text)
     except InvalidRequirement as error:
         raise ValueError(
             f"--package {text!r} is neither {CHECKOUT}, nor a wheel, nor a requirement such as "
             f"llama-jax==1.0: {error}"
         ) from error
+    _check_name(text, requirement.name)
     return Package(text)
+
+
+def _check_name(text: str, name: str) -> None:
+    if canonicalize_name(name) != _NAME:
+        raise ValueError(
+            f"--package {text} is {name}; workers run `llama-jax train`, so give {CHECKOUT}, a "
+            f"wheel of {_NAME}, or a requirement such as {_NAME}==1.0"
+        )
 
 
 def build_command(out: Path) -> list[str]:

@@ -153,16 +153,15 @@ def check_fits_slice(run: RunConfig, wanted: Slice) -> None:
             f"mesh.cpu_devices is {run.mesh.cpu_devices}: this config emulates devices on a CPU. "
             f"Override it with mesh.cpu_devices=null, or take a config made for a TPU slice"
         )
-    meshes = [mesh for count in wanted.device_counts if (mesh := _formed(run.mesh, count))]
-    if not meshes:
+    mesh = _formed(run.mesh, wanted.num_devices)
+    if mesh is None:
         sizes = " × ".join(f"{axis} {size}" for axis, size in run.mesh.sizes().items())
         raise ValueError(
             f"the mesh ({sizes}) cannot be formed by the {wanted.num_devices} devices of "
             f"{wanted.name}; change mesh, or --slice"
         )
     rows = run.train.batch_size // run.train.gradient_accumulation_steps * rows_per_item(run)
-    for mesh in meshes:
-        check_batch(rows, run.train.sequence_length, mesh, run.compute.rules)
+    check_batch(rows, run.train.sequence_length, mesh, run.compute.rules)
 
 
 def _formed(mesh: MeshSection, devices: int) -> AbstractMesh | None:

@@ -93,13 +93,17 @@ def stage(cargo: Cargo, folder: Path, *, project: str, runner: Runner, redact: R
         if not runner.is_dry:
             secret.touch(mode=0o600)
             secret.write_text(cargo.environment.forwarded_script(), encoding="utf-8")
+    if runner.is_dry and cargo.placed.copies:
+        folders = sorted({str((folder / name).parent) for name in cargo.placed.copies})
+        runner.run(["mkdir", "-p", *folders])
     for name, source in cargo.placed.copies.items():
         _copy(runner, source, folder / name)
 
 
 def _copy(runner: Runner, source: Path, target: Path) -> None:
     if runner.is_dry:
-        runner.run(["cp", "-r", str(source), str(target)])
+        # -L: the files that links stand for, as below.
+        runner.run(["cp", "-rL", "--", str(source), str(target)])
         return
     target.parent.mkdir(exist_ok=True)
     if source.is_dir():

@@ -28,7 +28,11 @@ def make(slice_name, *overrides, **options):
     ("options", "said"),
     [
         ({"namespace": "Bad NS"}, "--namespace 'Bad NS' must be"),
+        ({"namespace": "a.b"}, "--namespace 'a.b' must be"),
+        ({"namespace": "n" * 64}, "must be .* at most 63 characters"),
         ({"queue": "Q Q"}, "--queue 'Q Q' must be"),
+        ({"queue": "a..b"}, "--queue 'a..b' must be"),
+        ({"queue": "q." * 31 + "qq"}, "must be .* 63 characters at most"),
         ({"service_account": "a b"}, "--service-account 'a b' must be"),
         ({"image": "a b"}, "--image 'a b' is no name"),
         (
@@ -46,6 +50,18 @@ def test_names_that_a_cluster_refuses_are_refused(options, said):
     placed = place(run, may_copy=False)
     with pytest.raises(ValueError, match=said):
         ClusterJob("job", slice_named("v5e-4"), placed, **{"image": "img:1", **options})
+
+
+def test_names_of_pods_fit_in_a_label():
+    placed = place(
+        load_run_config(find_config("tiny-lora-cpu.yaml"), ["output=gs://b/r"]), may_copy=False
+    )
+    # JobSet's webhook: NAME-slice-1-63-abcde.
+    ClusterJob("a" * 46, slice_named("2xv5e-256"), placed, image="img:1")
+    with pytest.raises(
+        ValueError, match="has 47 characters.* for 2xv5e-256 give one of at most 46"
+    ):
+        ClusterJob("a" * 47, slice_named("2xv5e-256"), placed, image="img:1")
 
 
 def pod_of(job_set):
@@ -135,7 +151,7 @@ def test_preemption_restarts_for_ever_and_failures_so_many_times():
 def test_environment_account_queue_and_secrets_by_reference():
     config_map, job_set = make(
         "v5e-4",
-        environment={"A": "1"},
+        environment={"A": "1", "B": "$(A) $$"},
         secrets=[read_cluster_secret("HF_TOKEN=hf/token")],
         service_account="trainer",
         namespace="ml",
@@ -146,6 +162,7 @@ def test_environment_account_queue_and_secrets_by_reference():
     assert pod["serviceAccountName"] == "trainer"
     assert pod["containers"][0]["env"] == [
         {"name": "A", "value": "1"},
+        {"name": "B", "value": "$$(A) $$$$"},
         {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}},
     ]
     assert {config_map["metadata"]["namespace"], job_set["metadata"]["namespace"]} == {"ml"}

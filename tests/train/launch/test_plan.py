@@ -108,9 +108,9 @@ def test_the_slice_is_named_or_the_configs_own_and_never_another():
 def test_a_mesh_that_the_slice_cannot_form():
     check_fits_slice(config("mesh.tensor=8"), slice_named("v5e-16"))
     check_fits_slice(config("mesh.fsdp=16", "train.batch_size=16"), slice_named("v5e-16"))
-    # A v4 chip is one device or two.
+    # A v4 chip is one device, a tpu7x chip two.
     check_fits_slice(config("mesh.fsdp=16", "train.batch_size=16"), slice_named("v4-16"))
-    check_fits_slice(config("mesh.fsdp=32", "train.batch_size=32"), slice_named("v4-16"))
+    check_fits_slice(config("mesh.fsdp=32", "train.batch_size=32"), slice_named("tpu7x-16"))
     for mesh in ("mesh.fsdp=8", "mesh.tensor=3"):
         with pytest.raises(ValueError, match="cannot be formed by the 16 devices of v5e-16"):
             check_fits_slice(config(mesh), slice_named("v5e-16"))
@@ -157,10 +157,18 @@ def test_buckets_are_mounted_wherever_they_are_named():
     ("override", "complaint"),
     [
         ("output=runs/a", r"go away with them; override it with output=gs://BUCKET/runs/a"),
+        ("output=./../runs/a/", "override it with output=gs://BUCKET/runs/a, or with"),
+        ("output='~'", "override it with output=gs://BUCKET/runs/first, or with"),
+        ("output=s3://bucket/a", "is in no bucket; override it with output=gs://BUCKET/PATH"),
         ("output=gs://bucket", "whole bucket; name a folder in it: gs://bucket/runs/first"),
+        ("output=gs://bucket//", "whole bucket; name a folder in it: gs://bucket/runs/first"),
         ("output=gs:///a", "not of the form gs://BUCKET/PATH"),
         ("output=gs://b/../a", "not of the form"),
         ("data.train=missing.jsonl", "data.train.0. missing.jsonl does not exist here"),
+        ("data.train=missing", "data.train.0. missing does not exist here"),
+        ("data.train=[{array_record: missing}]", "array_record missing does not exist here"),
+        ("data.train=[{tfds: a, split: b, data_dir: missing}]", "data_dir missing does not exist"),
+        ("data.train=file:///a.jsonl", "a.jsonl is a URL of a file of this machine; write its"),
         ("model.name=./missing", "model.name ./missing does not exist here"),
     ],
 )
@@ -193,8 +201,16 @@ def test_local_files_are_copied_small_and_refused_large(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match="pattern of local files"):
         place(config("output=gs://b/r", "data.train=row*.jsonl"), may_copy=True)
-    with pytest.raises(ValueError, match="may be a model's name; write ./model"):
-        place(config("output=gs://b/r", "model.name=model"), may_copy=True)
+    # A folder that shares the name of something elsewhere, and one that is no file of rows.
+    for override in ("model.name=model", "model.tokenizer=model", "data.train=[{datasets: model}]"):
+        with pytest.raises(ValueError, match="is a folder here and may be a name of .* ./model"):
+            place(config("output=gs://b/r", override), may_copy=True)
+    for folder in ("model", "./model"):
+        with pytest.raises(ValueError, match="model is a folder; name its files one by one"):
+            place(config("output=gs://b/r", f"data.train={folder}"), may_copy=True)
+    (tmp_path / "rows").write_text("")
+    placed = place(config("output=gs://b/r", "data.train=[{array_record: rows}]"), may_copy=True)
+    assert placed.copies == {"copied/0-rows": Path("rows")}
 
 
 def test_a_teacher_is_placed_as_a_model_is(tmp_path):
@@ -311,6 +327,14 @@ def test_packages(tmp_path, monkeypatch):
         read_package(str(tmp_path / "a.whl"))
     with pytest.raises(ValueError, match="neither checkout, nor a wheel, nor a requirement"):
         read_package("./some folder")
+    for name in ("other-1.0-py3-none-any.whl", "llama_jax.whl", "LLaMa.jax-1.0-py3-none-any.whl"):
+        (tmp_path / name).touch()
+    assert read_package(str(tmp_path / "LLaMa.jax-1.0-py3-none-any.whl")).wheel is not None
+    for other in ("pandas>=2", str(tmp_path / "other-1.0-py3-none-any.whl")):
+        with pytest.raises(ValueError, match="workers run `llama-jax train`, so give checkout"):
+            read_package(other)
+    with pytest.raises(ValueError, match="pip refuses a wheel of that name"):
+        read_package(str(tmp_path / "llama_jax.whl"))
     monkeypatch.setattr(package, "checkout_folder", lambda: None)
     with pytest.raises(ValueError, match="was not started from a checkout"):
         read_package("checkout")
