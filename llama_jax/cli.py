@@ -134,5 +134,16 @@ def _run(args: argparse.Namespace) -> int:
     return FAILED if isinstance(report, dict) and report.get("ok") is False else DONE
 
 
+def program() -> None:
+    """What a shell starts: `main`, and the end of the process."""
+    code = main()
+    if code == INTERRUPTED:
+        # JAX may still be compiling in a thread, which crashes when Python takes JAX apart.
+        with contextlib.suppress(BrokenPipeError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

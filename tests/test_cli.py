@@ -112,6 +112,19 @@ def test_exit_codes(
     assert captured.err.count("\n") == 1
 
 
+def test_an_interrupted_program_ends_at_once_and_others_as_python_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(cli.os, "_exit", ended.append)
+    for code in (cli.DONE, cli.WRONG_INPUT, cli.INTERRUPTED):
+        monkeypatch.setattr(cli, "main", lambda code=code: code)
+        with pytest.raises(SystemExit) as end:
+            cli.program()
+        assert end.value.code == code
+    assert ended == [cli.INTERRUPTED]
+
+
 def test_a_bug_shows_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(args: object) -> None:
         raise KeyError("bug")

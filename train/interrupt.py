@@ -42,6 +42,16 @@ class StopRequest:
     came: signal.Signals | None = None
     noted: bool = False
 
+    def begin(self) -> None:
+        """From now on there is something to save.
+
+        Raises KeyboardInterrupt for a Ctrl-C that came before and was lost: Python drops what is
+        raised within a callback of its garbage collector, of which JAX has one.
+        """
+        if self.came is not None:
+            raise KeyboardInterrupt
+        self.noted = True
+
 
 @contextlib.contextmanager
 def stop_on_signals(grace_seconds: float | None = None) -> Iterator[StopRequest]:
@@ -59,10 +69,12 @@ def stop_on_signals(grace_seconds: float | None = None) -> Iterator[StopRequest]
     def note(number: int, frame: FrameType | None) -> None:
         del frame
         if number == signal.SIGINT and (request.came is not None or not request.noted):
+            request.came = signal.SIGINT
             raise KeyboardInterrupt
         if not request.noted:
             logger.warning("stopped by SIGTERM before the first step; run again to go on")
-            raise SystemExit(EXIT_CODE)
+            # No exception: it might be dropped, and JAX taken apart while it compiles crashes.
+            os._exit(EXIT_CODE)
         first, request.came = request.came is None, signal.Signals(number)
         if first and number == signal.SIGTERM and grace_seconds is not None:
             timer = threading.Timer(grace_seconds, _give_up, [grace_seconds])

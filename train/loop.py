@@ -151,7 +151,7 @@ def _steps(
         logger.info("compiling the step")
         with goodput.cause("compile"):
             step, vote = lower(setup).compile(), make_vote(setup.mesh)
-        request.noted = True
+        request.begin()
         running: RunningStep | None = None
         stop = report.stop
         profiler = _open_profiler(job, profile, first, stack)
@@ -200,6 +200,15 @@ def _open_profiler(
     job: Job, profile: TracedSteps | None, done: int, stack: contextlib.ExitStack
 ) -> Profiler:
     steps = profile.absolute(done) if profile is not None and is_main() else None
+    last = job.setup.run.train.steps
+    if steps is not None and not done < steps.first <= last:
+        logger.warning(
+            "--profile: step %d, with which the trace would begin, is not among the steps %d to %d "
+            "of this start; nothing is traced",
+            steps.first,
+            done + 1,
+            last,
+        )
     profiler = Profiler(job.folder.path / "profile", steps)
     stack.callback(profiler.stop)
     return profiler

@@ -19,12 +19,36 @@ def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
 
 
+# In a callback of the garbage collector, of which Python drops the exceptions.
+EARLY = """
+import gc, logging, os, signal
+from train.interrupt import stop_on_signals
+logging.basicConfig()
+with stop_on_signals():
+    gc.callbacks.append(lambda phase, info: os.kill(os.getpid(), signal.SIGTERM))
+    gc.collect()
+    print("goes on")
+"""
+
+
 def test_before_there_is_anything_to_save_the_process_ends_at_once():
-    with pytest.raises(SystemExit) as ended, stop_on_signals():
-        send(signal.SIGTERM)
-    assert ended.value.code == EXIT_CODE == PreemptedError.exit_code == 75
+    ended = subprocess.run([sys.executable, "-c", EARLY], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == EXIT_CODE == PreemptedError.exit_code == 75
+    assert "before the first step" in ended.stderr and ended.stdout == ""
     with pytest.raises(KeyboardInterrupt), stop_on_signals():
         send(signal.SIGINT)
+
+
+def test_ctrl_c_that_was_dropped_counts_before_the_first_step():
+    with stop_on_signals() as request:
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            request.begin()
+    with stop_on_signals() as request:
+        request.begin()
+        send(signal.SIGINT)
+        assert request.came == signal.SIGINT
 
 
 def test_later_a_signal_is_a_wish():

@@ -1,9 +1,12 @@
 """What a run shows: generations, a trace, Weights & Biases, where the time went, the report."""
 
+import contextlib
 import importlib.machinery
 import json
 import sys
 import types
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ import pytest
 
 from llama_jax.commands.samples import sample
 from tests.train.test_loop import ONE_DEVICE, config
-from train import profiler, weights_and_biases
+from train import loop, profiler, weights_and_biases
 from train.generations import GenerationsLog, read_generations
 from train.loop import train
 from train.metrics import read_metrics
@@ -221,6 +224,17 @@ def test_steps_that_cannot_be_traced(text):
 def test_a_number_of_steps_counts_from_where_the_run_goes_on():
     assert read_steps("5").absolute(100) == TracedSteps(103, 107)
     assert read_steps("10-15").absolute(100) == TracedSteps(10, 15)
+
+
+@pytest.mark.parametrize(("first", "is_said"), [(2, True), (3, False), (4, False), (5, True)])
+def test_a_trace_that_would_never_begin_is_said(first, is_said, tmp_path, caplog):
+    run = SimpleNamespace(train=SimpleNamespace(steps=4))
+    job: Any = SimpleNamespace(
+        folder=SimpleNamespace(path=tmp_path), setup=SimpleNamespace(run=run)
+    )
+    with contextlib.ExitStack() as stack:
+        loop._open_profiler(job, TracedSteps(first, 9), 2, stack)
+    assert ("among the steps 3 to 4 of this start; nothing is traced" in caplog.text) == is_said
 
 
 def test_the_trace_begins_and_ends_once_even_where_the_run_ends_early(tmp_path, monkeypatch):
