@@ -7,7 +7,8 @@ import jax
 
 from llama_jax import tree
 from llama_jax.kernels.platforms import check_kernels
-from llama_jax.mesh.distributed import run_on_main
+from llama_jax.mesh.distributed import all_or_none, run_on_main
+from train.agreement import check_agreement
 from train.config import RunConfig
 from train.data.build import RunData, build_data
 from train.data.row_set import read_run_rows
@@ -17,16 +18,22 @@ from train.start import Start, read_start
 
 
 def build(run: RunConfig) -> tuple[Start, Setup, RunData]:
-    """From what costs least to what costs most, so that mistakes come out early."""
-    _check_cache(run)
-    rows, held_out = read_run_rows(run)
-    start = read_start(run)
-    run = _dated(run, start.tokenizer)
-    teacher = read_teacher(run, start.tokenizer)
-    data = build_data(run, rows, held_out, start.tokenizer)
-    mesh = open_mesh(run.mesh)
-    check_kernels(run.compute, start.config, mesh.devices.flat[0].platform)
-    return start, make_setup(run, start.config, start.params, mesh, teacher=teacher), data
+    """From what costs least to what costs most, so that mistakes come out early; what one of
+    several processes cannot do, none does."""
+    # Processes may begin beside midnight. Asked for first: what follows may fail in one alone.
+    today = run_on_main("note the day", lambda: date.today().isoformat())
+    with all_or_none("build"):
+        _check_cache(run)
+        rows, held_out = read_run_rows(run)
+        start = read_start(run)
+        run = _dated(run, start.tokenizer, today)
+        teacher = read_teacher(run, start.tokenizer)
+        data = build_data(run, rows, held_out, start.tokenizer)
+        mesh = open_mesh(run.mesh)
+        check_kernels(run.compute, start.config, mesh.devices.flat[0].platform)
+        setup = make_setup(run, start.config, start.params, mesh, teacher=teacher)
+    check_agreement(run, data)
+    return start, setup, data
 
 
 def _check_cache(run: RunConfig) -> None:
@@ -39,12 +46,11 @@ def _check_cache(run: RunConfig) -> None:
         )
 
 
-def _dated(run: RunConfig, tokenizer: Any) -> RunConfig:
-    """The config with the day that templates are told; processes may begin beside midnight."""
+def _dated(run: RunConfig, tokenizer: Any, today: str) -> RunConfig:
+    """The config with the day that templates are told."""
     if run.data.template_date is not None or not tokenizer.tells_the_day:
         return run
-    day = run_on_main("note the day", lambda: date.today().isoformat())
-    return run.replace(data=run.data.replace(template_date=day))
+    return run.replace(data=run.data.replace(template_date=today))
 
 
 def lower(setup: Setup) -> Any:

@@ -18,7 +18,7 @@ import jax
 from llama_jax import tree
 from llama_jax.config import ModelConfig
 from llama_jax.formats.checkpoint_saver import Saver
-from llama_jax.mesh.distributed import barrier, is_main, run_on_main
+from llama_jax.mesh.distributed import all_or_none, barrier, is_main, run_on_main
 from train.build import build, lower
 from train.config import RunConfig
 from train.data.build import RunData
@@ -80,8 +80,9 @@ def train(
     loss is not finite, PreemptedError when SIGTERM came.
     """
     goodput = Goodput()
-    check_installed(run.wandb)
-    folder, run = open_run_dir(run)
+    with all_or_none("open the run folder"):
+        check_installed(run.wandb)
+        folder, run = open_run_dir(run)
     with contextlib.ExitStack() as stack:
         request = stack.enter_context(stop_on_signals(run.train.grace_seconds))
         start, setup, data = build(run)

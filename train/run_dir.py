@@ -1,6 +1,7 @@
 """The run folder: who may write into it, and what it says about the run."""
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,17 +140,24 @@ def _begun(run: RunConfig, before: Any) -> RunConfig:
     return run.replace(data=run.data.replace(template_date=day))
 
 
-def differences(before: Any, now: Any, path: str = "") -> list[str]:
+def differences(
+    before: Any,
+    now: Any,
+    path: str = "",
+    *,
+    free: Collection[str] = _FREE,
+    said: str = "{} was {!r} and is {!r}",
+) -> list[str]:
     """`train.steps was 10 and is 20` for each field that must not change and did."""
-    if path in _FREE:
+    if path in free:
         return []
     if isinstance(before, dict) and isinstance(now, dict):
         found = []
         for key in sorted({*before, *now}):
             inner = f"{path}.{key}" if path else key
-            found += differences(before.get(key), now.get(key), inner)
+            found += differences(before.get(key), now.get(key), inner, free=free, said=said)
         return found
-    return [] if before == now else [f"{path} was {before!r} and is {now!r}"]
+    return [] if before == now else [said.format(path, before, now)]
 
 
 def write_config(folder: RunDir, run: RunConfig) -> None:

@@ -141,6 +141,11 @@ def _turn(name: str) -> str:
     return f"{next(_turns)}/{name}"
 
 
+def gather(name: str, value: str) -> list[str]:
+    """`exchange` under a name of its own."""
+    return exchange(_turn(name), value)
+
+
 def barrier(name: str) -> None:
     """All processes wait here for each other."""
     exchange(_turn(name))

@@ -53,17 +53,24 @@ def write_run(folder: Path, **changes) -> Path:
 def start(config: Path, *arguments: str, cache: Path, count: int = 1) -> list[Process]:
     """`llama-jax train` in `count` processes that make up one program. cache: of compiled programs,
     which makes the second start a matter of seconds."""
+    return start_each([config] * count, *arguments, cache=cache)
+
+
+def start_each(configs: list[Path], *arguments: str, cache: Path) -> list[Process]:
+    """One process for each config, which together make up one program."""
     environment = {
         **os.environ,
         "LLAMA_JAX_CACHE_DIR": str(cache),
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, "-m", "llama_jax.cli", "train", str(config), *arguments]
-    if count == 1:
-        return [_open(command, environment)]
-    address = f"127.0.0.1:{free_port()}"
+    address, count = f"127.0.0.1:{free_port()}", len(configs)
     flags = ["--coordinator-address", address, "--process-count", str(count), "--process-id"]
-    return [_open([*command, *flags, str(number)], environment) for number in range(count)]
+    started = []
+    for number, config in enumerate(configs):
+        command = [sys.executable, "-m", "llama_jax.cli", "train", str(config), *arguments]
+        own = [*flags, str(number)] if count > 1 else []
+        started.append(_open([*command, *own], environment))
+    return started
 
 
 def _open(command: list[str], environment: dict[str, str]) -> Process:

@@ -13,7 +13,7 @@ from llama_jax.formats import checkpoint, hf
 from llama_jax.load import load
 from llama_jax.presets import presets
 from tests.tiny import tiny_params
-from tests.train.command import finish, start, write_run
+from tests.train.command import finish, start, start_each, write_run
 from tests.train.test_loop import TINY
 from tests.train.tiny_data import byte_tokenizer
 from train.metrics import read_metrics
@@ -85,6 +85,28 @@ def test_several_processes_train_as_one_does(config, folder, cache, one, count):
         checkpoint.verify(found)
         # Each process wrote what its devices hold.
         assert len(list((found / "optimizer").glob("ocdbt.process_*"))) == count
+
+
+def test_processes_that_were_not_started_alike_say_so_and_none_waits(tmp_path, cache):
+    config = write_run(tmp_path, train__seed=1)
+    other = tmp_path / "other.yaml"
+    rows = tmp_path / "rows.jsonl"
+    changed = config.read_text().replace("seed: 1", "seed: 2")
+    lines = rows.read_text().splitlines(keepends=True)
+    (tmp_path / "other.jsonl").write_text("".join(lines[1:]))
+    other.write_text(changed.replace(str(rows), str(tmp_path / "other.jsonl")))
+    run = f"output={tmp_path / 'run'}"
+    errors = finish(start_each([config, other], run, cache=cache), code=2)
+    for error in errors:
+        assert "config.train.seed is 1 in process 0 and 2 in process 1" in error
+        assert "the training rows is" in error and "Give all of them the same config" in error
+    other.write_text(changed.replace(str(rows), "missing.jsonl"))
+    processes = start_each([config, other], run, cache=cache)
+    first, second = (process.communicate(timeout=240)[1] for process in processes)
+    assert [process.returncode for process in processes] == [1, 2]
+    assert "process 1: the data file missing.jsonl does not exist" in first
+    assert "the data file missing.jsonl does not exist" in second
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
