@@ -103,7 +103,7 @@ def check_slice(name: str) -> None:
             f"it on every host of the slice, or leave slice out to start anyway"
         )
     kind, found = jax.devices()[0].device_kind, len(jax.devices())
-    if kind != wanted.generation.device_kind or found not in wanted.device_counts:
+    if kind != wanted.generation.device_kind or found != wanted.num_devices:
         raise ValueError(
             f"the settings are for {wanted.describe()}, but here are {found} of {kind}; leave "
             f"slice out to start anyway"

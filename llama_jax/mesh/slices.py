@@ -128,11 +128,6 @@ class Slice:
         return self.total_chips * self.generation.devices_per_chip
 
     @property
-    def device_counts(self) -> set[int]:
-        """How many devices JAX may show on the machines, for those that compare."""
-        return {self.num_devices}
-
-    @property
     def chips_per_host(self) -> int:
         """Hosts hold four chips; the 2-D generations also come as one host with one or eight."""
         return self.chips if len(self.topology) == 2 and self.chips <= 8 else min(4, self.chips)
