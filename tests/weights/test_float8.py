@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import Compute
-from llama_jax.formats.checkpoint import load_model, save_model
-from llama_jax.mesh.sharding import make_mesh, shardings
 from llama_jax.model.transformer import forward
-from llama_jax.weights.calibrate import calibrate
 from llama_jax.weights.dot import dot
 from llama_jax.weights.float8 import LARGEST, as_float8, to_nearest
 from llama_jax.weights.quantize import Quantization, quantize
@@ -80,22 +77,11 @@ def test_gradients_pass_straight_through():
         )
 
 
-@pytest.mark.parametrize("scheme", ["fp8-dynamic", "fp8-static"])
-def test_logits_stay_near_and_survive_the_disk_and_the_mesh(tmp_path, scheme):
-    peaks = calibrate(CONFIG, PARAMS, TOKENS, compute=Compute()) if "static" in scheme else None
-    params = quantize(CONFIG, PARAMS, scheme=scheme, peaks=peaks)
+def test_rounded_inputs_lose_more_than_rounded_weights_alone():
     run = jax.jit(lambda params: forward(CONFIG, params, TOKENS))
-    exact, got = run(PARAMS), run(params)
-    weights_alone = run(quantize(CONFIG, PARAMS, scheme="fp8"))
-
-    def error(logits):
-        return float(jnp.linalg.norm(logits - exact) / jnp.linalg.norm(exact))
-
-    assert error(weights_alone) < error(got) < 0.1
-    save_model(tmp_path / "model", CONFIG, params, None)
-    _, again = load_model(tmp_path / "model")
-    jax.tree.map(np.testing.assert_array_equal, again, params)
-    mesh = make_mesh({"fsdp": 4, "tensor": 2})
-    spread = jax.device_put(params, shardings(CONFIG, params, mesh))
-    with jax.set_mesh(mesh):
-        np.testing.assert_allclose(run(spread), got, atol=3e-2)
+    exact = run(PARAMS)
+    weights, both = (
+        jnp.linalg.norm(run(quantize(CONFIG, PARAMS, scheme=scheme)) - exact)
+        for scheme in ("fp8", "fp8-dynamic")
+    )
+    assert weights < both < 2 * weights
