@@ -240,9 +240,10 @@ def _cast(
             return leaf
         narrow = leaf.astype(name)
         if _overflows(leaf, narrow):
+            largest = float(jnp.where(jnp.isfinite(leaf), jnp.abs(leaf), 0).max())
             raise ValueError(
-                f"{folder}: {path} has values of up to {float(jnp.abs(leaf).max())}, which {name} "
-                f"cannot hold; use bfloat16 or float32"
+                f"{folder}: {path} has values of up to {largest}, which {name} cannot hold; use "
+                f"bfloat16 or float32"
             )
         return narrow
 

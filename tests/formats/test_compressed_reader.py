@@ -280,7 +280,6 @@ def test_on_a_mesh_it_is_the_same(tmp_path, scheme):
 def test_groups_may_say_different_things_of_different_weights(tmp_path):
     eight = quantized("int8", tile=32)
     four = tree.flatten(quantized("int4", tile=32))
-    is_four = lambda path: path.endswith("up_proj.weight")  # noqa: E731
     _, folder = written(tmp_path / "a", "int8", tile=32)
     save_compressed(tmp_path / "b", CONFIG, tree.unflatten(four))
     parts = load_file(tmp_path / "b/model.safetensors")
@@ -297,7 +296,9 @@ def test_groups_may_say_different_things_of_different_weights(tmp_path):
 
     edit_config(folder, change)
     _, loaded = load_hf(folder)
-    mixed = tree.map_with_path(lambda path, leaf: four[path] if is_four(path) else leaf, eight)
+    mixed = tree.map_with_path(
+        lambda path, leaf: four[path] if path.endswith("up_proj.weight") else leaf, eight
+    )
     assert same_bits(loaded, mixed)
 
 

@@ -120,16 +120,14 @@ class Traffic:
         assert not self.errors, self.errors
 
 
+def adapter_of(model, folder):
+    linear = {"modules": "all-linear", "config": model.config}
+    return write_adapter(folder, model.params, seed=3, rank=2, **linear)
+
+
 def test_versions_come_and_go_in_two_processes(registry, folders, wanted, cache):
     second = load(folders["2"])
-    adapter = write_adapter(
-        registry / "m/adapters/a",
-        second.params,
-        seed=3,
-        rank=2,
-        modules="all-linear",
-        config=second.config,
-    )
+    adapter = adapter_of(second, registry / "m/adapters/a")
     flags = ("--models-dir", str(registry), *SERVE, *ROOM, "--admin-key", KEY)
     flags = (*flags, "--max-adapters", "1", "--draft-tokens", "2")
     with starting() as start:
@@ -239,14 +237,7 @@ def test_versions_whose_reading_needs_the_devices(folders, wanted, cache, tmp_pa
     wait for that."""
     model = load(folders["1"])
     save_model(tmp_path / "saved", model.config, model.params, model.tokenizer)
-    adapter = write_adapter(
-        tmp_path / "adapter",
-        model.params,
-        seed=3,
-        rank=2,
-        modules="all-linear",
-        config=model.config,
-    )
+    adapter = adapter_of(model, tmp_path / "adapter")
     root, how = tmp_path / "models", Quantization("int8")
     register(root, "m", "1", folders["1"], source="a test")
     register(root, "m", "2", tmp_path / "saved", source="a test")
